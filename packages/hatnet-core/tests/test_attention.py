@@ -1,0 +1,104 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import slow_reading
+from hatnet_core import HierarchicalAttention
+from hatnet_core.attention import Attention
+
+
+def randomise(module):
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return module.double()
+
+
+def values_and_gradients(function, module, x):
+    """Output, gradient of the input and of every parameter, for a fixed weighting of the outputs."""
+    x = x.clone().requires_grad_()
+    out = function(x)
+    weighting = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    gradients = torch.autograd.grad((out * weighting).sum(), [x, *module.parameters()])
+    return [out.detach(), *gradients]
+
+
+def assert_agree(module, reading, x):
+    ours = values_and_gradients(module, module, x)
+    theirs = values_and_gradients(lambda x: reading(module, x), module, x)
+    names = ["output", "input gradient", *(f"gradient of {name}" for name, _ in module.named_parameters())]
+    for name, actual, expected in zip(names, ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    height=st.integers(1, 11),
+    width=st.integers(1, 11),
+    heads=st.integers(1, 3),
+    head_dim=st.integers(2, 4),
+    grid_size=st.integers(1, 8),
+    pool_size=st.integers(1, 8),
+    seed=st.integers(0, 2**31),
+)
+def test_hierarchical_attention_agrees_with_the_slow_reading_forward_and_gradient(
+    batch, height, width, heads, head_dim, grid_size, pool_size, seed
+):
+    torch.manual_seed(seed)
+    module = randomise(HierarchicalAttention(heads * head_dim, head_dim, grid_size, pool_size))
+    x = torch.randn(batch, heads * head_dim, height, width, dtype=torch.float64)
+    assert_agree(module, slow_reading.hierarchical_attention, x)
+
+
+def test_hierarchical_attention_of_the_paper_agrees_with_the_slow_reading_where_sizes_divide():
+    module = randomise(HierarchicalAttention(96, 48, grid_size=7, pool_size=2))
+    assert_agree(module, slow_reading.hierarchical_attention, torch.randn(1, 96, 14, 14, dtype=torch.float64))
+
+
+def test_plain_attention_agrees_with_the_slow_reading():
+    module = randomise(Attention(12, head_dim=4))
+    assert_agree(module, slow_reading.attention, torch.randn(2, 12, 5, 3, dtype=torch.float64))
+
+
+def test_positions_of_other_grids_do_not_change_the_local_attention():
+    from hatnet_core.attention import grid_attention
+
+    qkv = torch.randn(1, 24, 10, 10)
+    before = grid_attention(qkv, num_heads=2, grid_size=4)
+    qkv[..., 4:8, :4] += 1.0
+    changed = (grid_attention(qkv, num_heads=2, grid_size=4) != before).any(1)[0]
+    assert changed[4:8, :4].all()
+    changed[4:8, :4] = False
+    assert not changed.any()
+
+
+def test_grid_and_pool_size_can_be_set_on_a_built_module():
+    module = randomise(HierarchicalAttention(8, 4, grid_size=8, pool_size=8))
+    other = HierarchicalAttention(8, 4, grid_size=3, pool_size=2).double()
+    other.load_state_dict(module.state_dict())
+    module.grid_size, module.pool_size = 3, 2
+    x = torch.randn(1, 8, 9, 9, dtype=torch.float64)
+    torch.testing.assert_close(module(x), other(x))
+
+
+@pytest.mark.parametrize("kind", [HierarchicalAttention, Attention])
+def test_a_head_dim_that_does_not_divide_the_channels_is_refused(kind):
+    with pytest.raises(ValueError, match=r"head_dim must divide .* head_dim=64 and dim=100"):
+        kind(100, head_dim=64)
+
+
+@pytest.mark.parametrize("name", ["dim", "head_dim", "grid_size", "pool_size"])
+@pytest.mark.parametrize("value", [0, -4, 2.0, True])
+def test_a_size_that_is_not_a_positive_integer_is_refused_by_name(name, value):
+    arguments = {"dim": 8, "head_dim": 4, "grid_size": 2, "pool_size": 2, name: value}
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got {value}"):
+        HierarchicalAttention(**arguments)
+
+
+def test_channel_dropout_zeroes_whole_channels_in_training_only():
+    module = randomise(HierarchicalAttention(64, 32, 4, 2, proj_drop_rate=0.5)).train()
+    x = torch.randn(1, 64, 6, 6, dtype=torch.float64)
+    dropped = (module(x) == 0).flatten(2).float().mean(-1)[0]
+    assert set(dropped.tolist()) == {0.0, 1.0}
+    assert not (module.eval()(x) == 0).any()

@@ -1,0 +1,137 @@
+import builtins
+import json
+import pickle
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hatnet_core import HATNet, create_model, list_models, load_checkpoint, read_metadata, save_checkpoint
+
+
+@pytest.fixture(scope="session")
+def released_files(released_shapes, tmp_path_factory):
+    """Random checkpoints with the names and shapes of the released files, by model name."""
+    folder = tmp_path_factory.mktemp("released")
+    paths = {}
+    for variant, shapes in released_shapes.items():
+        paths[f"hatnet_{variant}"] = folder / f"HAT-Net_{variant.title()}.pth"
+        torch.save({name: torch.randn(shape) for name, shape in shapes.items()}, paths[f"hatnet_{variant}"])
+    return paths
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_released_parameter_is_loaded_or_knowingly_dropped(name, released_files, caplog):
+    released = torch.load(released_files[name], weights_only=True)
+    model = create_model(name)
+    dropped = load_checkpoint(model, released_files[name])
+    assert dropped == [n for n in released if ".proj_norm." in n]
+    assert f"dropped {len(dropped)} unused proj_norm parameters" in caplog.text
+    # every released tensor that was not dropped is in the model, once, bit for bit
+    sums = sorted(t.double().sum().item() for n, t in released.items() if n not in dropped)
+    assert sorted(p.double().sum().item() for p in model.parameters()) == sums
+
+
+def test_save_and_load_keep_every_bit_and_the_configuration(small_model, tmp_path):
+    small_model.set_grid(pool_sizes=(16, 8, 4))
+    save_checkpoint(small_model, tmp_path / "m.safetensors", {"classes": ["a", "b"]})
+    record = read_metadata(tmp_path / "m.safetensors")
+    assert record["classes"] == ["a", "b"]
+    other = HATNet(**record["config"])
+    assert load_checkpoint(other, tmp_path / "m.safetensors") == []
+    assert other.config == small_model.config
+    for p, q in zip(small_model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert [f.name for f in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_metadata_names_the_variant(tmp_path):
+    save_checkpoint(create_model("hatnet_tiny", num_classes=2), tmp_path / "t.safetensors")
+    assert read_metadata(tmp_path / "t.safetensors")["variant"] == "hatnet_tiny"
+
+
+def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(small_model, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(small_model, path)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        save_checkpoint(small_model, path, {"not json": object()})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_saving_into_a_missing_folder_is_refused(small_model, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"folder .*nowhere does not exist"):
+        save_checkpoint(small_model, tmp_path / "nowhere" / "m.safetensors")
+
+
+def test_another_variant_is_refused_and_nothing_is_loaded(released_files):
+    model = create_model("hatnet_tiny")
+    before = model.head.weight.clone()
+    expected = "holds hatnet_small with 1000 classes; expected hatnet_tiny with 1000 classes"
+    with pytest.raises(ValueError, match=expected):
+        load_checkpoint(model, released_files["hatnet_small"])
+    assert torch.equal(model.head.weight, before)
+
+
+def test_another_number_of_classes_is_refused(released_files):
+    expected = "holds hatnet_tiny with 1000 classes; expected hatnet_tiny with 10 classes: head.weight is"
+    with pytest.raises(ValueError, match=expected):
+        load_checkpoint(create_model("hatnet_tiny", num_classes=10), released_files["hatnet_tiny"])
+
+
+def test_missing_and_unknown_names_are_listed(small_model, tmp_path):
+    state = small_model.state_dict()
+    state["extra.weight"] = state.pop("stem.conv1.bias")
+    save_file(state, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"missing stem\.conv1\.bias; unknown extra\.weight"):
+        load_checkpoint(small_model, tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    "function", [read_metadata, lambda path: load_checkpoint(HATNet((8,) * 4, (1,) * 4, 8), path)]
+)
+@pytest.mark.parametrize("damage", ["truncated", "noise", "empty"])
+def test_a_corrupt_safetensors_file_is_refused_by_path(function, damage, small_model, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(small_model, path)
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[: len(content) // 2], "noise": b"\xff" * 200, "empty": b""}[damage])
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is not a readable safetensors file"):
+        function(path)
+
+
+@pytest.mark.parametrize(
+    "function", [read_metadata, lambda path: load_checkpoint(HATNet((8,) * 4, (1,) * 4, 8), path)]
+)
+def test_a_missing_file_is_refused_by_path(function, tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"no checkpoint at {tmp_path / 'no.safetensors'}")):
+        function(tmp_path / "no.safetensors")
+
+
+@pytest.mark.parametrize("header", [None, {"hatnet": "{"}, {"hatnet": "[]"}, {"hatnet": json.dumps({"config": 1})}])
+def test_a_foreign_safetensors_file_has_no_configuration(header, tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", header)
+    with pytest.raises(ValueError, match="holds no HAT-Net configuration"):
+        read_metadata(tmp_path / "x.safetensors")
+
+
+class Payload:
+    def __reduce__(self):
+        return (builtins.print, ("executed",))
+
+
+def test_a_pickle_that_runs_code_is_refused_unexecuted(tmp_path, capsys):
+    torch.save({"patch_embed.0.weight": Payload()}, tmp_path / "evil.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Payload(), protocol=2))
+    for name in ("evil.pth", "plain.pth"):
+        with pytest.raises(ValueError, match="is not a checkpoint of plain tensors"):
+            load_checkpoint(create_model("hatnet_tiny"), tmp_path / name)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_a_file_without_a_state_dict_is_refused(tmp_path):
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="must hold one dict of parameter names to tensors"):
+        load_checkpoint(create_model("hatnet_tiny"), tmp_path / "list.pth")

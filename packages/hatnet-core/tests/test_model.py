@@ -1,0 +1,247 @@
+import copy
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import slow_reading
+from conftest import SMALL
+from hatnet_core import HATNet, create_model, list_models, load_checkpoint
+from hatnet_core.attention import Attention, HierarchicalAttention
+from hatnet_core.layers import DropPath
+
+
+def relative_error(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def read_slowly(model):
+    """A copy whose attentions are the slow reading of Eq. 6-14 with the same parameters."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, HierarchicalAttention):
+            module.forward = lambda x, m=module: slow_reading.hierarchical_attention(m, x)
+        elif isinstance(module, Attention):
+            module.forward = lambda x, m=module: slow_reading.attention(m, x)
+    return model
+
+
+def test_logits_and_stage_statistics_equal_the_released_computation(parity, tmp_path):
+    arguments, weights, cases = parity
+    torch.save(weights, tmp_path / "released.pth")
+    model = HATNet(**arguments).eval()
+    load_checkpoint(model, tmp_path / "released.pth")
+    for image, logits, statistics in cases:
+        with torch.no_grad():
+            assert relative_error(model(image), logits) < 1e-5
+            features = model.forward_intermediates(image)
+        for stage, expected in statistics.items():
+            f = features[stage - 2].transpose(0, 1).flatten(1)
+            assert relative_error(torch.stack([f.mean(1), f.std(1)]), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("size", "grid_sizes", "pool_sizes"),
+    [((37, 50), (8, 7, 7), (8, 4, 2)), ((50, 33), (3, 2, 8), (5, 16, 1))],
+)
+def test_sizes_that_do_not_divide_equal_the_slow_reading_forward_and_gradient(
+    small_model, size, grid_sizes, pool_sizes
+):
+    small_model.double().set_grid(grid_sizes, pool_sizes)
+    slow = read_slowly(small_model)
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    logits, expected = small_model(image), slow(image)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-10)
+    logits.square().sum().backward()
+    expected.square().sum().backward()
+    for (name, p), q in zip(small_model.named_parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    height=st.integers(32, 90),
+    width=st.integers(32, 90),
+    grid_sizes=st.tuples(*[st.integers(1, 9)] * 3),
+    pool_sizes=st.tuples(*[st.integers(1, 17)] * 3),
+)
+def test_every_size_from_32_up_gives_finite_features_of_the_promised_shapes(
+    batch, height, width, grid_sizes, pool_sizes
+):
+    model = HATNet(**SMALL, grid_sizes=grid_sizes, pool_sizes=pool_sizes, num_classes=5).eval()
+    image = torch.randn(batch, 3, height, width)
+    with torch.no_grad():
+        features = model.forward_intermediates(image)
+        logits = model(image)
+    for feature, info in zip(features, model.feature_info, strict=True):
+        r = info["reduction"]
+        assert feature.shape == (batch, info["num_chs"], -(-height // r), -(-width // r))
+        assert feature.isfinite().all()
+    assert logits.shape == (batch, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("hatnet_tiny", 12.7), ("hatnet_small", 25.7), ("hatnet_medium", 42.9), ("hatnet_large", 63.1)],
+)
+def test_parameter_counts_are_those_of_table_1(name, millions):
+    with torch.device("meta"):
+        model = create_model(name)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_parameter_gets_a_finite_gradient(name):
+    model = create_model(name, num_classes=10)
+    model(torch.randn(2, 3, 64, 64)).logsumexp(-1).sum().backward()
+    for parameter_name, p in model.named_parameters():
+        assert p.grad is not None, parameter_name
+        assert p.grad.isfinite().all(), parameter_name
+        assert p.grad.abs().sum() > 0, parameter_name
+
+
+def test_bf16_autocast_stays_near_fp32_forward_and_backward(parity):
+    arguments, _, cases = parity
+    model = HATNet(**arguments).eval()
+    image = cases[0][0]
+    logits = model(image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(image)
+    assert low.dtype == torch.bfloat16
+    assert relative_error(low.float(), logits) < 0.05
+    low.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_set_grid_equals_a_model_built_with_that_grid(small_model):
+    image = torch.randn(1, 3, 96, 128)
+    before = small_model(image)
+    small_model.set_grid(grid_sizes=(8, 8, 8), pool_sizes=(16, 8, 4))
+    built = HATNet(**small_model.config).eval()
+    built.load_state_dict(small_model.state_dict())
+    assert built.config["grid_sizes"] == (8, 8, 8)
+    torch.testing.assert_close(small_model(image), built(image))
+    assert not torch.allclose(small_model(image), before)
+
+
+def test_set_grid_keeps_what_is_not_given(small_model):
+    small_model.set_grid(grid_sizes=(4, 4, 4))
+    assert small_model.config["pool_sizes"] == (8, 4, 2)
+    assert small_model.stages[1].blocks[1].attn.grid_size == 4
+    assert small_model.stages[1].blocks[1].attn.pool_size == 4
+
+
+@pytest.mark.parametrize("grid_sizes", [(8, 8), (8, 8, 0), (8, 8, 8, 8), (8.0, 8, 8)])
+def test_set_grid_refuses_bad_sizes_and_changes_nothing(small_model, grid_sizes):
+    with pytest.raises(ValueError, match="grid_sizes must"):
+        small_model.set_grid(grid_sizes, (1, 1, 1))
+    assert small_model.config["pool_sizes"] == (8, 4, 2)
+    assert small_model.stages[0].blocks[0].attn.pool_size == 8
+
+
+def test_forward_is_features_then_head(small_model):
+    image = torch.randn(2, 3, 64, 64)
+    features = small_model.forward_features(image)
+    assert features.shape == (2, 24, 2, 2)
+    pooled = small_model.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(pooled, features.mean((2, 3)))
+    expected = pooled @ small_model.head.weight.T + small_model.head.bias
+    torch.testing.assert_close(small_model(image), expected)
+
+
+def test_intermediates_are_the_stage_outputs_in_the_order_asked_for(small_model):
+    image = torch.randn(1, 3, 64, 64)
+    all_four = small_model.forward_intermediates(image)
+    torch.testing.assert_close(all_four[3], small_model.forward_features(image))
+    second, first = small_model.forward_intermediates(image, indices=(1, 0))
+    torch.testing.assert_close(first, all_four[0])
+    torch.testing.assert_close(second, all_four[1])
+
+
+@pytest.mark.parametrize("indices", [(), (4,), (-1,), (0, 7)])
+def test_intermediates_refuse_a_stage_that_is_not_there(small_model, indices):
+    with pytest.raises(ValueError, match=re.escape(f"got {indices}")):
+        small_model.forward_intermediates(torch.randn(1, 3, 64, 64), indices)
+
+
+def test_the_classifier_can_be_replaced_and_removed(small_model):
+    image = torch.randn(2, 3, 64, 64)
+    small_model.reset_classifier(7)
+    assert small_model(image).shape == (2, 7)
+    assert small_model.get_classifier().out_features == 7
+    assert HATNet(**small_model.config)(image).shape == (2, 7)
+    small_model.reset_classifier(0)
+    assert small_model(image).shape == (2, 24)
+
+
+def test_gradient_checkpointing_keeps_output_and_gradients(small_model):
+    image = torch.randn(2, 3, 48, 48)
+    plain = torch.autograd.grad(small_model(image).square().sum(), list(small_model.parameters()))
+    small_model.set_grad_checkpointing(True)
+    recomputed = torch.autograd.grad(small_model(image).square().sum(), list(small_model.parameters()))
+    torch.testing.assert_close(recomputed, plain)
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_every_parameter_falls_in_a_group_of_the_matcher(small_model, coarse):
+    matcher = small_model.group_matcher(coarse)
+    patterns = [matcher["stem"], *(pattern for pattern, _ in matcher["blocks"])]
+    for name, _ in small_model.named_parameters():
+        assert any(re.match(pattern, name) for pattern in patterns), name
+    assert small_model.no_weight_decay() <= {name for name, _ in small_model.named_parameters()}
+
+
+def test_stochastic_depth_rises_linearly_from_the_first_block_to_the_last():
+    model = create_model("hatnet_tiny", drop_path_rate=0.24)
+    rates = [module.rate for module in model.modules() if isinstance(module, DropPath)]
+    assert rates == pytest.approx([0.02 * i for i in range(13)])
+
+
+def test_weights_are_drawn_from_a_truncated_normal_of_std_002():
+    model = create_model("hatnet_tiny")
+    assert model.stages[2].downsample.conv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all(), name
+        elif p.ndim == 1:
+            assert (p == 1).all(), name
+
+
+def test_any_number_of_input_channels_and_classes():
+    model = HATNet(**SMALL, in_chans=5, num_classes=3)
+    assert model(torch.randn(2, 5, 32, 40)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3, 64, 64), "input must be B×3×H×W, got shape (3, 64, 64)"),
+        ((1, 1, 64, 64), "input must be B×3×H×W, got shape (1, 1, 64, 64)"),
+        ((1, 3, 31, 64), "at least 32 pixels, got 31×64"),
+        ((1, 3, 64, 16), "at least 32 pixels, got 64×16"),
+    ],
+)
+def test_images_of_the_wrong_shape_are_refused(small_model, shape, message):
+    for function in (small_model, small_model.forward_features, small_model.forward_intermediates):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            function(torch.randn(shape))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("embed_dims", (8, 16, 17, 24), "head_dim must divide .* head_dim=8 and dim=17"),
+        ("embed_dims", (8, 16, 24), "embed_dims must hold 4 integers, got (8, 16, 24)"),
+        ("depths", (1, 1, 0, 1), "depths must be an integer of at least 1, got 0"),
+        ("num_classes", -1, "num_classes must be 0 (no classifier) or positive, got -1"),
+        ("in_chans", 0, "in_chans must be an integer of at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name_and_value(argument, value, message):
+    pattern = message if ".*" in message else re.escape(message)
+    with pytest.raises(ValueError, match=pattern):
+        HATNet(**{**SMALL, argument: value})
