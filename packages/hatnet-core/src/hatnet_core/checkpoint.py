@@ -70,10 +70,12 @@ def save_checkpoint(model: HATNet, path: str | Path, metadata: Mapping[str, Any]
         "config": model.config,
         **(metadata or {}),
     }
+    content = safetensors_torch.save(tensors, {"format": "pt", "hatnet": json.dumps(record)})
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        safetensors_torch.save_file(tensors, staged, {"format": "pt", "hatnet": json.dumps(record)})
-        with staged.open("rb") as file:
+        with staged.open("wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
     finally:

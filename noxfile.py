@@ -1,0 +1,84 @@
+"""Everything that checks this repository: ``nox`` alone runs what CI runs, ``nox --list`` shows the sessions.
+
+Every session has an environment of its own, made by uv from ``constraints.txt``; uv keeps the wheels, so that an
+environment costs seconds after the first time.
+"""
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv"
+nox.options.sessions = ["lint", "typing", "tests", "wheels", "demo"]
+
+PACKAGES = ["core", "train", "dense", "analysis"]
+
+FORWARD_PASS = """
+import importlib.metadata, sys
+import torch
+from hatnet_core import create_model
+
+required = [r for r in importlib.metadata.requires("hatnet-core") if "extra ==" not in r]
+assert required == ["torch>=2.10"], required
+model = create_model("hatnet_tiny", num_classes=10).eval()
+with torch.inference_mode():
+    assert model(torch.zeros(1, 3, 64, 96)).shape == (1, 10)
+assert "site-packages" in sys.modules["hatnet_core"].__file__
+print("hatnet-core alone:", sum(p.numel() for p in model.parameters()), "parameters, forward pass done")
+"""
+
+
+def install(session: nox.Session, *packages: str, groups: tuple[str, ...] = ()) -> None:
+    """Install packages of this workspace in place, with all their extras, and dependency groups of the root."""
+    wanted = [f"--group={group}" for group in groups]
+    # hatnet-core is named each time: the others are tested with the one beside them, not with a release.
+    for package in dict.fromkeys(["core", *packages]):
+        wanted += ["-e", f"packages/hatnet-{package}[all]"]
+    session.install("-c", "constraints.txt", *wanted)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, import order, docstrings, spelling."""
+    session.install("-c", "constraints.txt", "--group=lint")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("codespell")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Strict type checking of every package."""
+    install(session, *PACKAGES, groups=("typing",))
+    session.run("mypy", *(f"packages/hatnet-{package}/src" for package in PACKAGES))
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def tests(session: nox.Session, package: str) -> None:
+    """Tests of one package, such as "tests(core)"; arguments after -- go to pytest."""
+    install(session, package, groups=("test",))
+    session.run("pytest", f"packages/hatnet-{package}", *session.posargs)
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build every wheel and sdist; install the core wheel alone in an empty environment and use it."""
+    dist = Path(session.create_tmp()) / "dist"
+    for package in PACKAGES:
+        folder = dist / package
+        session.run_install(
+            "uv", "build", "--quiet", "--clear", "--out-dir", str(folder), f"packages/hatnet-{package}"
+        )
+        session.log("built " + ", ".join(sorted(f.name for f in folder.glob("hatnet*"))))
+    (wheel,) = (dist / "core").glob("*.whl")
+    session.install("-c", "constraints.txt", f"hatnet-core @ {wheel.resolve().as_uri()}")
+    session.run("python", "-W", "error", "-c", FORWARD_PASS)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train on scikit-learn's digits under DeepSpeed, predict held-out images, show what came out."""
+    install(session, "train")
+    session.run("python", "examples/digits_demo.py", *session.posargs)

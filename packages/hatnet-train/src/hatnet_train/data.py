@@ -1,0 +1,151 @@
+"""Images in, tensors out: preprocessing, the digits data set, and the one global order of samples.
+
+The order of the training images and the augmentation of each depend on the seed, the epoch and the image alone, so
+that any number of processes sees the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+MEAN = 0.5
+STD = 0.5
+"""Pixel values in [0, 1] are normalised to (value - MEAN) / STD, in [-1, 1]."""
+
+HELD_OUT = 360
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Decode an image file as RGB.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not an image that Pillow can decode.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no image at {path}: expected an existing file")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read {path} as an image: {error}") from error
+
+
+def preprocess(image: Image.Image, size: int) -> Tensor:
+    """Resize the short side to ``size`` pixels (bilinear), crop the centre square and normalise.
+
+    Returns:
+        [3, size, size], float32 in [-1, 1].
+    """
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    pixels = np.asarray(resized.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
+    return torch.from_numpy((pixels - MEAN) / STD).permute(2, 0, 1).contiguous()
+
+
+class Digits:
+    """The 1,797 hand-written digits that ship with scikit-learn, 8×8 grey scans, 360 of them held out.
+
+    The split is fixed and stratified by class. The images are decoded once and kept in memory.
+
+    Args:
+        train: the 1,437 training images, or the 360 held out.
+        size: side in pixels that :func:`preprocess` resizes to.
+
+    Attributes:
+        scans: the original scans, grey images of 8×8 pixels, for looking at.
+        images: [N, 3, size, size] float32.
+        labels: [N] int64, 0-9.
+
+    Raises:
+        ImportError: if scikit-learn is not installed.
+    """
+
+    classes = tuple(str(digit) for digit in range(10))
+
+    def __init__(self, *, train: bool, size: int) -> None:
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError as error:
+            raise ImportError("the digits recipe needs scikit-learn: pip install 'hatnet-train[digits]'") from error
+        digits = load_digits()
+        pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
+        everything = np.arange(len(pixels))
+        split = train_test_split(everything, test_size=HELD_OUT, stratify=digits.target, random_state=0)
+        chosen = split[0] if train else split[1]
+        self.scans = [Image.fromarray(pixels[i]) for i in chosen]
+        self.images = torch.stack([preprocess(scan, size) for scan in self.scans])
+        self.labels = torch.from_numpy(digits.target[chosen]).long()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def shift(image: Tensor, rows: int, columns: int) -> Tensor:
+    """Move an image [C, H, W] down by ``rows`` and right by ``columns`` pixels; black (-1) fills the border."""
+    height, width = image.shape[-2:]
+    moved = torch.full_like(image, (0 - MEAN) / STD)
+    target = moved[:, max(rows, 0) : height + min(rows, 0), max(columns, 0) : width + min(columns, 0)]
+    target.copy_(image[:, max(-rows, 0) : height - max(rows, 0), max(-columns, 0) : width - max(columns, 0)])
+    return moved
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
+    """The global order of ``length`` training images in an epoch: a permutation that depends on nothing else."""
+    return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+def train_batches(
+    data: Digits, *, batch_size: int, seed: int, epoch: int, max_shift: int, rank: int, world_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of each global batch of an epoch; the incomplete last batch is left out.
+
+    The parts of ranks 0, 1, ... one behind the other are the global batch in its order.
+
+    Args:
+        data: the training images.
+        batch_size: global batch size, a multiple of ``world_size``.
+        seed: seed of order and augmentation.
+        epoch: counted from 0.
+        max_shift: largest random shift in pixels.
+        rank: this process.
+        world_size: number of processes.
+
+    Yields:
+        Images [batch_size / world_size, 3, H, W] and labels [batch_size / world_size].
+    """
+    order = epoch_order(len(data), seed, epoch)
+    share = batch_size // world_size
+    for start in range(0, len(order) - batch_size + 1, batch_size):
+        indices = order[start + rank * share : start + (rank + 1) * share]
+        yield (
+            torch.stack([_augment(data.images[i], max_shift, [seed, epoch, int(i)]) for i in indices]),
+            data.labels[torch.from_numpy(indices)],
+        )
+
+
+def evaluation_batches(
+    data: Digits, *, batch_size: int, rank: int, world_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's held-out images in batches; over all ranks every image comes exactly once.
+
+    Yields:
+        Images [at most batch_size, 3, H, W] and labels.
+    """
+    images, labels = data.images[rank::world_size], data.labels[rank::world_size]
+    yield from zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
+
+
+def _augment(image: Tensor, max_shift: int, seed: list[int]) -> Tensor:
+    rows, columns = np.random.default_rng(seed).integers(-max_shift, max_shift, size=2, endpoint=True)
+    return shift(image, int(rows), int(columns))

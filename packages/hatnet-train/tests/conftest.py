@@ -1,0 +1,50 @@
+"""Shared by the tests of hatnet-train: a checkpoint to predict with, and running the commands for real."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hatnet_core import create_model, save_checkpoint
+
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """An untrained model.safetensors as hatnet-train writes it."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
+    classes = [str(digit) for digit in range(10)]
+    save_checkpoint(create_model("hatnet_tiny", num_classes=10), path, {"classes": classes, "image_size": 32})
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_command():
+    """Run a command of this environment to its end; it and what it started are ended after ten minutes."""
+
+    def run(*command, cwd=None):
+        environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a group of its own, so that a launcher ends with all that it launched
+        )
+        try:
+            out, err = process.communicate(timeout=600)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    return run

@@ -1,0 +1,107 @@
+"""Real runs: every way to launch hatnet-train, with real processes, must give the same training."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from conftest import BIN, ROOT
+from hatnet_core import HATNet, load_checkpoint, read_metadata
+from hatnet_train.data import Digits
+
+SHORT = ["--recipe", "digits", "--epochs", "2", "--batch-size", "240", "--lr", "3e-4", "--seed", "5"]
+MODULE = [BIN / "deepspeed", "--num_accelerators", "2", "--module", "hatnet_train"]
+
+
+@pytest.fixture(scope="module")
+def alone(run_command, tmp_path_factory):
+    """The run folder of one process without a launcher."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    done = run_command(BIN / "hatnet-train", *SHORT, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 2/2: train loss" in done.stderr
+    return out
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_leaves_everything_it_promises(alone):
+    first, last = metrics(alone)
+    assert last["eval_loss"] < first["eval_loss"] < 2.31
+    assert last["top1"] > 30
+    record = json.loads((alone / "config.json").read_text())
+    assert record["config"]["batch_size"] == 240
+    assert record["world_size"] == 1
+    with Image.open(alone / "curves.png") as picture:
+        picture.verify()
+    assert list((alone / "tensorboard").iterdir())
+    assert (alone / "checkpoints" / "latest").read_text() == "epoch-0002"
+    assert sorted(p.name for p in (alone / "checkpoints").iterdir()) == ["epoch-0002", "latest"]
+
+
+def test_the_final_weights_load_and_give_the_reported_accuracy(alone):
+    model = HATNet(**read_metadata(alone / "model.safetensors")["config"]).eval()
+    load_checkpoint(model, alone / "model.safetensors")
+    held_out = Digits(train=False, size=32)
+    with torch.no_grad():
+        predicted = torch.cat([model(images).argmax(1) for images in held_out.images.split(60)])
+    right = (predicted == held_out.labels).sum().item()
+    assert 100 * right / 360 == pytest.approx(metrics(alone)[-1]["top1"])
+
+
+def test_the_deepspeed_checkpoint_holds_the_final_weights(alone):
+    (file,) = (alone / "checkpoints" / "epoch-0002").glob("*model_states.pt")
+    state = torch.load(file, map_location="cpu", weights_only=False)["module"]  # written by the run above
+    final = load_file(alone / "model.safetensors")
+    assert state.keys() == final.keys()
+    assert all(torch.equal(state[name], final[name]) for name in final)
+
+
+@pytest.mark.parametrize(
+    ("launch", "folder"),
+    [
+        (MODULE, "."),
+        ([BIN / "deepspeed", "--num_accelerators", "2", "hatnet-train"], "packages"),
+        ([BIN / "deepspeed", "--num_accelerators", "2", "packages/hatnet-train"], "."),
+    ],
+    ids=["module", "folder from packages", "folder from the root"],
+)
+def test_two_processes_however_launched_train_as_one_does(launch, folder, alone, run_command, tmp_path):
+    done = run_command(*launch, *SHORT, "--out", tmp_path / "run", cwd=ROOT / folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["world_size"] == 2
+    for ours, theirs in zip(metrics(tmp_path / "run"), metrics(alone), strict=True):
+        for name in ("train_loss", "eval_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+        assert ours["lr"] == theirs["lr"]
+    one, two = load_file(alone / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    difference = sum((one[n] - two[n]).double().square().sum() for n in one).sqrt()
+    assert difference < 1e-3 * sum(t.double().square().sum() for t in one.values()).sqrt()
+
+
+def test_a_run_folder_that_holds_a_run_is_refused_and_left_as_it_is(alone, run_command):
+    before = {p: p.stat().st_mtime_ns for p in alone.rglob("*")}
+    done = run_command(BIN / "hatnet-train", *SHORT, "--out", alone)
+    assert done.returncode == 1
+    assert f"hatnet-train: error: run folder {alone} is not empty" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {p: p.stat().st_mtime_ns for p in alone.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--batch-size", "31"], "batch_size must be a multiple of the number of processes, got 31 on 2"),
+        (["--batch-size", "1438"], "batch_size must be at most the 1437 training images, got 1438"),
+    ],
+)
+def test_a_batch_that_cannot_be_ends_the_launch_with_one_line(arguments, expected, run_command, tmp_path):
+    done = run_command(*MODULE, "--recipe", "digits", *arguments, "--out", tmp_path / "run")
+    assert done.returncode != 0
+    assert done.stderr.count("hatnet-train: error: ") == 1
+    assert expected in done.stderr
+    assert not (tmp_path / "run").exists()
