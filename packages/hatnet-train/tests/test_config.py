@@ -35,7 +35,7 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones():
         ("batch_size", 0, "batch_size must be at least 1, got 0"),
         ("lr", 0.0, "lr must be positive, got 0.0"),
         ("lr", float("nan"), "lr must be positive, got nan"),
-        ("warmup_epochs", 9.0, "warmup_epochs must be from 0 to below epochs=9, got 9.0"),
+        ("warmup_epochs", 7.0, "warmup_epochs must be from 0 to below epochs=7, got 7.0"),
         ("weight_decay", -0.1, "weight_decay must be 0 or positive, got -0.1"),
         ("label_smoothing", 1.0, r"label_smoothing must be in \[0, 1\), got 1.0"),
         ("drop_path_rate", 1.0, r"drop_path_rate must be in \[0, 1\), got 1.0"),

@@ -27,17 +27,20 @@ def grid_attention(qkv: Tensor, num_heads: int, grid_size: int) -> Tensor:
         [B, C, H, W], the dtype of ``qkv``.
     """
     height, width = qkv.shape[-2:]
-    pad_h, pad_w = -height % grid_size, -width % grid_size
+    grid = (
+        min(grid_size, height),
+        min(grid_size, width),
+    )  # one grid holds a smaller map whole, with nothing to complete
+    pad_h, pad_w = -height % grid[0], -width % grid[1]
+    mask = None
     if pad_h or pad_w:
         qkv = F.pad(qkv, (0, pad_w, 0, pad_h))
         exists = F.pad(qkv.new_ones(1, 1, height, width), (0, pad_w, 0, pad_h))
-        mask = _grids(exists, 1, grid_size).transpose(-2, -1).bool()  # [grids, 1, 1, G1²]
+        mask = _grids(exists, 1, grid).transpose(-2, -1).bool()  # [grids, 1, 1, positions of a grid]
         mask = mask.repeat(qkv.shape[0], 1, 1, 1)
-    else:
-        mask = None
-    q, k, v = (_grids(t, num_heads, grid_size) for t in qkv.chunk(3, dim=1))
+    q, k, v = (_grids(t, num_heads, grid) for t in qkv.chunk(3, dim=1))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return _ungrid(out, height + pad_h, width + pad_w, grid_size)[..., :height, :width]
+    return _ungrid(out, height + pad_h, width + pad_w, grid)[..., :height, :width]
 
 
 def token_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -162,15 +165,15 @@ def _tokens(x: Tensor, num_heads: int) -> Tensor:
     return x.reshape(b, num_heads, c // num_heads, h * w).transpose(-2, -1)
 
 
-def _grids(x: Tensor, num_heads: int, g: int) -> Tensor:
-    """[B, heads·d, H, W] → [B·(H/g)·(W/g), heads, g², d]; g divides H and W (Eq. 6)."""
+def _grids(x: Tensor, num_heads: int, grid: tuple[int, int]) -> Tensor:
+    """[B, heads·d, H, W] → [B·(H/g)·(W/g'), heads, g·g', d] for grids of g×g', which divide H and W (Eq. 6)."""
     b, c, h, w = x.shape
-    x = x.reshape(b, num_heads, c // num_heads, h // g, g, w // g, g)
-    return x.permute(0, 3, 5, 1, 4, 6, 2).reshape(-1, num_heads, g * g, c // num_heads)
+    x = x.reshape(b, num_heads, c // num_heads, h // grid[0], grid[0], w // grid[1], grid[1])
+    return x.permute(0, 3, 5, 1, 4, 6, 2).reshape(-1, num_heads, grid[0] * grid[1], c // num_heads)
 
 
-def _ungrid(x: Tensor, h: int, w: int, g: int) -> Tensor:
-    """[B·(h/g)·(w/g), heads, g², d] → [B, heads·d, h, w], the inverse of :func:`_grids` (Eq. 8)."""
+def _ungrid(x: Tensor, h: int, w: int, grid: tuple[int, int]) -> Tensor:
+    """[B·(h/g)·(w/g'), heads, g·g', d] → [B, heads·d, h, w], the inverse of :func:`_grids` (Eq. 8)."""
     heads, d = x.shape[1], x.shape[3]
-    x = x.reshape(-1, h // g, w // g, heads, g, g, d)
+    x = x.reshape(-1, h // grid[0], w // grid[1], heads, *grid, d)
     return x.permute(0, 3, 6, 1, 4, 2, 5).reshape(-1, heads * d, h, w)

@@ -29,10 +29,10 @@ class TrainConfig:
 
     variant: str = _described("hatnet_tiny", "model to train, one of hatnet_core.list_models()")
     image_size: int = _described(32, "side of the square input in pixels, at least 32")
-    epochs: int = _described(9, "passes over the training images")
+    epochs: int = _described(7, "passes over the training images")
     batch_size: int = _described(32, "images an optimizer step, over all processes together")
     lr: float = _described(1e-4, "peak learning rate")
-    warmup_epochs: float = _described(2.7, "epochs of linear warm-up to the peak; a cosine leads to zero after it")
+    warmup_epochs: float = _described(2.1, "epochs of linear warm-up to the peak; a cosine leads to zero after it")
     weight_decay: float = _described(0.05, "AdamW weight decay (Sec. 4.1), not on biases and norms")
     label_smoothing: float = _described(0.0, "label smoothing of the training loss, in [0, 1)")
     drop_path_rate: float = _described(0.0, "stochastic depth of the last block, in [0, 1)")

@@ -30,8 +30,8 @@ def deepspeed_config(config: TrainConfig, *, steps_per_epoch: int, world_size: i
         "train_micro_batch_size_per_gpu": config.batch_size // world_size,
         "optimizer": {
             "type": "AdamW",
-            # PyTorch's own AdamW: DeepSpeed's fused one would have to be compiled first.
-            "params": {"lr": config.lr, "betas": [0.9, 0.999], "eps": 1e-8, "torch_adam": True},
+            # PyTorch's own fused AdamW: that of DeepSpeed would have to be compiled first.
+            "params": {"lr": config.lr, "betas": [0.9, 0.999], "eps": 1e-8, "torch_adam": True, "fused": True},
         },
         "scheduler": {
             "type": "WarmupCosineLR",

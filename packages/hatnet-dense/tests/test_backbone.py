@@ -1,0 +1,177 @@
+import logging
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, Registry
+
+from hatnet_core import HATNet, create_model, list_models, save_checkpoint
+from hatnet_dense import HATNetBackbone
+
+CHANNELS = {
+    "hatnet_tiny": (48, 96, 240, 384),
+    "hatnet_small": (64, 128, 320, 512),
+    "hatnet_medium": (64, 128, 320, 512),
+    "hatnet_large": (64, 128, 320, 640),
+}
+
+
+def build(**arguments):
+    return MODELS.build({"type": "HATNetBackbone", **arguments})
+
+
+@pytest.fixture
+def child_registry():
+    """A registry below the root one, as MMDetection and MMSegmentation have."""
+    scope = "library_of_the_test"
+    yield Registry("model", parent=MODELS, scope=scope)
+    del MODELS.children[scope]
+
+
+def test_it_is_built_by_name_from_the_root_registry():
+    assert isinstance(build(), HATNetBackbone)
+
+
+def test_a_child_registry_falls_back_to_it(child_registry):
+    backbone = child_registry.build({"type": "HATNetBackbone", "variant": "hatnet_tiny", "out_indices": (0, 1)})
+    assert isinstance(backbone, HATNetBackbone)
+
+
+def test_it_is_built_from_a_config_file_that_imports_the_package(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(
+        "custom_imports = dict(imports=['hatnet_dense'])\n"
+        "backbone = dict(type='HATNetBackbone', out_indices=[1, 3], drop_path_rate=0.1)\n"
+    )
+    backbone = MODELS.build(Config.fromfile(path).backbone)
+    assert backbone.out_indices == (1, 3)
+
+
+@pytest.mark.parametrize("variant", list_models())
+def test_the_maps_of_an_odd_size_have_the_channels_and_reductions_of_the_stages(variant):
+    with torch.device("meta"):
+        features = build(variant=variant).eval()(torch.empty(2, 3, 75, 101))
+    assert isinstance(features, tuple)
+    assert [tuple(f.shape) for f in features] == [
+        (2, channels, -(-75 // r), -(-101 // r)) for channels, r in zip(CHANNELS[variant], (4, 8, 16, 32), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 2), (3, 0)])
+def test_the_maps_are_those_of_the_model_with_the_same_weights_and_the_grids_of_the_dense_tasks(out_indices):
+    backbone = build(out_indices=out_indices).eval()
+    model = create_model("hatnet_tiny", grid_sizes=(8, 8, 8), pool_sizes=(16, 8, 4)).eval()
+    model.load_state_dict(backbone.model.state_dict(), strict=False)
+    image = torch.randn(1, 3, 70, 90)
+    with torch.no_grad():
+        for actual, expected in zip(backbone(image), model.forward_intermediates(image, out_indices), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("out_indices", [(0,), (2, 1), (0, 1, 2, 3)])
+def test_every_parameter_gets_a_gradient_whatever_is_returned(out_indices):
+    backbone = build(out_indices=out_indices, drop_path_rate=0.0)
+    features = backbone(torch.randn(1, 3, 96, 96))  # two pooled keys a side: one alone has no gradient
+    sum(f.square().mean() for f in features).backward()
+    without = [name for name, p in backbone.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_the_arguments_reach_the_model():
+    backbone = build(grid_sizes=(8, 7, 7), pool_sizes=(8, 4, 2), in_chans=5, drop_path_rate=0.25)
+    assert backbone.model.config["grid_sizes"] == (8, 7, 7)
+    assert backbone.model.config["pool_sizes"] == (8, 4, 2)
+    assert backbone.model.config["in_chans"] == 5
+    assert backbone.model.stages[3].blocks[-1].drop_path.rate == 0.25
+
+
+@pytest.mark.parametrize("name", ["ours.safetensors", "plain.pth"])
+def test_init_weights_takes_over_classification_weights(name, tmp_path):
+    classifier = create_model("hatnet_tiny", num_classes=10 if name == "ours.safetensors" else 1000)
+    if name == "ours.safetensors":
+        save_checkpoint(classifier, tmp_path / name)
+    else:
+        torch.save(classifier.state_dict(), tmp_path / name)
+    backbone = build(out_indices=(0, 2), init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / name)})
+    backbone.init_weights()
+    weights = classifier.state_dict()
+    loaded = backbone.model.state_dict()
+    assert not any(key.startswith("stages.3") for key in loaded)
+    for key, value in loaded.items():
+        torch.testing.assert_close(value, weights[key], rtol=0, atol=0)
+
+
+def test_weights_that_were_changed_after_loading_are_not_loaded_again(tmp_path):
+    save_checkpoint(create_model("hatnet_tiny", num_classes=0), tmp_path / "ours.safetensors")
+    backbone = build(init_cfg={"type": "Pretrained", "checkpoint": tmp_path / "ours.safetensors"})
+    backbone.init_weights()
+    torch.nn.init.ones_(backbone.model.stem.conv1.bias)
+    backbone.init_weights()
+    assert (backbone.model.stem.conv1.bias == 1).all()
+
+
+def test_init_weights_keeps_the_random_weights_without_a_checkpoint():
+    backbone = build()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    logging.disable(logging.INFO)
+    try:
+        backbone.init_weights()
+    finally:
+        logging.disable(logging.NOTSET)
+    for name, value in backbone.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_is_missing_or_of_another_model_is_refused(tmp_path):
+    save_checkpoint(create_model("hatnet_tiny", num_classes=0), tmp_path / "tiny.safetensors")
+    small = build(variant="hatnet_small", init_cfg={"type": "Pretrained", "checkpoint": tmp_path / "tiny.safetensors"})
+    with pytest.raises(ValueError, match="holds hatnet_tiny with 0 classes; expected hatnet_small"):
+        small.init_weights()
+    absent = build(init_cfg={"type": "Pretrained", "checkpoint": "absent.pth"})
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at absent\.pth"):
+        absent.init_weights()
+
+
+@pytest.mark.parametrize("out_indices", [(4,), (0, -1), (), 3, (0, 1.0), ("0",)])
+def test_out_indices_that_name_no_stage_are_refused_with_their_value(out_indices):
+    with pytest.raises(ValueError, match="out_indices must name stages out of 0, 1, 2, 3, got ") as error:
+        build(out_indices=out_indices)
+    assert repr(out_indices) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "init_cfg",
+    [
+        {"type": "Kaiming", "layer": "Conv2d"},
+        {"type": "Pretrained", "checkpoint": "a.pth", "prefix": "backbone."},
+        {"type": "Pretrained"},
+        [{"type": "Pretrained", "checkpoint": "a.pth"}],
+    ],
+)
+def test_an_init_cfg_that_it_does_not_load_is_refused_with_its_value(init_cfg):
+    with pytest.raises(ValueError, match=r"init_cfg must be dict\(type='Pretrained', checkpoint=PATH\)") as error:
+        build(init_cfg=init_cfg)
+    assert repr(init_cfg) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"variant": "resnet"}, "unknown model 'resnet'"),
+        ({"grid_sizes": (8, 8)}, r"grid_sizes must hold 3 integers, got \(8, 8\)"),
+        ({"pool_sizes": (16, 8, 0)}, "pool_sizes must be an integer of at least 1, got 0"),
+        ({"drop_path_rate": 1.5}, r"drop path rate must be in \[0, 1\), got 1\."),
+    ],
+)
+def test_other_arguments_out_of_range_are_refused_with_their_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(**arguments)
+
+
+def test_an_image_of_the_wrong_shape_is_refused_with_it():
+    with pytest.raises(ValueError, match=r"input must be B×3×H×W, got shape \(1, 1, 64, 64\)"):
+        build()(torch.zeros(1, 1, 64, 64))
+
+
+def test_the_model_inside_is_the_one_of_hatnet_core():
+    assert isinstance(build().model, HATNet)
