@@ -49,7 +49,7 @@ def test_the_installed_command_counts_and_writes_nothing_else():
 def test_the_installed_command_refuses_bad_input_in_one_line(arguments, said):
     done = run(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"hatnet-analysis {arguments[0]}: ")
+    assert done.stderr.startswith(f"hatnet-analysis {arguments[0]}: error: ")
     assert done.stderr.count("\n") == 1
     assert all(words in done.stderr for words in said)
 
