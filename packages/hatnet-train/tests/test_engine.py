@@ -83,13 +83,23 @@ def test_two_processes_however_launched_train_as_one_does(launch, folder, alone,
     assert difference < 1e-3 * sum(t.double().square().sum() for t in one.values()).sqrt()
 
 
-def test_a_run_folder_that_holds_a_run_is_refused_and_left_as_it_is(alone, run_command):
+@pytest.mark.parametrize("launch", [[BIN / "hatnet-train"], MODULE], ids=["alone", "two processes"])
+def test_a_run_folder_that_holds_a_run_is_refused_and_left_as_it_is(launch, alone, run_command):
     before = {p: p.stat().st_mtime_ns for p in alone.rglob("*")}
-    done = run_command(BIN / "hatnet-train", *SHORT, "--out", alone)
-    assert done.returncode == 1
+    done = run_command(*launch, *SHORT, "--out", alone)
+    assert done.returncode != 0
     assert f"hatnet-train: error: run folder {alone} is not empty" in done.stderr
     assert "Traceback" not in done.stderr
     assert {p: p.stat().st_mtime_ns for p in alone.rglob("*")} == before
+
+
+def test_a_run_folder_that_cannot_be_made_ends_the_launch_with_one_line(run_command, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    done = run_command(*MODULE, *SHORT, "--out", tmp_path / "file" / "run")
+    assert done.returncode != 0
+    assert done.stderr.count("hatnet-train: error: ") == 1
+    assert f"cannot make run folder {tmp_path / 'file' / 'run'}: Not a directory" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

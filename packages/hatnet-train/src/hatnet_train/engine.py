@@ -46,7 +46,7 @@ def train(config: TrainConfig, out: Path) -> list[dict[str, Any]]:
         held-out images), ``lr`` at its end, ``images_per_second`` over all processes.
 
     Raises:
-        FileExistsError: if ``out`` already holds files.
+        OSError: if ``out`` already holds files or cannot be made.
         ValueError: if the processes cannot share a batch evenly.
         FloatingPointError: if the loss is no longer finite.
     """
@@ -58,8 +58,7 @@ def train(config: TrainConfig, out: Path) -> list[dict[str, Any]]:
     if steps_per_epoch == 0:
         raise ValueError(f"batch_size must be at most the {len(training)} training images, got {config.batch_size}")
     settings = deepspeed_config(config, steps_per_epoch=steps_per_epoch, world_size=world_size)
-    if rank == 0:
-        _open_run_folder(out, config, world_size)
+    _open_run_folder(out, config, world_size)
 
     torch.manual_seed(config.seed)
     model = create_model(
@@ -170,16 +169,30 @@ def _save_training_state(engine: deepspeed.DeepSpeedEngine, folder: Path, epoch:
 
 
 def _open_run_folder(out: Path, config: TrainConfig, world_size: int) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        raise FileExistsError(f"run folder {out} is not empty; expected a new or empty folder for --out")
-    record = {
+    """Rank 0 makes the folder and writes config.json; what stops it is raised on every rank."""
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if any(out.iterdir()):
+                problem = [f"run folder {out} is not empty; expected a new or empty folder for --out"]
+            else:
+                (out / "config.json").write_text(json.dumps(_run_record(config, world_size), indent=2) + "\n")
+        except OSError as error:
+            problem = [f"cannot make run folder {out}: {error.strerror}; expected a writable path for --out"]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        dist.destroy_process_group()
+        raise OSError(problem[0])
+
+
+def _run_record(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    return {
         "config": dataclasses.asdict(config),
         "world_size": world_size,
         "command": sys.argv,
         "versions": {name: version(name) for name in ("hatnet-core", "hatnet-train", "deepspeed", "torch", "numpy")},
     }
-    (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _join_processes() -> None:
@@ -190,7 +203,10 @@ def _join_processes() -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # Only DeepSpeed's inference uses this kernel, and to compile it takes 1.5 minutes in every new environment.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     _share_cores()
 
 
