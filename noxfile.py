@@ -4,6 +4,7 @@ Every session has an environment of its own, made by uv from ``constraints.txt``
 environment costs seconds after the first time.
 """
 
+import zipfile
 from pathlib import Path
 
 import nox
@@ -59,7 +60,11 @@ def typing(session: nox.Session) -> None:
 def tests(session: nox.Session, package: str) -> None:
     """Tests of one package, such as "tests(core)"; arguments after -- go to pytest."""
     install(session, package, groups=("test",))
-    session.run("pytest", f"packages/hatnet-{package}", *session.posargs)
+    paths = [f"packages/hatnet-{package}/tests"]
+    if package != "train":  # examples in docstrings and README are run; those of train would start DeepSpeed
+        examples = [f"packages/hatnet-{package}/src", f"packages/hatnet-{package}/README.md"]
+        paths += [*examples, "--doctest-modules", "--doctest-glob=README.md"]
+    session.run("pytest", *paths, *session.posargs)
 
 
 @nox.session
@@ -71,6 +76,10 @@ def wheels(session: nox.Session) -> None:
         session.run_install(
             "uv", "build", "--quiet", "--clear", "--out-dir", str(folder), f"packages/hatnet-{package}"
         )
+        (built,) = folder.glob("*.whl")
+        names = {name.partition("/")[2] for name in zipfile.ZipFile(built).namelist()}
+        for wanted in {"py.typed", "licenses/LICENSE", "METADATA"} - names:
+            session.error(f"{built.name} lacks {wanted}")
         session.log("built " + ", ".join(sorted(f.name for f in folder.glob("hatnet*"))))
     (wheel,) = (dist / "core").glob("*.whl")
     session.install("-c", "constraints.txt", f"hatnet-core @ {wheel.resolve().as_uri()}")

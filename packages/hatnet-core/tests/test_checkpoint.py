@@ -117,6 +117,35 @@ def test_a_foreign_safetensors_file_has_no_configuration(header, tmp_path):
         read_metadata(tmp_path / "x.safetensors")
 
 
+def test_another_head_dim_which_no_shape_shows_is_refused(small_model, tmp_path):
+    save_checkpoint(small_model, tmp_path / "m.safetensors")
+    other = HATNet(**{**small_model.config, "head_dim": 4})
+    with pytest.raises(ValueError, match="holds a model of head_dim=8; expected head_dim=4"):
+        load_checkpoint(other, tmp_path / "m.safetensors")
+
+
+def test_weights_that_are_not_floating_are_refused(small_model, tmp_path):
+    save_file({name: t.to(torch.int8) for name, t in small_model.state_dict().items()}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"head\.bias is torch\.int8 and should be floating"):
+        load_checkpoint(small_model, tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("name", ["version", "variant", "config"])
+def test_metadata_cannot_replace_what_describes_the_model(name, small_model, tmp_path):
+    with pytest.raises(ValueError, match=f"metadata must not hold {name}"):
+        save_checkpoint(small_model, tmp_path / "m.safetensors", {name: 1})
+
+
+@pytest.mark.parametrize("cut", [10, 100, 1000])
+def test_a_text_or_damaged_pth_is_refused_by_path(cut, released_files, tmp_path):
+    content = bytearray(released_files["hatnet_tiny"].read_bytes()[:100_000])
+    content[cut] ^= 0xFF
+    for name, data in {"text.pth": b"hello\n" * 9, "damaged.pth": bytes(content)}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"{name} is not a checkpoint of plain tensors"):
+            load_checkpoint(create_model("hatnet_tiny"), tmp_path / name)
+
+
 class Payload:
     def __reduce__(self):
         return (builtins.print, ("executed",))
@@ -132,6 +161,7 @@ def test_a_pickle_that_runs_code_is_refused_unexecuted(tmp_path, capsys):
 
 
 def test_a_file_without_a_state_dict_is_refused(tmp_path):
-    torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="must hold one dict of parameter names to tensors"):
-        load_checkpoint(create_model("hatnet_tiny"), tmp_path / "list.pth")
+    for content in ([torch.zeros(1)], {1: torch.zeros(1)}):
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match="must hold one dict of parameter names to tensors"):
+            load_checkpoint(create_model("hatnet_tiny"), tmp_path / "x.pth")

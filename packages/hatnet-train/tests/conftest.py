@@ -21,7 +21,11 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
     classes = [str(digit) for digit in range(10)]
-    save_checkpoint(create_model("hatnet_tiny", num_classes=10), path, {"classes": classes, "image_size": 32})
+    save_checkpoint(
+        create_model("hatnet_tiny", num_classes=10),
+        path,
+        {"classes": classes, "image_size": 32, "mean": 0.5, "std": 0.5},
+    )
     return path
 
 

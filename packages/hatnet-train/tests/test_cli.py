@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from hatnet_train.cli import predict, train
+from hatnet_train.cli import GRACE_SECONDS, predict, train
 
 
 def one_error_line(capsys):
@@ -26,7 +26,7 @@ def status(command, arguments):
     [
         (["--recipe", "imagnet"], "unknown recipe 'imagnet'; known recipes: digits"),
         (["--recipe", "digits", "--varaint", "x"], "unrecognized arguments: --varaint x"),
-        (["--recipe", "digits", "--image-size", "24"], "image_size must be at least 32 pixels, got 24"),
+        (["--recipe", "digits", "--image-size", "24"], "image_size must be from 32 to 2048 pixels, got 24"),
         (["--recipe", "digits", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["--recipe", "digits", "--variant", "hatnet_huge"], "got hatnet_huge"),
         ([], "the following arguments are required: --recipe"),
@@ -40,10 +40,13 @@ def test_wrong_training_arguments_end_with_one_line_and_make_no_folder(arguments
     assert not (tmp_path / "run").exists()
 
 
-def test_only_rank_0_reports_what_every_process_of_a_launch_meets(tmp_path, capsys, monkeypatch):
+def test_other_ranks_report_late_and_under_their_number(tmp_path, capsys, monkeypatch):
+    waits = []
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("time.sleep", waits.append)
     assert status(train, ["--recipe", "imagnet", "--out", tmp_path]) != 0
-    assert capsys.readouterr().err == ""
+    assert one_error_line(capsys).startswith("hatnet-train: error: [rank 1] unknown recipe 'imagnet'")
+    assert waits == [GRACE_SECONDS]
 
 
 @pytest.mark.parametrize("broken", ["missing image", "unreadable image", "missing checkpoint", "corrupt checkpoint"])
@@ -79,4 +82,4 @@ def test_help_shows_an_example_and_every_default(command, capsys):
     assert status(command, ["--help"]) == 0
     text = capsys.readouterr().out
     assert "example" in text
-    assert "default" in text
+    assert "(default table)" in text or "(digits: 7)" in text

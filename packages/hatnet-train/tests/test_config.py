@@ -30,8 +30,9 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones():
     ("field", "value", "expected"),
     [
         ("variant", "resnet50", "variant must be one of hatnet_tiny, .* got resnet50"),
-        ("image_size", 31, "image_size must be at least 32 pixels, got 31"),
-        ("epochs", 0, "epochs must be at least 1, got 0"),
+        ("image_size", 31, "image_size must be from 32 to 2048 pixels, got 31"),
+        ("image_size", 4096, "image_size must be from 32 to 2048 pixels, got 4096"),
+        ("epochs", 0, "epochs must be from 1 to 1000000, got 0"),
         ("batch_size", 0, "batch_size must be at least 1, got 0"),
         ("lr", 0.0, "lr must be positive, got 0.0"),
         ("lr", float("nan"), "lr must be positive, got nan"),

@@ -38,11 +38,11 @@ def test_the_split_has_the_class_shares_of_the_whole_and_is_always_the_same(held
 
 
 def test_images_are_the_scans_enlarged_and_normalised(held_out):
-    assert held_out.images.shape == (360, 3, 32, 32)
-    assert held_out.images.min() >= -1
-    assert held_out.images.max() <= 1
+    assert held_out[7].shape == (3, 32, 32)
+    assert held_out[7].min() >= -1
+    assert held_out[7].max() <= 1
     grey = np.asarray(held_out.scans[7], dtype=np.float32)
-    assert held_out.images[7].mean().item() == pytest.approx(grey.mean() / 127.5 - 1, abs=0.05)
+    assert held_out[7].mean().item() == pytest.approx(grey.mean() / 127.5 - 1, abs=0.05)
 
 
 @settings(max_examples=20, deadline=None)
@@ -65,9 +65,10 @@ def test_an_epoch_sees_no_image_twice_and_leaves_out_less_than_a_batch(training)
     batches = list(train_batches(training, batch_size=100, seed=0, epoch=0, max_shift=0, rank=0, world_size=1))
     seen = torch.cat([images for images, _ in batches])
     assert len(batches) == 14
-    distinct = len(torch.unique(training.images.flatten(1), dim=0))
+    images = [training[i] for i in range(len(training))]
+    distinct = len(torch.unique(torch.stack(images).flatten(1), dim=0))
     assert len(torch.unique(seen.flatten(1), dim=0)) >= distinct - 37
-    label_of = dict(zip((i.numpy().tobytes() for i in training.images), training.labels.tolist(), strict=True))
+    label_of = dict(zip((i.numpy().tobytes() for i in images), training.labels.tolist(), strict=True))
     labels = torch.cat([labels for _, labels in batches]).tolist()
     assert labels == [label_of[image.numpy().tobytes()] for image in seen]
 
@@ -89,8 +90,8 @@ def test_evaluation_counts_every_image_exactly_once(held_out, world_size):
                 key = (image.numpy().tobytes(), label)
                 counts[key] = counts.get(key, 0) + 1
     expected = {}
-    for image, label in zip(held_out.images, held_out.labels.tolist(), strict=True):
-        key = (image.numpy().tobytes(), label)
+    for i, label in enumerate(held_out.labels.tolist()):
+        key = (held_out[i].numpy().tobytes(), label)
         expected[key] = expected.get(key, 0) + 1
     assert counts == expected
 
@@ -120,6 +121,11 @@ def test_images_of_every_mode_are_read_as_rgb(mode, tmp_path):
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     Image.new(mode, (9, 5)).save(path)
     assert preprocess(read_image(path), 32).shape == (3, 32, 32)
+
+
+def test_16_bit_grey_is_scaled_to_8_bits(tmp_path):
+    Image.fromarray(np.full((4, 4), 0x7F80, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png").getpixel((0, 0)) == (0x7F, 0x7F, 0x7F)
 
 
 def test_a_missing_or_unreadable_image_is_refused_by_path(tmp_path):

@@ -3,25 +3,38 @@ import torch
 
 from hatnet_core import create_model
 from hatnet_train import build_config
-from hatnet_train.deepspeed_config import deepspeed_config, parameter_groups
+from hatnet_train.deepspeed_config import deepspeed_config, lr_factor, parameter_groups
 
 
 def test_the_global_batch_is_shared_by_the_processes():
-    settings = deepspeed_config(build_config("digits", {}), steps_per_epoch=44, world_size=2)
+    settings = deepspeed_config(build_config("digits", {}), world_size=2)
     assert settings["train_batch_size"] == 32
     assert settings["train_micro_batch_size_per_gpu"] == 16
 
 
-def test_the_schedule_covers_the_whole_run():
-    settings = deepspeed_config(build_config("digits", {"epochs": 9}), steps_per_epoch=44, world_size=1)
-    assert settings["scheduler"]["params"]["total_num_steps"] == 396
-    assert settings["scheduler"]["params"]["warmup_num_steps"] == 119
+def test_the_rate_rises_in_equal_steps_to_its_peak_and_falls_along_a_cosine_to_nearly_zero():
+    factors = [lr_factor(step, warmup_steps=4, total_steps=104) for step in range(104)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors == sorted(factors[:4]) + sorted(factors[4:], reverse=True)
+    assert factors[54] == pytest.approx(0.5)
+    assert 0 < factors[-1] < 1e-3
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD(weights, lr=1.0), T_max=100)
+    for factor in factors[4:]:
+        assert factor == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+        reference.optimizer.step()
+        reference.step()
+
+
+def test_a_run_without_warmup_starts_at_the_peak_and_one_of_a_single_step_has_it():
+    assert lr_factor(0, warmup_steps=0, total_steps=10) == 1.0
+    assert lr_factor(0, warmup_steps=1, total_steps=1) == 1.0
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused():
     expected = "batch_size must be a multiple of the number of processes, got 32 on 3"
     with pytest.raises(ValueError, match=expected):
-        deepspeed_config(build_config("digits", {}), steps_per_epoch=44, world_size=3)
+        deepspeed_config(build_config("digits", {}), world_size=3)
 
 
 def test_biases_and_norms_alone_are_free_of_weight_decay():

@@ -1,6 +1,7 @@
 """Real runs: every way to launch hatnet-train, with real processes, must give the same training."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -33,6 +34,9 @@ def test_a_run_learns_and_leaves_everything_it_promises(alone):
     first, last = metrics(alone)
     assert last["eval_loss"] < first["eval_loss"] < 2.31
     assert last["top1"] > 30
+    # 10 steps, 3 of warm-up: the 5th and the 10th are the last of their epochs
+    assert first["lr"] == pytest.approx(3e-4 * (1 + math.cos(math.pi * 1 / 7)) / 2)
+    assert last["lr"] == pytest.approx(3e-4 * (1 + math.cos(math.pi * 6 / 7)) / 2)
     record = json.loads((alone / "config.json").read_text())
     assert record["config"]["batch_size"] == 240
     assert record["world_size"] == 1
@@ -48,7 +52,7 @@ def test_the_final_weights_load_and_give_the_reported_accuracy(alone):
     load_checkpoint(model, alone / "model.safetensors")
     held_out = Digits(train=False, size=32)
     with torch.no_grad():
-        predicted = torch.cat([model(images).argmax(1) for images in held_out.images.split(60)])
+        predicted = torch.cat([model(held_out[i][None]).argmax(1) for i in range(360)])
     right = (predicted == held_out.labels).sum().item()
     assert 100 * right / 360 == pytest.approx(metrics(alone)[-1]["top1"])
 
@@ -91,6 +95,15 @@ def test_a_run_folder_that_holds_a_run_is_refused_and_left_as_it_is(launch, alon
     assert f"hatnet-train: error: run folder {alone} is not empty" in done.stderr
     assert "Traceback" not in done.stderr
     assert {p: p.stat().st_mtime_ns for p in alone.rglob("*")} == before
+
+
+def test_half_a_launcher_environment_is_refused_by_the_names_that_are_missing(run_command, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    done = run_command(BIN / "hatnet-train", *SHORT, "--out", tmp_path / "run")
+    assert done.returncode == 1
+    assert "sets RANK, WORLD_SIZE but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT; a launcher sets all" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_run_folder_that_cannot_be_made_ends_the_launch_with_one_line(run_command, tmp_path):

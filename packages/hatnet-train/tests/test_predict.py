@@ -1,6 +1,9 @@
+import json
+import re
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hatnet_core import HATNet, create_model, load_checkpoint, read_metadata, save_checkpoint
 from hatnet_train.data import Digits, preprocess
@@ -39,8 +42,28 @@ def test_more_or_fewer_classes_than_there_are_are_refused(checkpoint, scans, top
 
 def test_a_checkpoint_without_class_names_is_refused(tmp_path, scans):
     save_checkpoint(create_model("hatnet_tiny", num_classes=2), tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match=r"m\.safetensors names no classes and image size"):
+    with pytest.raises(ValueError, match=r"m\.safetensors has no usable classes, image_size, mean, std; expected"):
         predict(tmp_path / "m.safetensors", scans)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"classes": ["a"] * 9}, "has no usable classes"),
+        ({"classes": ["a"] * 11}, "has no usable classes"),
+        ({"image_size": 16}, "has no usable image_size"),
+        ({"image_size": True}, "has no usable image_size"),
+        ({"std": 0.0}, "has no usable std"),
+        ({"config": {"zz": 1}}, "holds a configuration that builds no HAT-Net"),
+        ({"config": {"embed_dims": 5, "depths": 5}}, "holds a configuration that builds no HAT-Net"),
+    ],
+)
+def test_a_record_that_does_not_fit_the_weights_is_refused_by_path(record, message, checkpoint, tmp_path, scans):
+    path = tmp_path / "m.safetensors"
+    header = {"hatnet": json.dumps({**read_metadata(checkpoint), **record})}
+    save_file(load_file(checkpoint), path, header)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} {message}"):
+        predict(path, scans)
 
 
 def test_a_checkpoint_whose_weights_are_of_another_model_is_refused(checkpoint, tmp_path, scans):

@@ -6,6 +6,8 @@ the two attentions, local and global; everything is B×C×H×W outside and token
 
 from __future__ import annotations
 
+import operator
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -63,7 +65,7 @@ class HierarchicalAttention(nn.Module):
     """H-MHSA (Eq. 6-14): attention inside small grids, then of every position to the pooled map.
 
     The residual ``+ X`` of Eq. 14 is outside, in the block, where stochastic depth acts on it. G1 and G2 carry
-    no parameters: ``grid_size`` and ``pool_size`` may be set on a built module at any time.
+    no parameters: ``grid_size`` and ``pool_size`` may be set on a built module (on a model, by ``set_grid``).
 
     Args:
         dim: C, number of input and output channels.
@@ -145,10 +147,10 @@ class Attention(nn.Module):
 
 
 def positive_int(name: str, value: int) -> int:
-    """Return ``value``; ValueError naming it unless it is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    """``value`` as an int; ValueError naming it unless it is an integer of at least 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return value
+    return operator.index(value)
 
 
 def _num_heads(dim: int, head_dim: int) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,18 +57,17 @@ def save_checkpoint(model: HATNet, path: str | Path, metadata: Mapping[str, Any]
     Raises:
         ImportError: if safetensors is not installed.
         FileNotFoundError: if the folder does not exist.
+        ValueError: if ``metadata`` names ``version``, ``variant`` or ``config``.
     """
     safetensors_torch = _import_safetensors()
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot save {path}: folder {path.parent} does not exist")
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    record = {
-        "version": __version__,
-        "variant": _variant(tensors),
-        "config": model.config,
-        **(metadata or {}),
-    }
+    record = {"version": __version__, "variant": _variant(tensors), "config": model.config}
+    if taken := record.keys() & (metadata or {}).keys():
+        raise ValueError(f"metadata must not hold {', '.join(sorted(taken))}, which describe the model itself")
+    record |= metadata or {}
     content = safetensors_torch.save(tensors, {"format": "pt", "hatnet": json.dumps(record)})
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -108,6 +106,8 @@ def load_checkpoint(model: HATNet, path: str | Path) -> list[str]:
     path = Path(path)
     state, dropped = _rename_released(_read_tensors(path))
     _check_same_model(model, state, path)
+    if path.suffix == ".safetensors":
+        _check_head_dim(model, path)
     model.load_state_dict(state)
     if dropped:
         logger.warning("%s: dropped %d unused proj_norm parameters", path, len(dropped))
@@ -156,9 +156,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a damaged file makes the unpickler raise anything from KeyError to struct.error
         raise ValueError(f"{path} is not a checkpoint of plain tensors: {_first_line(error)}") from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    plain = isinstance(state, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items())
+    if not plain:
         raise ValueError(f"{path} must hold one dict of parameter names to tensors, as the released files do")
     return state
 
@@ -189,12 +190,24 @@ def _check_same_model(model: HATNet, state: Mapping[str, Tensor], path: Path) ->
         for name in own
         if name in state and own[name].shape != state[name].shape
     ]
+    shapes += [f"{name} is {t.dtype} and should be floating" for name, t in state.items() if not t.is_floating_point()]
     if not (missing or unknown or shapes):
         return
     details = [f"missing {_some(missing)}"] if missing else []
     details += [f"unknown {_some(unknown)}"] if unknown else []
     details += [_some(shapes)] if shapes else []
     raise ValueError(f"{path} holds {_describe(state)}; expected {_describe(own)}: {'; '.join(details)}")
+
+
+def _check_head_dim(model: HATNet, path: Path) -> None:
+    """ValueError if our file says that its heads, which no shape shows, are of another size."""
+    own = model.config["head_dim"]
+    try:
+        stored = read_metadata(path)["config"].get("head_dim")
+    except ValueError:  # a safetensors file without configuration, from elsewhere
+        return
+    if stored != own:
+        raise ValueError(f"{path} holds a model of head_dim={stored}; expected head_dim={own}")
 
 
 def _some(names: list[str]) -> str:

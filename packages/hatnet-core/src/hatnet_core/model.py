@@ -7,6 +7,7 @@ in ``variants.py``.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,11 +124,11 @@ class HATNet(nn.Module):
             "pool_sizes": _positive_ints("pool_sizes", pool_sizes, 3),
             "in_chans": positive_int("in_chans", in_chans),
             "num_classes": _num_classes(num_classes),
-            "drop_rate": drop_rate,
-            "proj_drop_rate": proj_drop_rate,
-            "drop_path_rate": drop_path_rate,
+            "drop_rate": _rate("drop_rate", drop_rate),
+            "proj_drop_rate": _rate("proj_drop_rate", proj_drop_rate),
+            "drop_path_rate": _rate("drop_path_rate", drop_path_rate),
         }
-        self.num_classes = num_classes
+        self.num_classes: int = self.config["num_classes"]
         self.num_features = embed_dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(embed_dims)
@@ -222,9 +223,10 @@ class HATNet(nn.Module):
         Raises:
             ValueError: if ``num_classes`` is negative.
         """
-        self.num_classes = self.config["num_classes"] = _num_classes(num_classes)
+        num_classes = _num_classes(num_classes)
         weight = self.stem.conv1.weight
         self.head = _classifier(self.num_features, num_classes).to(device=weight.device, dtype=weight.dtype)
+        self.num_classes = self.config["num_classes"] = num_classes
         self.head.apply(_init_weights)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -240,17 +242,18 @@ class HATNet(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group parameters by depth, for layer-wise learning rate decay (timm's form).
 
+        The head matches none of them, so that timm gives it a group of its own behind the last block.
+
         Args:
             coarse: one group a stage instead of one a block.
         """
         if coarse:
-            return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^head", (99999,))]}
+            return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None)]}
         return {
             "stem": r"^stem",
             "blocks": [
                 (r"^stages\.(\d+)\.downsample", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^head", (99999,)),
             ],
         }
 
@@ -265,15 +268,22 @@ class HATNet(nn.Module):
 
 
 def _positive_ints(name: str, values: Sequence[int], length: int) -> tuple[int, ...]:
-    if len(values) != length:
-        raise ValueError(f"{name} must hold {length} integers, got {tuple(values)}")
+    if not isinstance(values, Sequence) or len(values) != length:
+        got = tuple(values) if isinstance(values, list) else values
+        raise ValueError(f"{name} must hold {length} integers, got {got!r}")
     return tuple(positive_int(name, value) for value in values)
 
 
 def _num_classes(value: int) -> int:
-    if value < 0:
-        raise ValueError(f"num_classes must be 0 (no classifier) or positive, got {value}")
-    return value
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
+        raise ValueError(f"num_classes must be a positive integer, or 0 for no classifier, got {value!r}")
+    return operator.index(value)
+
+
+def _rate(name: str, value: float) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    return float(value)
 
 
 def _classifier(num_features: int, num_classes: int) -> nn.Module:

@@ -7,12 +7,15 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_type_hints
 
 from hatnet_train.__about__ import __version__
 from hatnet_train.config import RECIPES, TrainConfig, build_config
+
+GRACE_SECONDS = 10.0
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
@@ -28,9 +31,13 @@ def train(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="run folder, new or empty")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the deepspeed launcher
     overrides = parser.add_argument_group("values over those of the recipe")
+    kinds = get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
-        kind = type(field.default)
-        text = f"{field.metadata['help']} (default {field.default})"
+        kind = kinds[field.name]
+        given = ", ".join(
+            f"{recipe}: {values[field.name]}" for recipe, values in RECIPES.items() if field.name in values
+        )
+        text = f"{field.metadata['help']} ({given or f'default {field.default}'})"
         flag = "--" + field.name.replace("_", "-")
         overrides.add_argument(
             flag, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=text.replace("%", "%%")
@@ -97,13 +104,24 @@ def _report_errors(prog: str, run: Callable[[], None]) -> int:
     """Exit status of ``run``: 0, or 1 after one line on what went wrong."""
     try:
         run()
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
         _print_error(prog, str(error))
         return 1
+    except KeyboardInterrupt:
+        _print_error(prog, "interrupted")
+        return 130
     return 0
 
 
 def _print_error(prog: str, message: str) -> None:
-    # Every process of a launch meets the same error; rank 0 alone reports it.
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{prog}: error: {message}", file=sys.stderr)
+    """Report an error that usually every process of a launch meets, in one line.
+
+    The launcher ends all processes soon after the first: the others leave rank 0 time to report, and speak only where
+    it did not end, because the error was theirs alone.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(GRACE_SECONDS)
+        print(f"{prog}: error: [rank {rank}] {message}", file=sys.stderr, flush=True)

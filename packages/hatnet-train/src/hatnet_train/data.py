@@ -33,29 +33,31 @@ def read_image(path: str | Path) -> Image.Image:
         raise FileNotFoundError(f"no image at {path}: expected an existing file")
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # Pillow would clip the 16 bits instead of scaling them
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read {path} as an image: {error}") from error
 
 
-def preprocess(image: Image.Image, size: int) -> Tensor:
+def preprocess(image: Image.Image, size: int, mean: float = MEAN, std: float = STD) -> Tensor:
     """Resize the short side to ``size`` pixels (bilinear), crop the centre square and normalise.
 
     Returns:
-        [3, size, size], float32 in [-1, 1].
+        [3, size, size], float32: (value - mean) / std of values in [0, 1].
     """
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
     pixels = np.asarray(resized.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
-    return torch.from_numpy((pixels - MEAN) / STD).permute(2, 0, 1).contiguous()
+    return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1).contiguous()
 
 
 class Digits:
     """The 1,797 hand-written digits that ship with scikit-learn, 8×8 grey scans, 360 of them held out.
 
-    The split is fixed and stratified by class. The images are decoded once and kept in memory.
+    The split is fixed and stratified by class. ``data[i]`` is the preprocessed image i, [3, size, size].
 
     Args:
         train: the 1,437 training images, or the 360 held out.
@@ -63,7 +65,6 @@ class Digits:
 
     Attributes:
         scans: the original scans, grey images of 8×8 pixels, for looking at.
-        images: [N, 3, size, size] float32.
         labels: [N] int64, 0-9.
 
     Raises:
@@ -84,11 +85,14 @@ class Digits:
         split = train_test_split(everything, test_size=HELD_OUT, stratify=digits.target, random_state=0)
         chosen = split[0] if train else split[1]
         self.scans = [Image.fromarray(pixels[i]) for i in chosen]
-        self.images = torch.stack([preprocess(scan, size) for scan in self.scans])
+        self.size = size
         self.labels = torch.from_numpy(digits.target[chosen]).long()
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return preprocess(self.scans[i], self.size)
 
 
 def shift(image: Tensor, rows: int, columns: int) -> Tensor:
@@ -129,7 +133,7 @@ def train_batches(
     for start in range(0, len(order) - batch_size + 1, batch_size):
         indices = order[start + rank * share : start + (rank + 1) * share]
         yield (
-            torch.stack([_augment(data.images[i], max_shift, [seed, epoch, int(i)]) for i in indices]),
+            torch.stack([_augment(data[i], max_shift, [seed, epoch, int(i)]) for i in indices]),
             data.labels[torch.from_numpy(indices)],
         )
 
@@ -142,8 +146,9 @@ def evaluation_batches(
     Yields:
         Images [at most batch_size, 3, H, W] and labels.
     """
-    images, labels = data.images[rank::world_size], data.labels[rank::world_size]
-    yield from zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
+    own = torch.arange(rank, len(data), world_size)
+    for indices in torch.split(own, batch_size):
+        yield torch.stack([data[int(i)] for i in indices]), data.labels[indices]
 
 
 def _augment(image: Tensor, max_shift: int, seed: list[int]) -> Tensor:

@@ -1,7 +1,8 @@
-"""From a :class:`TrainConfig` to the dictionary that ``deepspeed.initialize`` takes."""
+"""From a :class:`TrainConfig` to what ``deepspeed.initialize`` takes: its dictionary, parameter groups, schedule."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -10,12 +11,11 @@ from hatnet_core import HATNet
 from hatnet_train.config import TrainConfig
 
 
-def deepspeed_config(config: TrainConfig, *, steps_per_epoch: int, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: batch, AdamW, and a linear warm-up followed by a cosine to zero.
+def deepspeed_config(config: TrainConfig, *, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: batch and AdamW.
 
     Args:
         config: the run.
-        steps_per_epoch: optimizer steps of one epoch.
         world_size: number of processes.
 
     Raises:
@@ -33,16 +33,6 @@ def deepspeed_config(config: TrainConfig, *, steps_per_epoch: int, world_size: i
             # PyTorch's own fused AdamW: that of DeepSpeed would have to be compiled first.
             "params": {"lr": config.lr, "betas": [0.9, 0.999], "eps": 1e-8, "torch_adam": True, "fused": True},
         },
-        "scheduler": {
-            "type": "WarmupCosineLR",
-            "params": {
-                "total_num_steps": config.epochs * steps_per_epoch,
-                "warmup_num_steps": max(2, round(config.warmup_epochs * steps_per_epoch)),
-                "warmup_type": "linear",
-                "warmup_min_ratio": 0.0,
-                "cos_min_ratio": 0.0,
-            },
-        },
     }
 
 
@@ -57,3 +47,16 @@ def parameter_groups(model: HATNet, weight_decay: float) -> list[dict[str, Any]]
         {"params": with_decay, "weight_decay": weight_decay},
         {"params": without_decay, "weight_decay": 0.0},
     ]
+
+
+def lr_factor(step: int, *, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of a step as a share of its peak: linear warm-up, then a cosine towards zero (Sec. 4.1).
+
+    Args:
+        step: counted from 0.
+        warmup_steps: steps of the warm-up; the last of them has the peak rate. 0 starts at the peak.
+        total_steps: steps of the whole run, more than ``warmup_steps``.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))

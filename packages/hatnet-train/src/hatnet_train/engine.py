@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,17 @@ import torch
 import torch.nn.functional as F
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from hatnet_core import create_model, save_checkpoint
 from hatnet_train.config import TrainConfig
 from hatnet_train.data import MEAN, STD, Digits, evaluation_batches, train_batches
-from hatnet_train.deepspeed_config import deepspeed_config, parameter_groups
+from hatnet_train.deepspeed_config import deepspeed_config, lr_factor, parameter_groups
 from hatnet_train.monitor import Monitor
 
-logger = logging.getLogger("hatnet_train")
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells each process; none of them means that the process is alone."""
 
 
 def train(config: TrainConfig, out: Path) -> list[dict[str, Any]]:
@@ -43,7 +46,7 @@ def train(config: TrainConfig, out: Path) -> list[dict[str, Any]]:
 
     Returns:
         One dict an epoch: ``epoch`` (from 1), ``train_loss``, ``eval_loss``, ``top1`` and ``top5`` (percent of the
-        held-out images), ``lr`` at its end, ``images_per_second`` over all processes.
+        held-out images), ``lr`` of its last step, ``images_per_second`` over all processes.
 
     Raises:
         OSError: if ``out`` already holds files or cannot be made.
@@ -57,15 +60,24 @@ def train(config: TrainConfig, out: Path) -> list[dict[str, Any]]:
     steps_per_epoch = len(training) // config.batch_size
     if steps_per_epoch == 0:
         raise ValueError(f"batch_size must be at most the {len(training)} training images, got {config.batch_size}")
-    settings = deepspeed_config(config, steps_per_epoch=steps_per_epoch, world_size=world_size)
+    settings = deepspeed_config(config, world_size=world_size)
     _open_run_folder(out, config, world_size)
 
     torch.manual_seed(config.seed)
     model = create_model(
         config.variant, num_classes=len(Digits.classes), drop_rate=0.0, drop_path_rate=config.drop_path_rate
     )
+    torch.manual_seed(config.seed + rank)  # equal weights, but every rank drops other paths
+    schedule = partial(
+        lr_factor,
+        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+        total_steps=config.epochs * steps_per_epoch,
+    )
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=parameter_groups(model, config.weight_decay), config=settings
+        model=model,
+        model_parameters=parameter_groups(model, config.weight_decay),
+        lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
+        config=settings,
     )
     monitor = Monitor(out) if rank == 0 else None
     rows = []
@@ -125,7 +137,7 @@ def _train_epoch(
         world_size=dist.get_world_size(),
     )
     steps = len(data) // config.batch_size
-    start, total = time.perf_counter(), 0.0
+    start, total, lr = time.perf_counter(), 0.0, 0.0
     progress = tqdm(
         batches,
         f"epoch {epoch + 1}/{config.epochs}",
@@ -138,6 +150,7 @@ def _train_epoch(
         logits = engine(images.to(engine.device))
         loss = F.cross_entropy(logits, labels.to(engine.device), label_smoothing=config.label_smoothing)
         engine.backward(loss)
+        lr = engine.get_lr()[0]
         engine.step()
         global_loss = _mean_over_ranks(loss)
         if not global_loss < float("inf"):
@@ -145,11 +158,11 @@ def _train_epoch(
         total += global_loss
         progress.set_postfix(loss=f"{global_loss:.3f}", refresh=False)
         if monitor is not None:
-            monitor.train_step(engine.global_steps, global_loss, engine.get_lr()[0])
+            monitor.train_step(engine.global_steps, global_loss, lr)
     seconds = time.perf_counter() - start
     return {
         "train_loss": total / steps,
-        "lr": engine.get_lr()[0],
+        "lr": lr,
         "images_per_second": steps * config.batch_size / seconds,
     }
 
@@ -198,7 +211,11 @@ def _run_record(config: TrainConfig, world_size: int) -> dict[str, Any]:
 def _join_processes() -> None:
     """Start the process group that the launcher describes, or a group of one."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    if "WORLD_SIZE" not in os.environ:
+    described = [name for name in LAUNCHER_VARIABLES if name in os.environ]
+    if described and len(described) < len(LAUNCHER_VARIABLES):
+        missing = ", ".join(name for name in LAUNCHER_VARIABLES if name not in described)
+        raise ValueError(f"the environment sets {', '.join(described)} but not {missing}; a launcher sets all of them")
+    if not described:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
