@@ -30,7 +30,7 @@ from hatnet_train.deepspeed_config import deepspeed_config, lr_factor, parameter
 from hatnet_train.monitor import Monitor
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher tells each process; none of them means that the process is alone."""
+"""What a launcher tells each process; without RANK and WORLD_SIZE the process is alone."""
 
 
 def train(config: TrainConfig, out: Path) -> list[dict[str, Any]]:
@@ -62,23 +62,7 @@ def train(config: TrainConfig, out: Path) -> list[dict[str, Any]]:
         raise ValueError(f"batch_size must be at most the {len(training)} training images, got {config.batch_size}")
     settings = deepspeed_config(config, world_size=world_size)
     _open_run_folder(out, config, world_size)
-
-    torch.manual_seed(config.seed)
-    model = create_model(
-        config.variant, num_classes=len(Digits.classes), drop_rate=0.0, drop_path_rate=config.drop_path_rate
-    )
-    torch.manual_seed(config.seed + rank)  # equal weights, but every rank drops other paths
-    schedule = partial(
-        lr_factor,
-        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
-        total_steps=config.epochs * steps_per_epoch,
-    )
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=parameter_groups(model, config.weight_decay),
-        lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
-        config=settings,
-    )
+    engine = _build_engine(config, settings, steps_per_epoch)
     monitor = Monitor(out) if rank == 0 else None
     rows = []
     for epoch in range(config.epochs):
@@ -121,6 +105,27 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, data: Digits, *, batch_size: int
     dist.all_reduce(sums)
     loss, top1, top5, count = sums.tolist()
     return {"eval_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+
+def _build_engine(config: TrainConfig, settings: dict[str, Any], steps_per_epoch: int) -> deepspeed.DeepSpeedEngine:
+    """The model under DeepSpeed, with the same weights on every rank and the learning rate schedule of the run."""
+    torch.manual_seed(config.seed)
+    model = create_model(
+        config.variant, num_classes=len(Digits.classes), drop_rate=0.0, drop_path_rate=config.drop_path_rate
+    )
+    torch.manual_seed(config.seed + dist.get_rank())  # from here on, every rank drops paths of its own
+    schedule = partial(
+        lr_factor,
+        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+        total_steps=config.epochs * steps_per_epoch,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model, config.weight_decay),
+        lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
+        config=settings,
+    )
+    return engine
 
 
 def _train_epoch(
@@ -211,11 +216,13 @@ def _run_record(config: TrainConfig, world_size: int) -> dict[str, Any]:
 def _join_processes() -> None:
     """Start the process group that the launcher describes, or a group of one."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    described = [name for name in LAUNCHER_VARIABLES if name in os.environ]
-    if described and len(described) < len(LAUNCHER_VARIABLES):
-        missing = ", ".join(name for name in LAUNCHER_VARIABLES if name not in described)
-        raise ValueError(f"the environment sets {', '.join(described)} but not {missing}; a launcher sets all of them")
-    if not described:
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    alone = "RANK" in missing and "WORLD_SIZE" in missing
+    if missing and not alone:
+        raise ValueError(
+            f"the environment lacks {', '.join(missing)}; a launcher sets {', '.join(LAUNCHER_VARIABLES)}"
+        )
+    if alone:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
