@@ -1,6 +1,8 @@
 """Shared by the tests of hatnet-core: the parity fixtures and a small model."""
 
+import http.server
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,51 @@ def parity(request):
 def released_shapes():
     """Names and shapes of the released checkpoints: {"tiny": {name: shape}, ...}."""
     return json.loads((DATA / "released_state_dicts.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def released_files(released_shapes, tmp_path_factory):
+    """Random checkpoints with the names and shapes of the released files, by model name."""
+    folder = tmp_path_factory.mktemp("released")
+    paths = {}
+    for variant, shapes in released_shapes.items():
+        paths[f"hatnet_{variant}"] = folder / f"HAT-Net_{variant.title()}.pth"
+        torch.save({name: torch.randn(shape) for name, shape in shapes.items()}, paths[f"hatnet_{variant}"])
+    return paths
+
+
+class WeightsServer(http.server.ThreadingHTTPServer):
+    """Serves ``files`` ({path: bytes}) on loopback; announces ``lengths`` where given, notes every request."""
+
+    def __init__(self, files):
+        super().__init__(("127.0.0.1", 0), WeightsHandler)
+        self.files, self.lengths, self.requests = files, {}, []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class WeightsHandler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        content = self.server.files.get(self.path)
+        if content is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(self.server.lengths.get(self.path, len(content))))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        """Quiet."""
+
+
+@pytest.fixture
+def weights_server(released_files):
+    """A server on loopback that has the released file of Tiny."""
+    server = WeightsServer({"/HAT-Net_Tiny.pth": released_files["hatnet_tiny"].read_bytes()})
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()

@@ -161,9 +161,9 @@ def test_intermediates_are_the_stage_outputs_in_the_order_asked_for(small_model)
     torch.testing.assert_close(second, all_four[1])
 
 
-@pytest.mark.parametrize("indices", [(), (4,), (-1,), (0, 7)])
+@pytest.mark.parametrize("indices", [(), (4,), (-5,), (0, 7), 0, 5, "1", 1.0])
 def test_intermediates_refuse_a_stage_that_is_not_there(small_model, indices):
-    with pytest.raises(ValueError, match=re.escape(f"got {indices}")):
+    with pytest.raises(ValueError, match=re.escape(f"got {indices!r}")):
         small_model.forward_intermediates(torch.randn(1, 3, 64, 64), indices)
 
 

@@ -143,7 +143,7 @@ def _parser() -> Parser:
 
 
 def _model(name: str) -> str:
-    if name not in list_models():
+    if name not in list_models(ablations=True):
         raise argparse.ArgumentTypeError(f"unknown model {name!r}; expected one of {', '.join(list_models())}")
     return name
 

@@ -31,13 +31,18 @@ UNCOUNTED_OPS = frozenset(
         "aten::add",
         "aten::avg_pool2d",
         "aten::feature_dropout",
+        "aten::gelu",
+        "aten::lt",
         "aten::mean",
+        "aten::meshgrid",
         "aten::mul",
         "aten::neg",
-        "aten::new_ones",
         "aten::pad",
         "aten::repeat",
+        "aten::rsub",
         "aten::silu",
+        "aten::sub",
+        "aten::where",
     }
 )
 """Operators that neither convention counts: elementwise, averaging, or moving data. No matrix product is here."""

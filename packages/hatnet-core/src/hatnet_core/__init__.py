@@ -3,8 +3,9 @@
 from hatnet_core.__about__ import __version__
 from hatnet_core.attention import HierarchicalAttention
 from hatnet_core.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from hatnet_core.factory import create_model
 from hatnet_core.model import HATNet
-from hatnet_core.variants import create_model, list_models
+from hatnet_core.variants import list_models
 
 __all__ = [
     "HATNet",

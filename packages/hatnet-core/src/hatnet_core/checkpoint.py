@@ -1,14 +1,19 @@
-"""Load and save weights: our safetensors files and the checkpoints released with the paper.
+"""Load and save weights: our safetensors files, the checkpoints released with the paper, and what trainers write.
 
 Our files hold the parameters under the names of :class:`HATNet` and, as JSON in the safetensors metadata, the
 configuration that builds the model. The released ``HAT-Net_*.pth`` use names of their own, listed in
 ``RELEASED_NAMES``. Nothing is ever unpickled beyond plain tensors (``weights_only=True``).
+
+A file passes three steps: :func:`read_tensors` (a state dict, out of its wrapping), :func:`rename_released` (with our
+names) and the checks of :func:`load_checkpoint` against the model.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -20,7 +25,7 @@ from torch import Tensor
 
 from hatnet_core.__about__ import __version__
 from hatnet_core.model import HATNet
-from hatnet_core.variants import VARIANTS
+from hatnet_core.variants import list_models, model_arguments
 
 logger = logging.getLogger("hatnet_core")
 
@@ -45,6 +50,27 @@ RELEASED_NAMES: list[tuple[str, str]] = [
 RELEASED_UNUSED = re.compile(r"\.attn\.proj_norm\.(weight|bias)$")
 """Released parameters that take no part in the computation; loading drops them."""
 
+WRAPPERS = ("state_dict", "model", "module")
+"""Keys under which trainers store the state dict; ``module`` is DeepSpeed's."""
+
+PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What data-parallel wrappers, ``torch.compile`` and owning modules put before every name."""
+
+BACKBONE_PREFIX = "backbone."
+"""What detectors and segmenters put before the names of their backbone, beside their own."""
+
+ARCHITECTURE = (
+    "embed_dims",
+    "depths",
+    "head_dim",
+    "kernel_sizes",
+    "mlp_ratios",
+    "attention",
+    "activation",
+    "depthwise",
+)
+"""Arguments of :class:`HATNet` that weights are trained for; the others can change around them."""
+
 
 def save_checkpoint(model: HATNet, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Write the weights and configuration of ``model`` to a safetensors file, atomically.
@@ -57,14 +83,16 @@ def save_checkpoint(model: HATNet, path: str | Path, metadata: Mapping[str, Any]
     Raises:
         ImportError: if safetensors is not installed.
         FileNotFoundError: if the folder does not exist.
-        ValueError: if ``metadata`` names ``version``, ``variant`` or ``config``.
+        ValueError: if ``metadata`` names ``version``, ``variant`` or ``config``, or stages of the model were pruned.
     """
     safetensors_torch = _import_safetensors()
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot save {path}: folder {path.parent} does not exist")
+    if len(model.stages) != len(model.config["depths"]):
+        raise ValueError(f"cannot save {path}: the model was pruned to {len(model.stages)} of its stages")
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    record = {"version": __version__, "variant": _variant(tensors), "config": model.config}
+    record = {"version": __version__, "variant": _variant(model.config), "config": model.config}
     if taken := record.keys() & (metadata or {}).keys():
         raise ValueError(f"metadata must not hold {', '.join(sorted(taken))}, which describe the model itself")
     record |= metadata or {}
@@ -80,22 +108,27 @@ def save_checkpoint(model: HATNet, path: str | Path, metadata: Mapping[str, Any]
         staged.unlink(missing_ok=True)
 
 
-def load_checkpoint(model: HATNet, path: str | Path) -> list[str]:
-    """Load weights from one of our safetensors files or a released ``.pth`` into ``model``, strictly.
+def load_checkpoint(model: HATNet, path: str | Path, drop_head: bool = False) -> list[str]:
+    """Load weights into ``model`` from one of our safetensors files, a released ``.pth`` or a trainer's checkpoint.
 
-    Every parameter of the model must be in the file with its shape, and nothing else may be, apart from the unused
-    ``proj_norm`` of the released files. On any error the model is unchanged.
+    The state dict may lie under ``state_dict``, ``model`` or ``module`` (DeepSpeed), its names behind ``module.``,
+    ``_orig_mod.``, ``model.`` or ``backbone.``. Loading is strict: every parameter of the model must be in the file
+    with its shape, finite, and nothing else may be, apart from the unused ``proj_norm`` of the released files and
+    what lies beside a ``backbone.``. Weights for three input channels are adapted to a model of another number as
+    timm does: summed for one channel, else repeated and scaled. On any error the model is unchanged.
 
     Args:
-        model: the model; keeps its device and dtype.
-        path: ``*.safetensors`` for ours, any other name for a released checkpoint.
+        model: the model; keeps its device, dtype, G1 and G2.
+        path: ``*.safetensors``, any other name for a file of ``torch.save``.
+        drop_head: leave the classifier of the model as it is and ignore that of the file, of whatever size.
 
     Returns:
-        The released names that were dropped on purpose, empty for our own files; also logged.
+        The names in the file that were dropped on purpose, empty for our own files; also logged.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file cannot be read, or holds another variant or number of classes.
+        ValueError: if the file cannot be read, holds another model or number of classes, or values that are not
+            finite.
         ImportError: if the file is safetensors and safetensors is not installed.
 
     Example:
@@ -104,13 +137,20 @@ def load_checkpoint(model: HATNet, path: str | Path) -> list[str]:
         >>> load_checkpoint(model, "HAT-Net_Small.pth")  # doctest: +SKIP
     """
     path = Path(path)
-    state, dropped = _rename_released(_read_tensors(path))
+    state, beside = _without_prefixes(read_tensors(path))
+    state, unused = rename_released(state)
+    dropped = beside + unused
+    if drop_head:
+        dropped += [name for name in state if name.startswith("head.")]
+        own = {name: t for name, t in model.state_dict().items() if name.startswith("head.")}
+        state = {name: t for name, t in state.items() if not name.startswith("head.")} | own
+    state = _adapt_in_chans(state, model.in_chans, path)
     _check_same_model(model, state, path)
     if path.suffix == ".safetensors":
-        _check_head_dim(model, path)
+        _check_same_arguments(model, path)
     model.load_state_dict(state)
     if dropped:
-        logger.warning("%s: dropped %d unused proj_norm parameters", path, len(dropped))
+        logger.warning("%s: dropped %d parameters: %s", path, len(dropped), _some(dropped))
     return dropped
 
 
@@ -144,7 +184,14 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return record
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file, taken out of the dicts that trainers wrap it in; its names as they are.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file cannot be read, or holds no state dict of plain tensors.
+        ImportError: if the file is safetensors and safetensors is not installed.
+    """
     path = _existing_file(path)
     if path.suffix == ".safetensors":
         safetensors_torch = _import_safetensors()
@@ -155,17 +202,24 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler raise anything from KeyError to struct.error
         raise ValueError(f"{path} is not a checkpoint of plain tensors: {_first_line(error)}") from error
-    plain = isinstance(state, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items())
+    while isinstance(content, Mapping) and (inner := [content[key] for key in WRAPPERS if key in content]):
+        content = inner[0]
+    plain = isinstance(content, Mapping) and all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in content.items()
+    )
     if not plain:
-        raise ValueError(f"{path} must hold one dict of parameter names to tensors, as the released files do")
-    return state
+        raise ValueError(
+            f"{path} must hold a dict of parameter names to tensors, as the released files do, "
+            f"or one under {', '.join(WRAPPERS)}"
+        )
+    return dict(content)
 
 
-def _rename_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Ours by name; a released state dict with our names, and the names that were dropped."""
+def rename_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """A state dict of the released files with our names, and the names that were dropped; any other as it is."""
     if "patch_embed.0.weight" not in state:
         return dict(state), []
     dropped = [name for name in state if RELEASED_UNUSED.search(name)]
@@ -180,34 +234,68 @@ def _rename_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], li
     return renamed, dropped
 
 
+def _without_prefixes(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict without the prefixes of wrappers, and the names beside a ``backbone.``, which are dropped."""
+    dropped: list[str] = []
+    while prefix := _prefix(state):
+        dropped += [name for name in state if not name.startswith(prefix)]
+        state = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    return state, dropped
+
+
+def _prefix(state: Mapping[str, Tensor]) -> str:
+    for prefix in PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            return prefix
+    return BACKBONE_PREFIX if any(name.startswith(BACKBONE_PREFIX) for name in state) else ""
+
+
+def _adapt_in_chans(state: dict[str, Tensor], in_chans: int, path: Path) -> dict[str, Tensor]:
+    """``state`` with a stem for three channels turned into one for ``in_chans``, as timm's adapt_input_conv does."""
+    name = "stem.conv1.weight"
+    weight = state.get(name)
+    if weight is None or weight.ndim != 4 or weight.shape[1] != 3 or in_chans == 3:
+        return state
+    if in_chans == 1:
+        adapted = weight.sum(1, keepdim=True)
+    else:
+        repeated = weight.repeat(1, math.ceil(in_chans / 3), 1, 1)[:, :in_chans]
+        adapted = repeated * (3 / in_chans)
+    logger.warning("%s: adapted %s from 3 to %d input channels", path, name, in_chans)
+    return {**state, name: adapted}
+
+
 def _check_same_model(model: HATNet, state: Mapping[str, Tensor], path: Path) -> None:
     """ValueError unless ``state`` has exactly the names and shapes of ``model``, naming what differs."""
     own = model.state_dict()
     missing = sorted(own.keys() - state.keys())
     unknown = sorted(state.keys() - own.keys())
-    shapes = [
+    details = [f"missing {_some(missing)}"] if missing else []
+    details += [f"unknown {_some(unknown)}"] if unknown else []
+    details += [
         f"{name} is {tuple(state[name].shape)} and should be {tuple(own[name].shape)}"
         for name in own
         if name in state and own[name].shape != state[name].shape
-    ]
-    shapes += [f"{name} is {t.dtype} and should be floating" for name, t in state.items() if not t.is_floating_point()]
-    if not (missing or unknown or shapes):
-        return
-    details = [f"missing {_some(missing)}"] if missing else []
-    details += [f"unknown {_some(unknown)}"] if unknown else []
-    details += [_some(shapes)] if shapes else []
-    raise ValueError(f"{path} holds {_describe(state)}; expected {_describe(own)}: {'; '.join(details)}")
+    ][:3]
+    details += [
+        f"{name} is {t.dtype} and should be floating" for name, t in state.items() if not t.is_floating_point()
+    ][:3]
+    if details:
+        raise ValueError(f"{path} holds {_describe(state)}; expected {_describe(own)}: {'; '.join(details)}")
+    if broken := [name for name, t in state.items() if not t.isfinite().all()]:
+        raise ValueError(f"{path} holds values that are not finite, in {_some(broken)}")
 
 
-def _check_head_dim(model: HATNet, path: Path) -> None:
-    """ValueError if our file says that its heads, which no shape shows, are of another size."""
-    own = model.config["head_dim"]
+def _check_same_arguments(model: HATNet, path: Path) -> None:
+    """ValueError if our file was trained with other arguments that no shape shows: the heads, the activation."""
     try:
-        stored = read_metadata(path)["config"].get("head_dim")
+        stored = read_metadata(path)["config"]
     except ValueError:  # a safetensors file without configuration, from elsewhere
         return
-    if stored != own:
-        raise ValueError(f"{path} holds a model of head_dim={stored}; expected head_dim={own}")
+    for name in ("head_dim", "activation"):
+        own = model.config[name]
+        if stored.get(name, own) != own:
+            raise ValueError(f"{path} holds a model of {name}={stored[name]}; expected {name}={own}")
 
 
 def _some(names: list[str]) -> str:
@@ -219,20 +307,24 @@ def _describe(state: Mapping[str, Tensor]) -> str:
     if "stem.conv2.weight" not in state:
         return "no HAT-Net"
     classes = state["head.weight"].shape[0] if "head.weight" in state else 0
-    return f"{_variant(state) or 'a HAT-Net of another configuration'} with {classes} classes"
+    shapes = _body_shapes(state)
+    for name in list_models(ablations=True):
+        with torch.device("meta"):
+            if _body_shapes(HATNet(**model_arguments(name)).state_dict()) == shapes:
+                return f"{name} with {classes} classes"
+    return f"a HAT-Net of another configuration with {classes} classes"
 
 
-def _variant(state: Mapping[str, Tensor]) -> str | None:
-    """The name of the paper's variant whose widths and depths ``state`` has, if there is one."""
-    widths: dict[int, int] = {}
-    depths: dict[int, int] = {}
-    for name, tensor in state.items():
-        if found := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.project\.weight", name):
-            stage, block = int(found[1]), int(found[2])
-            widths[stage] = tensor.shape[0]
-            depths[stage] = max(depths.get(stage, 0), block + 1)
-    for name, variant in VARIANTS.items():
-        if [*widths.values()] == [*variant["embed_dims"]] and [*depths.values()] == [*variant["depths"]]:
+def _body_shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: t.shape for name, t in state.items() if not name.startswith(("head.", "stem.conv1."))}
+
+
+def _variant(config: Mapping[str, Any]) -> str | None:
+    """The name of the paper's model that ``config`` is, up to what can change around the weights; None if none."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(HATNet).parameters.items()}
+    for name in list_models(ablations=True):
+        arguments = {**defaults, **model_arguments(name)}
+        if all(config[key] == arguments[key] for key in ARCHITECTURE):
             return name
     return None
 

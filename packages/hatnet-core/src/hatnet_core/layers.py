@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU}
+"""The paper's SiLU, and the GELU that Sec. 4.4 compares it with."""
 
 
 def group_norm(dim: int) -> nn.GroupNorm:
@@ -19,27 +21,42 @@ class Mlp(nn.Module):
     """Inverted residual with a depthwise convolution (the MLP of Eq. 4; Sec. 3.3).
 
     GroupNorm → 1×1 (C→E·C) → SiLU → K×K depthwise → SiLU → dropout → 1×1 (E·C→C) → GroupNorm → dropout, the
-    convolutions without bias and dropout by whole channels. The residual is outside, in the block.
+    convolutions without bias and dropout by whole channels. The residual is outside, in the block. Without the
+    depthwise convolution (the pure transformer of Sec. 4.4) the activation behind it goes as well, since two in a
+    row would be another nonlinearity.
 
     Args:
         dim: C, number of input and output channels.
         mlp_ratio: E, the expansion ratio.
         kernel_size: K, side of the depthwise kernel; odd.
         proj_drop_rate: rate of both channel dropouts.
+        activation: ``silu`` or ``gelu``.
+        depthwise: whether there is a depthwise convolution.
 
     Raises:
         ValueError: if ``kernel_size`` is even.
     """
 
-    def __init__(self, dim: int, mlp_ratio: int, kernel_size: int = 3, proj_drop_rate: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: int,
+        kernel_size: int = 3,
+        proj_drop_rate: float = 0.0,
+        activation: str = "silu",
+        depthwise: bool = True,
+    ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         hidden = mlp_ratio * dim
+        padding = kernel_size // 2
         self.norm = group_norm(dim)
         self.expand = nn.Conv2d(dim, hidden, 1, bias=False)
-        self.dwconv = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=False)
-        self.act = nn.SiLU()
+        self.dwconv = (
+            nn.Conv2d(hidden, hidden, kernel_size, padding=padding, groups=hidden, bias=False) if depthwise else None
+        )
+        self.act = ACTIVATIONS[activation]()
         self.drop = nn.Dropout2d(proj_drop_rate)
         self.project = nn.Conv2d(hidden, dim, 1, bias=False)
         self.out_norm = group_norm(dim)
@@ -47,7 +64,9 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W]."""
         x = self.act(self.expand(self.norm(x)))
-        x = self.drop(self.act(self.dwconv(x)))
+        if self.dwconv is not None:
+            x = self.act(self.dwconv(x))
+        x = self.drop(x)
         return self.drop(self.out_norm(self.project(x)))
 
 
@@ -58,13 +77,14 @@ class Stem(nn.Module):
         in_chans: channels of the image.
         dim: output channels, those of stage 2.
         hidden_dim: channels between the two convolutions.
+        activation: ``silu`` or ``gelu``.
     """
 
-    def __init__(self, in_chans: int, dim: int, hidden_dim: int = 16) -> None:
+    def __init__(self, in_chans: int, dim: int, hidden_dim: int = 16, activation: str = "silu") -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, hidden_dim, 3, stride=2, padding=1)
         self.norm = group_norm(hidden_dim)
-        self.act = nn.SiLU()
+        self.act = ACTIVATIONS[activation]()
         self.conv2 = nn.Conv2d(hidden_dim, dim, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,10 +127,10 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] → [B, ...]."""
+        """[B, C, H, W] → [B, C, H, W]."""
         if not self.training or self.rate == 0.0:
             return x
-        keep = torch.empty((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device)
+        keep = x.new_empty(x.shape[0], 1, 1, 1)
         return x * keep.bernoulli_(1 - self.rate).div_(1 - self.rate)
 
     def extra_repr(self) -> str:

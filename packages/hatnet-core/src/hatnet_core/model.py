@@ -3,20 +3,28 @@
 An image passes :meth:`HATNet.forward_features` (stem, then stage by stage) and :meth:`HATNet.forward_head`.
 The paper counts the stem as stage 1; in code ``stages[0]`` is the paper's stage 2. The four configurations are
 in ``variants.py``.
+
+The methods are those of a timm model, with the same names, arguments and meaning; where timm leaves a choice, it is
+stated. ``torch.jit.script`` is not supported: TorchScript is deprecated, and ``torch.export`` (see ``export.py``)
+gives one program for every batch size, height and width.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hatnet_core.attention import Attention, HierarchicalAttention, positive_int
-from hatnet_core.layers import Downsample, DropPath, Mlp, Stem
+from hatnet_core.attention import Attention, HierarchicalAttention, WindowAttention, positive_int
+from hatnet_core.layers import ACTIVATIONS, Downsample, DropPath, Mlp, Stem
+
+ATTENTIONS = ("hierarchical", "window")
+"""What stages 2-4 may attend with: H-MHSA, or the shifted windows of Swin that Table 5 compares it with."""
 
 MIN_SIZE = 32
 """Smallest height and width of an input image in pixels: one position is left after a reduction by 32."""
@@ -31,7 +39,7 @@ class Block(nn.Module):
         drop_path_rate: stochastic depth of both branches.
     """
 
-    def __init__(self, attn: HierarchicalAttention | Attention, mlp: Mlp, drop_path_rate: float = 0.0) -> None:
+    def __init__(self, attn: nn.Module, mlp: Mlp, drop_path_rate: float = 0.0) -> None:
         super().__init__()
         self.attn = attn
         self.mlp = mlp
@@ -72,8 +80,8 @@ class HATNet(nn.Module):
     """Hierarchical-Attention-based Transformer Network (Sec. 3.3).
 
     Runs at any height and width from 32 up. ``embed_dims``, ``depths``, ``kernel_sizes`` and ``mlp_ratios`` have
-    one entry for each of the paper's stages 2-5, ``grid_sizes`` and ``pool_sizes`` one for each of stages 2-4;
-    stage 5 is plain MHSA.
+    one entry for each of the paper's stages 2-5; ``grid_sizes``, ``pool_sizes`` and ``attention`` one for each of
+    stages 2-4, stage 5 being plain MHSA.
 
     Args:
         embed_dims: C of each stage; divisible by ``head_dim``.
@@ -83,8 +91,13 @@ class HATNet(nn.Module):
         mlp_ratios: E, expansion ratio of each stage.
         grid_sizes: G1, side of the local attention grids.
         pool_sizes: G2, pooling of keys and values in the global attention.
+        attention: ``hierarchical``, or ``window`` for Swin's windows of 7×7, shifted in every second block
+            (Table 5); a window stage makes no use of G1 and G2.
+        activation: ``silu``, or ``gelu`` (Sec. 4.4), in stem and MLPs.
+        depthwise: whether the MLPs hold a depthwise convolution; without it, the pure transformer of Sec. 4.4.
         in_chans: channels of the input image.
         num_classes: outputs of the linear head; 0 leaves the pooled features.
+        global_pool: ``avg``, or an empty string for features that are not pooled, which takes ``num_classes=0``.
         drop_rate: dropout before the linear layer of the head.
         proj_drop_rate: channel dropout at the end of attention and MLP.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first.
@@ -92,7 +105,8 @@ class HATNet(nn.Module):
     Attributes:
         feature_info: for each stage a dict of ``num_chs`` (channels), ``reduction`` (input pixels a position)
             and ``module`` (name of the stage).
-        config: the arguments above, G1 and G2 as currently set; ``HATNet(**model.config)`` builds the same model.
+        num_features: channels of the last stage.
+        config: the arguments above, as currently set; ``HATNet(**model.config)`` builds the same model.
 
     Raises:
         ValueError: naming the argument and its value, if it is out of range.
@@ -107,8 +121,12 @@ class HATNet(nn.Module):
         mlp_ratios: Sequence[int] = (8, 8, 4, 4),
         grid_sizes: Sequence[int] = (8, 7, 7),
         pool_sizes: Sequence[int] = (8, 4, 2),
+        attention: Sequence[str] = ("hierarchical", "hierarchical", "hierarchical"),
+        activation: str = "silu",
+        depthwise: bool = True,
         in_chans: int = 3,
         num_classes: int = 1000,
+        global_pool: str = "avg",
         drop_rate: float = 0.2,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -122,32 +140,25 @@ class HATNet(nn.Module):
             "mlp_ratios": _positive_ints("mlp_ratios", mlp_ratios, 4),
             "grid_sizes": _positive_ints("grid_sizes", grid_sizes, 3),
             "pool_sizes": _positive_ints("pool_sizes", pool_sizes, 3),
+            "attention": _attention(attention),
+            "activation": _one_of("activation", activation, tuple(ACTIVATIONS)),
+            "depthwise": bool(depthwise),
             "in_chans": positive_int("in_chans", in_chans),
             "num_classes": _num_classes(num_classes),
+            "global_pool": _global_pool(global_pool, num_classes),
             "drop_rate": _rate("drop_rate", drop_rate),
             "proj_drop_rate": _rate("proj_drop_rate", proj_drop_rate),
             "drop_path_rate": _rate("drop_path_rate", drop_path_rate),
         }
+        self.in_chans: int = self.config["in_chans"]
         self.num_classes: int = self.config["num_classes"]
-        self.num_features = embed_dims[-1]
+        self.global_pool: str = global_pool
+        self.num_features = self.head_hidden_size = embed_dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(embed_dims)
         ]
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
-        self.stem = Stem(in_chans, embed_dims[0])
-        self.stages = nn.ModuleList()
-        for i, dim in enumerate(embed_dims):
-            downsample = Downsample(embed_dims[i - 1], dim) if i else nn.Identity()
-            blocks = []
-            for _ in range(depths[i]):
-                attn: HierarchicalAttention | Attention
-                if i < 3:
-                    attn = HierarchicalAttention(dim, head_dim, grid_sizes[i], pool_sizes[i], proj_drop_rate)
-                else:
-                    attn = Attention(dim, head_dim, proj_drop_rate)
-                mlp = Mlp(dim, mlp_ratios[i], kernel_sizes[i], proj_drop_rate)
-                blocks.append(Block(attn, mlp, next(rates)))
-            self.stages.append(Stage(downsample, blocks))
+        self.stem = Stem(in_chans, embed_dims[0], activation=activation)
+        self.stages = nn.Sequential(*(self._make_stage(i) for i in range(4)))
         self.head_drop = nn.Dropout(drop_rate)
         self.head = _classifier(self.num_features, num_classes)
         self.apply(_init_weights)
@@ -156,40 +167,85 @@ class HATNet(nn.Module):
         """Images [B, in_chans, H, W] → logits [B, num_classes].
 
         Raises:
-            ValueError: if ``x`` is not of this shape, or H or W is below 32.
+            ValueError: if ``x`` is not of this shape, not floating, or H or W is below 32.
         """
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] → features of the last stage [B, C5, ⌈H/32⌉, ⌈W/32⌉]."""
-        self._check_input(x)
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        return x
+        with _traced_for_any_size():
+            return self.stages(self.stem(_check_images(x, self.in_chans)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features [B, C5, H', W'] → logits [B, num_classes], or [B, C5] pooled features if ``pre_logits``."""
-        x = self.head_drop(x.mean((-2, -1)))
+        if self.global_pool:
+            x = x.mean((-2, -1))
+        x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
-    def forward_intermediates(self, x: Tensor, indices: Sequence[int] = (0, 1, 2, 3)) -> list[Tensor]:
-        """Images [B, in_chans, H, W] → feature maps of the stages in ``indices``, at reductions 4, 8, 16 and 32.
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = True,
+    ) -> Any:
+        """Images [B, in_chans, H, W] → feature maps of the stages, at reductions 4, 8, 16 and 32.
 
-        Stages behind the last one asked for are not computed.
+        The arguments are timm's. Only the default of ``intermediates_only`` differs, for the common case of a
+        backbone; the models that ``hatnet_core.timm`` registers have timm's default there, too.
+
+        Args:
+            x: the images.
+            indices: stages to return, in this order, out of 0-3 or -4 to -1 from the end; a number n means the
+                last n, None all.
+            norm: without effect; HAT-Net has no norm behind its last stage.
+            stop_early: leave out the stages behind the last one asked for.
+            output_fmt: ``NCHW``.
+            intermediates_only: whether to leave out the final features.
+
+        Returns:
+            A list of maps [B, C, ⌈H/r⌉, ⌈W/r⌉]; unless ``intermediates_only``, a pair of the features of the last
+            stage computed and this list.
 
         Raises:
-            ValueError: if an index is not one of 0-3.
+            ValueError: if an index names no stage, or the format is another.
         """
-        if not indices or any(i not in range(4) for i in indices):
-            raise ValueError(f"indices must name stages out of 0, 1, 2, 3, got {tuple(indices)}")
-        self._check_input(x)
-        x = self.stem(x)
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        wanted = stage_indices(indices, len(self.stages))
+        last = max(wanted) if stop_early or intermediates_only else len(self.stages) - 1
         features = []
-        for stage in self.stages[: max(indices) + 1]:
-            x = stage(x)
-            features.append(x)
-        return [features[i] for i in indices]
+        with _traced_for_any_size():
+            x = self.stem(_check_images(x, self.in_chans))
+            for stage in list(self.stages)[: last + 1]:
+                x = stage(x)
+                features.append(x)
+        intermediates = [features[i] for i in wanted]
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages behind the last one asked for, and the head, for use as a backbone (timm's contract).
+
+        Args:
+            indices: as for :meth:`forward_intermediates`.
+            prune_norm: without effect; HAT-Net has no norm behind its last stage.
+            prune_head: whether to remove the head even if every stage stays.
+
+        Returns:
+            The indices of the stages asked for, counted from the front.
+        """
+        wanted = stage_indices(indices, len(self.stages))
+        pruned = max(wanted) + 1 < len(self.stages)
+        self.stages = self.stages[: max(wanted) + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[len(self.stages) - 1]["num_chs"]
+        if pruned or prune_head:
+            self.reset_classifier(0, "")
+        return wanted
 
     def set_grid(self, grid_sizes: Sequence[int] | None = None, pool_sizes: Sequence[int] | None = None) -> None:
         """Set G1 and G2 of stages 2-4 on the built or loaded model; no parameter changes (Sec. 3.2).
@@ -213,21 +269,52 @@ class HATNet(nn.Module):
                 if isinstance(module, HierarchicalAttention):
                     module.grid_size, module.pool_size = grid, pool
 
+    def set_input_size(
+        self,
+        img_size: int | Sequence[int],
+        grid_sizes: Sequence[int] | None = None,
+        pool_sizes: Sequence[int] | None = None,
+    ) -> None:
+        """Prepare for images of another size, as for a timm model that is bound to one.
+
+        Nothing in HAT-Net is: any size runs without this call. It refuses a size that cannot run, and sets G1 and
+        G2 along with the size as :meth:`set_grid` does.
+
+        Args:
+            img_size: height and width in pixels, or one number for both.
+            grid_sizes: three values of G1; None keeps them.
+            pool_sizes: three values of G2; None keeps them.
+
+        Raises:
+            ValueError: if a side is below 32, or a value of G1 or G2 is not a positive integer.
+        """
+        sides = img_size if isinstance(img_size, Sequence) else (img_size, img_size)
+        if any(side < MIN_SIZE for side in _positive_ints("img_size", sides, 2)):
+            raise ValueError(f"img_size must be at least {MIN_SIZE} pixels, got {sides[0]}×{sides[1]}")
+        self.set_grid(grid_sizes, pool_sizes)
+
     def get_classifier(self) -> nn.Module:
         """The linear layer of the head; identity if ``num_classes`` is 0."""
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the linear layer by a freshly initialised one; 0 leaves the pooled features.
 
+        Args:
+            num_classes: outputs of the new layer.
+            global_pool: ``avg`` or an empty string; None keeps it.
+
         Raises:
-            ValueError: if ``num_classes`` is negative.
+            ValueError: if ``num_classes`` is negative, or ``global_pool`` does not go with it.
         """
         num_classes = _num_classes(num_classes)
+        global_pool = _global_pool(self.global_pool if global_pool is None else global_pool, num_classes)
         weight = self.stem.conv1.weight
         self.head = _classifier(self.num_features, num_classes).to(device=weight.device, dtype=weight.dtype)
-        self.num_classes = self.config["num_classes"] = num_classes
+        self.head.train(self.training)
         self.head.apply(_init_weights)
+        self.num_classes, self.global_pool = num_classes, global_pool
+        self.config.update(num_classes=num_classes, global_pool=global_pool)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -236,35 +323,111 @@ class HATNet(nn.Module):
                 module.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters, beyond biases and norms, that take no weight decay: none."""
-        return set()
+        """Names of the parameters, beyond biases and norms, that take no weight decay: as in Swin, its bias tables."""
+        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that group parameters by depth, for layer-wise learning rate decay (timm's form).
-
-        The head matches none of them, so that timm gives it a group of its own behind the last block.
+        """Regular expressions that group every parameter by depth, for layer-wise learning rate decay (timm's form).
 
         Args:
             coarse: one group a stage instead of one a block.
         """
-        if coarse:
-            return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None)]}
-        return {
-            "stem": r"^stem",
-            "blocks": [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            ],
-        }
+        blocks: list[tuple[str, Any]] = [(r"^stages\.(\d+)", None)]
+        if not coarse:
+            blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": r"^stem", "blocks": blocks, "head": r"^head"}
 
-    def _check_input(self, x: Tensor) -> None:
-        in_chans = self.config["in_chans"]
-        if x.ndim != 4 or x.shape[1] != in_chans:
-            raise ValueError(f"input must be B×{in_chans}×H×W, got shape {tuple(x.shape)}")
-        if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
-            raise ValueError(
-                f"input height and width must be at least {MIN_SIZE} pixels, got {x.shape[2]}×{x.shape[3]}"
+    def _make_stage(self, i: int) -> Stage:
+        config = self.config
+        dim, depth, proj_drop_rate = config["embed_dims"][i], config["depths"][i], config["proj_drop_rate"]
+        downsample = Downsample(config["embed_dims"][i - 1], dim) if i else nn.Identity()
+        first = sum(config["depths"][:i])
+        rates = torch.linspace(0, config["drop_path_rate"], sum(config["depths"]), device="cpu").tolist()
+        blocks = []
+        for j in range(depth):
+            mlp = Mlp(
+                dim,
+                config["mlp_ratios"][i],
+                config["kernel_sizes"][i],
+                proj_drop_rate,
+                config["activation"],
+                config["depthwise"],
             )
+            blocks.append(Block(self._make_attention(i, j), mlp, rates[first + j]))
+        return Stage(downsample, blocks)
+
+    def _make_attention(self, i: int, j: int) -> nn.Module:
+        config = self.config
+        dim, head_dim, proj_drop_rate = config["embed_dims"][i], config["head_dim"], config["proj_drop_rate"]
+        if i == 3:
+            return Attention(dim, head_dim, proj_drop_rate)
+        if config["attention"][i] == "window":
+            return WindowAttention(dim, head_dim, shifted=j % 2 == 1, proj_drop_rate=proj_drop_rate)
+        grid_size, pool_size = config["grid_sizes"][i], config["pool_sizes"][i]
+        return HierarchicalAttention(dim, head_dim, grid_size, pool_size, proj_drop_rate)
+
+
+def stage_indices(indices: int | Sequence[int] | None, count: int = 4) -> list[int]:
+    """Stages from the front, by timm's rule: a number n means the last n, None all, a negative one is from the end.
+
+    Raises:
+        ValueError: if a stage is not one of ``count``.
+    """
+    if indices is None:
+        return list(range(count))
+    if isinstance(indices, int) and 1 <= indices <= count:
+        return list(range(count - indices, count))
+    if not isinstance(indices, Sequence) or not indices or any(i not in range(-count, count) for i in indices):
+        raise ValueError(
+            f"indices must name stages out of 0 to {count - 1} (or -{count} to -1 from the end), "
+            f"or be a number of last stages, got {indices!r}"
+        )
+    return [i % count for i in indices]
+
+
+def _traced_for_any_size() -> AbstractContextManager[Any]:
+    """While ``torch.export`` traces a symbolic size: a map whose sides could be 1 is not taken for one or the other.
+
+    Otherwise the exported program would be bound to sizes where no map has one grid, or one position, along an axis.
+    The ONNX exporter of torch sets the same.
+    """
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        import torch.fx.experimental._config as config  # slow to import, needed only here
+
+        return config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]  # installed at run time
+    return nullcontext()
+
+
+@torch.fx.wrap
+def _check_images(x: Tensor, in_chans: int) -> Tensor:
+    """``x`` itself; ValueError unless it is a floating batch of images with ``in_chans`` channels."""
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"input must be B×{in_chans}×H×W, got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"input must be floating and normalised, got {x.dtype}")
+    if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
+        raise ValueError(f"input height and width must be at least {MIN_SIZE} pixels, got {x.shape[2]}×{x.shape[3]}")
+    return x
+
+
+def _attention(values: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 3:
+        raise ValueError(f"attention must hold 3 of {', '.join(ATTENTIONS)}, got {values!r}")
+    return tuple(_one_of("attention", value, ATTENTIONS) for value in values)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    return value
+
+
+def _global_pool(value: str, num_classes: int) -> str:
+    if _one_of("global_pool", value, ("avg", "")) == "" and num_classes:
+        raise ValueError(
+            f"global_pool='' leaves maps, which no classifier takes: expected num_classes=0, got {num_classes}"
+        )
+    return value
 
 
 def _positive_ints(name: str, values: Sequence[int], length: int) -> tuple[int, ...]:

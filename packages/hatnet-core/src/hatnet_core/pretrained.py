@@ -1,0 +1,114 @@
+"""The weights released by the paper's authors: their names, their addresses and the way into a model.
+
+The files are published without a licence. They are downloaded on a user's request only, into torch's hub folder
+(``torch.hub.get_dir()``/checkpoints), and never redistributed. ``HATNET_WEIGHTS_URL`` names another address to take
+them from, such as a mirror inside a network without internet. If a file ``SHA256SUMS`` (as ``sha256sum *.pth``
+prints it) lies beside them, the download has to agree with it; the authors published none.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import torch
+
+from hatnet_core.checkpoint import load_checkpoint, read_tensors
+from hatnet_core.model import HATNet
+
+RELEASED_URL = "https://github.com/yun-liu/HAT-Net/releases/download/v2.0"
+"""Where the authors published the files; the environment variable ``HATNET_WEIGHTS_URL`` overrides it."""
+
+RELEASED_FILES = {
+    "hatnet_tiny": "HAT-Net_Tiny.pth",
+    "hatnet_small": "HAT-Net_Small.pth",
+    "hatnet_medium": "HAT-Net_Medium.pth",
+    "hatnet_large": "HAT-Net_Large.pth",
+}
+"""The released file of each model of Table 1, trained on ImageNet-1k at 224×224."""
+
+RELEASED_CLASSES = 1000
+"""Outputs of the classifier in the released files."""
+
+SUMS_TIMEOUT_S = 30
+
+
+def load_pretrained(model: HATNet, name: str) -> None:
+    """Load the released weights of ``name`` into ``model``; the head stays as it is if it has not 1000 classes.
+
+    Args:
+        model: the model; adapted as :func:`hatnet_core.load_checkpoint` says if it takes other than 3 channels.
+        name: one of the four models of Table 1.
+
+    Raises:
+        ValueError: if nothing was released for ``name``, the download is damaged, or the weights do not fit.
+        OSError: if the file cannot be downloaded.
+    """
+    load_checkpoint(model, released_file(name), drop_head=model.num_classes != RELEASED_CLASSES)
+
+
+def released_url(name: str) -> str:
+    """The address of the released weights of ``name``.
+
+    Raises:
+        ValueError: if nothing was released for ``name``.
+    """
+    if name not in RELEASED_FILES:
+        raise ValueError(f"no weights were released for {name!r}; released: {', '.join(RELEASED_FILES)}")
+    base = os.environ.get("HATNET_WEIGHTS_URL") or RELEASED_URL
+    return f"{base.rstrip('/')}/{RELEASED_FILES[name]}"
+
+
+def released_file(name: str) -> Path:
+    """The released weights of ``name`` on disk, downloaded if they are not yet in torch's hub folder.
+
+    A file enters the folder whole, after it has been read once: neither a download that broke off nor one that
+    another process is still busy with can be taken for it.
+
+    Raises:
+        ValueError: if nothing was released for ``name``, or what was downloaded is incomplete or damaged.
+        OSError: if the file cannot be downloaded.
+    """
+    url = released_url(name)
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / RELEASED_FILES[name]
+    if path.is_file():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{path.name}.") as staging:
+        staged = Path(staging) / path.name
+        _download(url, staged)
+        try:
+            read_tensors(staged)
+        except ValueError as error:
+            raise ValueError(f"the download of {url} is incomplete or damaged: {error}") from error
+        staged.replace(path)
+    return path
+
+
+def _download(url: str, path: Path) -> None:
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=_published_sha256(url))
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"could not download {url}: {error}") from error
+    except RuntimeError as error:  # torch.hub's way to say that the hash is another
+        raise ValueError(f"the download of {url} is not the published file: {error}") from error
+
+
+def _published_sha256(url: str) -> str | None:
+    """What the file ``SHA256SUMS`` beside ``url`` says of it; None if there is no such file or no such line."""
+    base, _, name = url.rpartition("/")
+    try:
+        with urllib.request.urlopen(f"{base}/SHA256SUMS", timeout=SUMS_TIMEOUT_S) as response:  # noqa: S310
+            sums = response.read().decode()
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return None
+        raise
+    found = re.search(rf"^([0-9a-f]{{64}}) [ *]{re.escape(name)}$", sums, re.MULTILINE)
+    return found[1] if found else None

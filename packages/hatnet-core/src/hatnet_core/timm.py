@@ -1,0 +1,100 @@
+"""HAT-Net in timm's registry: importing this module registers the four models of Table 1.
+
+    import hatnet_core.timm
+    timm.create_model("hatnet_small", features_only=True, out_indices=(1, 2, 3))
+
+Needs the extra ``hatnet-core[timm]``. The models are the ones of :mod:`hatnet_core`, parameter names included; timm
+builds them, loads the released weights (``pretrained=True``) and wraps them as it does its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor
+
+from hatnet_core.checkpoint import rename_released
+from hatnet_core.model import HATNet, stage_indices
+from hatnet_core.pretrained import RELEASED_CLASSES, released_url
+from hatnet_core.variants import list_models, model_arguments
+
+
+class TimmHATNet(HATNet):
+    """A :class:`HATNet` with timm's default for what ``forward_intermediates`` returns, a pair."""
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """As :meth:`HATNet.forward_intermediates`; a pair of final features and maps unless ``intermediates_only``."""
+        return super().forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
+
+
+def _cfg(name: str) -> dict[str, Any]:
+    return {
+        "url": released_url(name),
+        "num_classes": RELEASED_CLASSES,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,  # DeiT's protocol, which Sec. 4.1 follows
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "head",
+        "paper_name": "Vision Transformers with Hierarchical Attention",
+        "origin_url": "https://github.com/yun-liu/HAT-Net",
+        "fixed_input_size": False,
+    }
+
+
+default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name) for name in list_models()})
+
+
+def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
+    out_indices = kwargs.pop("out_indices", tuple(range(4)))
+    stage_indices(out_indices)  # timm would only assert
+    if pretrained and not isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg):
+        # the address of the moment, which may have been overridden after this module was imported
+        overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
+        kwargs["pretrained_cfg_overlay"] = {"url": released_url(name), **overlay}
+    return build_model_with_cfg(
+        TimmHATNet,
+        name,
+        pretrained,
+        pretrained_filter_fn=lambda state, model: rename_released(state)[0],
+        feature_cfg={"flatten_sequential": True, "out_indices": out_indices},
+        **{**model_arguments(name), **kwargs},
+    )
+
+
+@register_model
+def hatnet_tiny(pretrained: bool = False, **kwargs: Any) -> Any:
+    """HAT-Net-Tiny (Table 1)."""
+    return _create("hatnet_tiny", pretrained, **kwargs)
+
+
+@register_model
+def hatnet_small(pretrained: bool = False, **kwargs: Any) -> Any:
+    """HAT-Net-Small (Table 1)."""
+    return _create("hatnet_small", pretrained, **kwargs)
+
+
+@register_model
+def hatnet_medium(pretrained: bool = False, **kwargs: Any) -> Any:
+    """HAT-Net-Medium (Table 1)."""
+    return _create("hatnet_medium", pretrained, **kwargs)
+
+
+@register_model
+def hatnet_large(pretrained: bool = False, **kwargs: Any) -> Any:
+    """HAT-Net-Large (Table 1)."""
+    return _create("hatnet_large", pretrained, **kwargs)
