@@ -86,3 +86,34 @@ def attention(module, x):
     c = x.shape[1]
     qkv = pointwise(normalise(x, module.norm), module.qkv)
     return pointwise(attend_to_all(qkv[:, :c], qkv[:, c : 2 * c], qkv[:, 2 * c :], module.num_heads), module.proj)
+
+
+def window_attention(module, x):
+    """Swin's attention without the outer residual: tiles of M×M positions whose borders lie ``shift`` further on.
+
+    No roll and no mask: what Swin rolls together and masks apart are the tiles at the border, which are smaller.
+    """
+    c, m, heads = x.shape[1], module.window_size, module.num_heads
+    d = c // heads
+    qkv = pointwise(normalise(x, module.norm), module.qkv)
+    out = torch.zeros_like(x)
+    starts = [(range(0, side, m) if side <= m else range(module.shift - m, side, m)) for side in x.shape[2:]]
+    for top in starts[0]:
+        for left in starts[1]:
+            rows = range(max(top, 0), min(top + m, x.shape[2]))
+            columns = range(max(left, 0), min(left + m, x.shape[3]))
+            positions = [(i, j) for i in rows for j in columns]
+            for b in range(x.shape[0]):
+                for head in range(heads):
+                    for i, j in positions:
+                        query = qkv[b, head * d : (head + 1) * d, i, j]
+                        scores, values = [], []
+                        for y, z in positions:
+                            key = qkv[b, c + head * d : c + (head + 1) * d, y, z]
+                            row = (i - y + m - 1) * (2 * m - 1) + j - z + m - 1
+                            bias = module.relative_position_bias_table[row, head]
+                            scores.append((query * key).sum() / d**0.5 + bias)
+                            values.append(qkv[b, 2 * c + head * d : 2 * c + (head + 1) * d, y, z])
+                        weights = (torch.stack(scores) - max(scores)).exp()
+                        out[b, head * d : (head + 1) * d, i, j] = weights @ torch.stack(values) / weights.sum()
+    return pointwise(out, module.proj)

@@ -2,10 +2,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.models.swin_transformer import SwinTransformerBlock
 
 import slow_reading
 from hatnet_core import HierarchicalAttention
-from hatnet_core.attention import Attention
+from hatnet_core.attention import Attention, WindowAttention, average_pool, grid_attention
 
 
 def randomise(module):
@@ -61,9 +62,51 @@ def test_plain_attention_agrees_with_the_slow_reading():
     assert_agree(module, slow_reading.attention, torch.randn(2, 12, 5, 3, dtype=torch.float64))
 
 
-def test_positions_of_other_grids_do_not_change_the_local_attention():
-    from hatnet_core.attention import grid_attention
+@settings(max_examples=25, deadline=None)
+@given(
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    heads=st.integers(1, 2),
+    window_size=st.integers(1, 4),
+    shifted=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_window_attention_agrees_with_the_slow_reading_forward_and_gradient(
+    height, width, heads, window_size, shifted, seed
+):
+    torch.manual_seed(seed)
+    module = randomise(WindowAttention(2 * heads, 2, window_size, shifted))
+    x = torch.randn(2, 2 * heads, height, width, dtype=torch.float64)
+    assert_agree(module, slow_reading.window_attention, x)
 
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_window_attention_is_swins(shifted):
+    theirs = SwinTransformerBlock(24, (14, 21), num_heads=3, window_size=7, shift_size=3 if shifted else 0).double()
+    ours = WindowAttention(24, head_dim=8, window_size=7, shifted=shifted).double()
+    ours.norm = torch.nn.Identity()  # Swin's is of another kind
+    with torch.no_grad():
+        theirs.attn.relative_position_bias_table.normal_()
+        for layer, linear in ((ours.qkv, theirs.attn.qkv), (ours.proj, theirs.attn.proj)):
+            layer.weight.copy_(linear.weight[:, :, None, None])
+            layer.bias.copy_(linear.bias)
+        ours.relative_position_bias_table.copy_(theirs.attn.relative_position_bias_table)
+        x = torch.randn(2, 24, 14, 21, dtype=torch.float64)
+        expected = theirs._attn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        torch.testing.assert_close(ours(x), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (1, 3), (17, 5)])
+@pytest.mark.parametrize("pool_size", [1, 2, 3, 8])
+def test_pooling_while_compiling_equals_eager_pooling(size, pool_size):
+    torch.compiler.reset()
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    compiled = torch.compile(average_pool, backend="eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(x, pool_size), slow_reading.pool(x, pool_size))
+    torch.testing.assert_close(average_pool(x, pool_size), slow_reading.pool(x, pool_size))
+
+
+def test_positions_of_other_grids_do_not_change_the_local_attention():
     qkv = torch.randn(1, 24, 10, 10)
     before = grid_attention(qkv, num_heads=2, grid_size=4)
     qkv[..., 4:8, :4] += 1.0
@@ -82,7 +125,7 @@ def test_grid_and_pool_size_can_be_set_on_a_built_module():
     torch.testing.assert_close(module(x), other(x))
 
 
-@pytest.mark.parametrize("kind", [HierarchicalAttention, Attention])
+@pytest.mark.parametrize("kind", [HierarchicalAttention, Attention, WindowAttention])
 def test_a_head_dim_that_does_not_divide_the_channels_is_refused(kind):
     with pytest.raises(ValueError, match=r"head_dim must divide .* head_dim=64 and dim=100"):
         kind(100, head_dim=64)

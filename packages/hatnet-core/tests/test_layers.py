@@ -16,6 +16,10 @@ def silu(x):
     return x / (1 + (-x).exp())
 
 
+def gelu(x):
+    return x * (1 + torch.erf(x / 2**0.5)) / 2
+
+
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_mlp_is_the_inverted_residual_of_section_3_3(kernel_size):
     mlp = randomise(Mlp(6, mlp_ratio=3, kernel_size=kernel_size))
@@ -31,6 +35,28 @@ def test_mlp_is_the_inverted_residual_of_section_3_3(kernel_size):
     expected = normalise(torch.einsum("oc,bchw->bohw", mlp.project.weight[:, :, 0, 0], silu(mixed)), mlp.out_norm)
     torch.testing.assert_close(mlp(x), expected)
     assert all(conv.bias is None for conv in (mlp.expand, mlp.dwconv, mlp.project))
+
+
+def test_mlp_without_depthwise_convolution_is_that_of_a_pure_transformer_with_one_activation():
+    mlp = randomise(Mlp(6, mlp_ratio=3, depthwise=False))
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    hidden = silu(torch.einsum("oc,bchw->bohw", mlp.expand.weight[:, :, 0, 0], normalise(x, mlp.norm)))
+    expected = normalise(torch.einsum("oc,bchw->bohw", mlp.project.weight[:, :, 0, 0], hidden), mlp.out_norm)
+    torch.testing.assert_close(mlp(x), expected)
+    assert not any("dwconv" in name for name, _ in mlp.named_parameters())
+
+
+def test_gelu_replaces_silu_in_stem_and_mlp():
+    mlp = randomise(Mlp(6, mlp_ratio=3, activation="gelu"))
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    hidden = torch.einsum("oc,bchw->bohw", mlp.expand.weight[:, :, 0, 0], normalise(x, mlp.norm))
+    mixed = F.conv2d(gelu(hidden), mlp.dwconv.weight, padding=1, groups=18)
+    expected = normalise(torch.einsum("oc,bchw->bohw", mlp.project.weight[:, :, 0, 0], gelu(mixed)), mlp.out_norm)
+    torch.testing.assert_close(mlp(x), expected)
+    stem = randomise(Stem(3, 8, activation="gelu"))
+    image = torch.randn(1, 3, 9, 13, dtype=torch.float64)
+    hidden = gelu(normalise(F.conv2d(image, stem.conv1.weight, stem.conv1.bias, stride=2, padding=1), stem.norm))
+    torch.testing.assert_close(stem(image), F.conv2d(hidden, stem.conv2.weight, stem.conv2.bias, stride=2, padding=1))
 
 
 def test_mlp_refuses_an_even_kernel():
@@ -56,7 +82,7 @@ def test_downsample_is_a_strided_convolution_then_norm():
 
 def test_drop_path_drops_whole_samples_at_its_rate_and_keeps_the_mean():
     layer = DropPath(0.25)
-    out = layer(torch.ones(4000, 2, 3))
+    out = layer(torch.ones(4000, 2, 3, 1))
     per_sample = out.flatten(1)
     assert (per_sample == per_sample[:, :1]).all()
     torch.testing.assert_close(out.max(), torch.tensor(1 / 0.75))
@@ -64,7 +90,7 @@ def test_drop_path_drops_whole_samples_at_its_rate_and_keeps_the_mean():
 
 
 def test_drop_path_is_the_identity_in_evaluation():
-    x = torch.randn(3, 2)
+    x = torch.randn(3, 2, 1, 1)
     assert DropPath(0.9).eval()(x) is x
 
 

@@ -86,18 +86,17 @@ def window_attention(qkv: Tensor, num_heads: int, bias: Tensor, window_size: int
     """
     batch, _, height, width = qkv.shape
     window = (window_size, window_size)
-    counts = [_count(side, window_size) for side in (height, width)]
+    rows, columns = counts = _count(height, window_size), _count(width, window_size)
     shifts = [shift * (1 - 1 // count) for count in counts]  # 0 where there is one window
     qkv = _complete(qkv, window).roll([-s for s in shifts], dims=(-2, -1))
-    rows, columns = (
-        _window_regions(qkv, *sizes, window_size) for sizes in zip((height, width), counts, shifts, strict=True)
-    )
-    regions = _in_grids(6 * rows, columns, window)
+    regions_h = _window_regions(height, rows, shifts[0], window_size, qkv.device)
+    regions_w = _window_regions(width, columns, shifts[1], window_size, qkv.device)
+    regions = _in_grids(6 * regions_h, regions_w, window)
     allowed = (regions.transpose(-2, -1) == regions).unsqueeze(1)  # [windows, 1, M², M²]
     mask = torch.where(allowed, bias, -torch.inf).to(qkv.dtype)  # [windows, heads, M², M²]
     q, k, v = _grids(qkv, num_heads, window)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(batch, 1, 1, 1))
-    return _crop(_ungrid(out, batch, *counts, window).roll(shifts, dims=(-2, -1)), height, width)
+    return _crop(_ungrid(out, batch, rows, columns, window).roll(shifts, dims=(-2, -1)), height, width)
 
 
 @torch.fx.wrap
@@ -327,14 +326,14 @@ def _in_grids(rows: Tensor, columns: Tensor, grid: tuple[int, ...]) -> Tensor:
     return both.reshape(-1, 1, grid[0] * grid[1])
 
 
-def _window_regions(like: Tensor, side: int, count: int, shift: int, window_size: int) -> Tensor:
+def _window_regions(side: int, count: int, shift: int, window_size: int, device: torch.device) -> Tensor:
     """[count·M] numbers 0-5 along one axis of the rolled map; positions see each other where theirs are equal.
 
     Swin's three regions (whole windows, the part of the last window before the seam of the roll, the part behind it),
     each divided into positions that exist and completed ones.
     """
     full_side = count * window_size
-    position = torch.arange(full_side, device=like.device)
+    position = torch.arange(full_side, device=device)
     region = (position >= full_side - window_size).int() + (position >= full_side - shift).int()
     completed = (position + shift) % full_side >= side
     return 2 * region + completed

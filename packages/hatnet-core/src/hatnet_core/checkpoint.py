@@ -4,8 +4,8 @@ Our files hold the parameters under the names of :class:`HATNet` and, as JSON in
 configuration that builds the model. The released ``HAT-Net_*.pth`` use names of their own, listed in
 ``RELEASED_NAMES``. Nothing is ever unpickled beyond plain tensors (``weights_only=True``).
 
-A file passes three steps: :func:`read_tensors` (a state dict, out of its wrapping), :func:`rename_released` (with our
-names) and the checks of :func:`load_checkpoint` against the model.
+A file passes two steps: :func:`read_state` (out of its wrapping, under our names) and the checks of
+:func:`load_checkpoint` against the model.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def save_checkpoint(model: HATNet, path: str | Path, metadata: Mapping[str, Any]
     if len(model.stages) != len(model.config["depths"]):
         raise ValueError(f"cannot save {path}: the model was pruned to {len(model.stages)} of its stages")
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    record = {"version": __version__, "variant": _variant(model.config), "config": model.config}
+    record = {"version": __version__, "variant": variant_name(model.config), "config": model.config}
     if taken := record.keys() & (metadata or {}).keys():
         raise ValueError(f"metadata must not hold {', '.join(sorted(taken))}, which describe the model itself")
     record |= metadata or {}
@@ -137,9 +137,7 @@ def load_checkpoint(model: HATNet, path: str | Path, drop_head: bool = False) ->
         >>> load_checkpoint(model, "HAT-Net_Small.pth")  # doctest: +SKIP
     """
     path = Path(path)
-    state, beside = _without_prefixes(read_tensors(path))
-    state, unused = rename_released(state)
-    dropped = beside + unused
+    state, dropped = read_state(path)
     if drop_head:
         dropped += [name for name in state if name.startswith("head.")]
         own = {name: t for name, t in model.state_dict().items() if name.startswith("head.")}
@@ -184,15 +182,21 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return record
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file, taken out of the dicts that trainers wrap it in; its names as they are.
+def read_state(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights in a file under the names of :class:`HATNet`, whoever wrote it, and the names that were dropped.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file cannot be read, or holds no state dict of plain tensors.
         ImportError: if the file is safetensors and safetensors is not installed.
     """
-    path = _existing_file(path)
+    state, beside = _without_prefixes(_read_tensors(_existing_file(path)))
+    state, unused = rename_released(state)
+    return state, beside + unused
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, taken out of the dicts that trainers wrap it in; its names as they are."""
     if path.suffix == ".safetensors":
         safetensors_torch = _import_safetensors()
         from safetensors import SafetensorError
@@ -319,7 +323,7 @@ def _body_shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: t.shape for name, t in state.items() if not name.startswith(("head.", "stem.conv1."))}
 
 
-def _variant(config: Mapping[str, Any]) -> str | None:
+def variant_name(config: Mapping[str, Any]) -> str | None:
     """The name of the paper's model that ``config`` is, up to what can change around the weights; None if none."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(HATNet).parameters.items()}
     for name in list_models(ablations=True):

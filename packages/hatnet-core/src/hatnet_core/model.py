@@ -174,7 +174,7 @@ class HATNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] → features of the last stage [B, C5, ⌈H/32⌉, ⌈W/32⌉]."""
         with _traced_for_any_size():
-            return self.stages(self.stem(_check_images(x, self.in_chans)))
+            return self.stages(self.stem(check_images(x, self.in_chans)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features [B, C5, H', W'] → logits [B, num_classes], or [B, C5] pooled features if ``pre_logits``."""
@@ -219,7 +219,7 @@ class HATNet(nn.Module):
         last = max(wanted) if stop_early or intermediates_only else len(self.stages) - 1
         features = []
         with _traced_for_any_size():
-            x = self.stem(_check_images(x, self.in_chans))
+            x = self.stem(check_images(x, self.in_chans))
             for stage in list(self.stages)[: last + 1]:
                 x = stage(x)
                 features.append(x)
@@ -241,7 +241,7 @@ class HATNet(nn.Module):
         """
         wanted = stage_indices(indices, len(self.stages))
         pruned = max(wanted) + 1 < len(self.stages)
-        self.stages = self.stages[: max(wanted) + 1]
+        self.stages = nn.Sequential(*list(self.stages)[: max(wanted) + 1])
         self.num_features = self.head_hidden_size = self.feature_info[len(self.stages) - 1]["num_chs"]
         if pruned or prune_head:
             self.reset_classifier(0, "")
@@ -399,7 +399,7 @@ def _traced_for_any_size() -> AbstractContextManager[Any]:
 
 
 @torch.fx.wrap
-def _check_images(x: Tensor, in_chans: int) -> Tensor:
+def check_images(x: Tensor, in_chans: int) -> Tensor:
     """``x`` itself; ValueError unless it is a floating batch of images with ``in_chans`` channels."""
     if x.ndim != 4 or x.shape[1] != in_chans:
         raise ValueError(f"input must be B×{in_chans}×H×W, got shape {tuple(x.shape)}")

@@ -14,11 +14,12 @@ import re
 import tempfile
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import torch
 
-from hatnet_core.checkpoint import load_checkpoint, read_tensors
+from hatnet_core.checkpoint import load_checkpoint, read_state
 from hatnet_core.model import HATNet
 
 RELEASED_URL = "https://github.com/yun-liu/HAT-Net/releases/download/v2.0"
@@ -84,7 +85,8 @@ def released_file(name: str) -> Path:
         staged = Path(staging) / path.name
         _download(url, staged)
         try:
-            read_tensors(staged)
+            read_state(staged)
+            _check_sums_of_archive(staged)
         except ValueError as error:
             raise ValueError(f"the download of {url} is incomplete or damaged: {error}") from error
         staged.replace(path)
@@ -98,6 +100,14 @@ def _download(url: str, path: Path) -> None:
         raise OSError(f"could not download {url}: {error}") from error
     except RuntimeError as error:  # torch.hub's way to say that the hash is another
         raise ValueError(f"the download of {url} is not the published file: {error}") from error
+
+
+def _check_sums_of_archive(path: Path) -> None:
+    """ValueError if a tensor is not the one whose checksum the file holds; torch.load does not compare them."""
+    if zipfile.is_zipfile(path):  # not what torch wrote before 1.6
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():
+                raise ValueError(f"checksum of {broken} differs")
 
 
 def _published_sha256(url: str) -> str | None:

@@ -1,0 +1,246 @@
+"""One file for every batch size, height and width: ``torch.export`` programs and ONNX graphs, checked when made.
+
+The command ``hatnet-export`` (or ``python -m hatnet_core.export``) writes the file, runs it beside the model at sizes
+that the export did not see, and keeps it only if the outputs agree. ONNX needs the extra ``hatnet-core[onnx]``.
+TorchScript is not offered: torch deprecates it in favour of ``torch.export``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from hatnet_core.checkpoint import load_checkpoint, read_metadata, read_state, save_checkpoint
+from hatnet_core.factory import create_model
+from hatnet_core.model import MIN_SIZE, HATNet
+from hatnet_core.variants import list_models
+
+SUFFIXES = (".pt2", ".onnx", ".safetensors")
+"""A ``torch.export`` program, an ONNX graph, or weights with their configuration."""
+
+TOLERANCE = 1e-4
+"""Largest difference of the outputs, relative to the largest output, at which a file still counts as the model."""
+
+
+def export_program(model: HATNet, size: tuple[int, int] = (224, 224), static: bool = False) -> ExportedProgram:
+    """Trace ``model`` in evaluation mode, with ``torch.export``.
+
+    ``torch.export.export`` can be called on a model as well; this is it with the dynamic dimensions named. The one
+    input that a dynamic program does not take is 32×32, where stage 5 is left with a single position.
+
+    Args:
+        model: the model; its training mode is left as it was.
+        size: height and width of the image it is traced with, in pixels.
+        static: whether the program takes this size and one image at a time only, instead of any.
+
+    Returns:
+        The program, of one input ``image`` [batch, in_chans, height, width]; ``torch.export.save`` writes it.
+    """
+    image = _image(model, 1 if static else 2, *size)
+    with _evaluation(model), torch.no_grad():
+        return torch.export.export(model, (image,), dynamic_shapes=None if static else (_dynamic_dims(),))
+
+
+def export_onnx(model: HATNet, path: str | Path, size: tuple[int, int] = (224, 224), static: bool = False) -> None:
+    """Write ``model`` in evaluation mode as an ONNX graph with input ``image`` and output ``logits``.
+
+    Args:
+        model: the model; its training mode is left as it was.
+        path: the file to write.
+        size: height and width of the image it is traced with, in pixels.
+        static: whether the graph takes this size and one image at a time only, instead of any.
+
+    Raises:
+        ImportError: if onnx or onnxscript is not installed.
+    """
+    try:
+        import onnxscript  # noqa: F401  what torch.onnx needs, asked for before minutes of work
+    except ImportError as error:
+        raise ImportError("ONNX export needs onnxscript: pip install 'hatnet-core[onnx]'") from error
+    image = _image(model, 1 if static else 2, *size)
+    with _evaluation(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of torch.onnx about torch itself
+        program = torch.onnx.export(
+            model,
+            (image,),
+            dynamo=True,
+            dynamic_shapes=None if static else (_dynamic_dims(),),
+            input_names=["image"],
+            output_names=["logits"],
+            verbose=False,
+        )
+    cast(torch.onnx.ONNXProgram, program).save(str(path))
+
+
+def largest_difference(model: HATNet, path: str | Path, shapes: Sequence[tuple[int, int, int]]) -> float:
+    """Largest difference between the outputs of an exported file and of ``model`` on random images.
+
+    Args:
+        model: the model that was exported; run in evaluation mode.
+        path: the file, ``.pt2`` or ``.onnx``.
+        shapes: batch size, height and width of each input.
+
+    Returns:
+        The largest absolute difference, divided by the largest absolute output of the model.
+
+    Raises:
+        ImportError: if the file is ONNX and onnxruntime is not installed.
+    """
+    run = _runner(Path(path))
+    difference = scale = 0.0
+    with _evaluation(model), torch.no_grad():
+        for batch, height, width in shapes:
+            image = _image(model, batch, height, width)
+            expected = model(image)
+            difference = max(difference, (run(image) - expected).abs().max().item())
+            scale = max(scale, expected.abs().max().item())
+    return difference / scale
+
+
+def unseen_shapes(size: tuple[int, int]) -> list[tuple[int, int, int]]:
+    """Batch size, height and width of inputs to check a dynamic export with, given the size it was traced with.
+
+    The second is larger and of whole grids where the first is, the third is of no whole grids or pools.
+    """
+    height, width = size
+    return [(1, height, width), (2, height + 32, width + 96), (3, max(height - 27, MIN_SIZE + 1), width + 107)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command ``hatnet-export``."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.out.suffix not in SUFFIXES:
+        parser.error(f"the file must end in one of {', '.join(SUFFIXES)}, got {args.out}")
+    if not args.out.parent.is_dir():
+        parser.error(f"folder {args.out.parent} does not exist")
+    if args.checkpoint is None and args.model is None:
+        parser.error("nothing to export: expected --checkpoint, --model or both")
+    if args.checkpoint is not None and args.pretrained:
+        parser.error("--checkpoint and --pretrained are two sources of weights: expected one")
+    if min(args.size) < MIN_SIZE:
+        parser.error(f"--size must be at least {MIN_SIZE} {MIN_SIZE}, got {args.size[0]} {args.size[1]}")
+    try:
+        _export(args, _model(args))
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(1, f"hatnet-export: error: {error}\n")
+
+
+def _export(args: argparse.Namespace, model: HATNet) -> None:
+    size = (args.size[0], args.size[1])
+    shapes = [(1, *size)] if args.static else unseen_shapes(size)
+    start = time.perf_counter()
+    print(f"exporting to {args.out} ...", flush=True)
+    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as staging:
+        staged = Path(staging) / args.out.name
+        if args.out.suffix == ".safetensors":
+            save_checkpoint(model, staged)
+        elif args.out.suffix == ".onnx":
+            export_onnx(model, staged, size, args.static)
+        else:
+            torch.export.save(export_program(model, size, args.static), staged)
+        print(f"exported in {time.perf_counter() - start:.0f} s, {staged.stat().st_size / 1e6:.1f} MB", flush=True)
+        if args.out.suffix != ".safetensors":
+            difference = largest_difference(model, staged, shapes)
+            print(f"largest difference to the model {difference:.1e} of the largest output, at inputs", end=" ")
+            print(", ".join("×".join(map(str, (b, model.in_chans, h, w))) for b, h, w in shapes))
+            if not difference <= TOLERANCE:
+                raise ValueError(
+                    f"{args.out} not written: its outputs differ by {difference:.1e}, at most {TOLERANCE}"
+                )
+        staged.replace(args.out)
+    print(f"wrote {args.out}")
+
+
+def _model(args: argparse.Namespace) -> HATNet:
+    if args.checkpoint is None:
+        if not args.pretrained:
+            print("neither --checkpoint nor --pretrained: exporting random weights")
+        return create_model(args.model, pretrained=args.pretrained)
+    if args.model is not None:
+        state, _ = read_state(args.checkpoint)
+        classes = len(state["head.weight"]) if "head.weight" in state else 0
+        model = create_model(args.model, num_classes=classes)
+    elif args.checkpoint.suffix == ".safetensors":
+        model = HATNet(**read_metadata(args.checkpoint)["config"])
+    else:
+        raise ValueError(f"{args.checkpoint} does not say what model it is: name it with --model")
+    load_checkpoint(model, args.checkpoint)
+    return model
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hatnet-export",
+        description="Write a HAT-Net as an ONNX graph (.onnx), a torch.export program (.pt2) or weights with their "
+        "configuration (.safetensors). Graphs and programs take any batch size, height and width, and are checked "
+        "against the model at sizes that the export did not see before the file appears.",
+        epilog="example: hatnet-export model.onnx --checkpoint runs/digits/model.safetensors",
+    )
+    parser.add_argument("out", type=Path, help=f"the file to write; its ending says what: {', '.join(SUFFIXES)}")
+    source = parser.add_argument_group("what to export")
+    source.add_argument(
+        "--checkpoint", type=Path, help="weights: a file of save_checkpoint, or another together with --model"
+    )
+    source.add_argument(
+        "--model",
+        choices=list_models(ablations=True),
+        metavar="NAME",
+        help=f"{', '.join(list_models())} or one of the paper's ablations (default: what the checkpoint says)",
+    )
+    source.add_argument("--pretrained", action="store_true", help="the weights released with the paper, downloaded")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(224, 224),
+        metavar=("HEIGHT", "WIDTH"),
+        help="image size to trace with, in pixels (default: 224 224)",
+    )
+    parser.add_argument("--static", action="store_true", help="take one image of exactly this size, instead of any")
+    return parser
+
+
+def _dynamic_dims() -> dict[int, Dim]:
+    return {0: Dim("batch", min=1), 2: Dim("height", min=MIN_SIZE), 3: Dim("width", min=MIN_SIZE)}
+
+
+def _image(model: HATNet, batch: int, height: int, width: int) -> Tensor:
+    weight = model.stem.conv1.weight
+    return torch.randn(batch, model.in_chans, height, width, device=weight.device, dtype=weight.dtype)
+
+
+def _runner(path: Path) -> Callable[[Tensor], Tensor]:
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError("checking an ONNX graph needs onnxruntime: pip install 'hatnet-core[onnx]'") from error
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda image: torch.from_numpy(session.run(None, {"image": image.cpu().numpy()})[0]).to(image.device)
+
+
+@contextlib.contextmanager
+def _evaluation(model: HATNet) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,125 @@
+"""HAT-Net as a backbone of Hugging Face transformers: importing this module registers it with ``AutoBackbone``.
+
+    from hatnet_core.transformers import HATNetConfig
+    from transformers import AutoBackbone
+
+    backbone = AutoBackbone.from_config(HATNetConfig(out_features=["stage2", "stage3", "stage4"]))
+
+Needs the extra ``hatnet-core[transformers]``. Names follow transformers: ``stage1`` to ``stage4`` are the paper's
+stages 2-5, ``stem`` is its stage 1. ``load_checkpoint(backbone.hatnet, path, drop_head=True)`` loads classification
+weights. ``HATNetBackbone.from_pretrained`` reads folders of ``save_pretrained``; ``AutoBackbone.from_pretrained`` asks
+the hub for every name first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+
+from hatnet_core.attention import WindowAttention
+from hatnet_core.model import HATNet, check_images
+from hatnet_core.variants import VARIANTS
+
+
+class HATNetConfig(BackboneConfigMixin, PreTrainedConfig):
+    """The arguments of :class:`hatnet_core.HATNet` but those of its head; the defaults are HAT-Net-Small.
+
+    Args:
+        out_features: names of the maps that the backbone returns, out of ``stem`` and ``stage1`` to ``stage4``.
+        out_indices: the same by number, 0 for ``stem``; by default the last stage.
+    """
+
+    model_type = "hatnet"
+    attribute_map = {"num_channels": "in_chans", "hidden_sizes": "embed_dims"}  # noqa: RUF012  transformers' interface
+
+    embed_dims: list[int] | tuple[int, ...] = VARIANTS["hatnet_small"]["embed_dims"]
+    depths: list[int] | tuple[int, ...] = VARIANTS["hatnet_small"]["depths"]
+    head_dim: int = 64
+    kernel_sizes: list[int] | tuple[int, ...] = (3, 3, 3, 3)
+    mlp_ratios: list[int] | tuple[int, ...] = (8, 8, 4, 4)
+    grid_sizes: list[int] | tuple[int, ...] = (8, 7, 7)
+    pool_sizes: list[int] | tuple[int, ...] = (8, 4, 2)
+    attention: list[str] | tuple[str, ...] = ("hierarchical", "hierarchical", "hierarchical")
+    activation: str = "silu"
+    depthwise: bool = True
+    in_chans: int = 3
+    proj_drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Settle which maps are returned, after transformers has set the fields."""
+        self.stage_names = ["stem", *(f"stage{i}" for i in range(1, 5))]
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
+        super().__post_init__(**kwargs)
+
+    def hatnet_arguments(self) -> dict[str, Any]:
+        """The arguments of :class:`HATNet` for this configuration, without head."""
+        names = [name for name in HATNetConfig.__annotations__ if not name.startswith("_")]
+        return {**{name: getattr(self, name) for name in names}, "num_classes": 0}
+
+
+class HATNetBackbone(BackboneMixin, PreTrainedModel):
+    """A :class:`HATNet` without head that returns the maps named in its configuration."""
+
+    config_class = HATNetConfig
+    base_model_prefix = "hatnet"
+    main_input_name = "pixel_values"
+    has_attentions = False
+
+    def __init__(self, config: HATNetConfig) -> None:
+        super().__init__(config)
+        self.num_features = [config.embed_dims[0], *config.embed_dims]
+        self.hatnet = HATNet(**config.hatnet_arguments())
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput | tuple[Any, ...]:
+        """Images [B, in_chans, H, W] → feature maps [B, C, ⌈H/r⌉, ⌈W/r⌉], r = 4 for the stem, then 4, 8, 16, 32.
+
+        Args:
+            pixel_values: the images.
+            output_hidden_states: whether to return the maps of the stem and every stage, too.
+            output_attentions: without effect; fused attention gives no weights.
+            return_dict: whether to return a ``BackboneOutput`` rather than a tuple.
+
+        Raises:
+            ValueError: if ``pixel_values`` is not of this shape, not floating, or H or W is below 32.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        maps = [self.hatnet.stem(check_images(pixel_values, self.config.in_chans))]
+        for stage in self.hatnet.stages:
+            maps.append(stage(maps[-1]))
+        wanted = tuple(m for m, name in zip(maps, self.stage_names, strict=True) if name in self.out_features)
+        output = BackboneOutput(feature_maps=wanted, hidden_states=tuple(maps) if output_hidden_states else None)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            init.trunc_normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.GroupNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, WindowAttention):
+            init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+        if isinstance(module, nn.Conv2d | nn.GroupNorm) and module.bias is not None:
+            init.zeros_(module.bias)
+
+
+AutoConfig.register(HATNetConfig.model_type, HATNetConfig)
+AutoBackbone.register(HATNetConfig, HATNetBackbone)

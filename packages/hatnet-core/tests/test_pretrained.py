@@ -1,0 +1,112 @@
+import hashlib
+import http.server
+import io
+import re
+import zipfile
+
+import pytest
+import torch
+
+from hatnet_core import create_model
+
+NAME = "/HAT-Net_Tiny.pth"
+
+
+@pytest.fixture(autouse=True)
+def hub(weights_server, tmp_path, monkeypatch):
+    """torch's hub folder in an empty place, the weights on the local server."""
+    monkeypatch.setenv("HATNET_WEIGHTS_URL", weights_server.url + "/")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_pretrained_downloads_the_released_weights_once_into_the_hub_folder(hub, weights_server, released_files):
+    released = torch.load(released_files["hatnet_tiny"], weights_only=True)
+    for _ in range(2):
+        model = create_model("hatnet_tiny", pretrained=True)
+        assert torch.equal(model.head.weight, released["classifier.1.weight"])
+        assert torch.equal(model.stem.conv1.weight, released["patch_embed.0.weight"])
+    assert weights_server.requests.count(NAME) == 1
+    assert [path.name for path in hub.iterdir()] == ["HAT-Net_Tiny.pth"]
+
+
+def test_pretrained_keeps_a_fresh_head_for_other_classes_and_adapts_the_stem(released_files):
+    released = torch.load(released_files["hatnet_tiny"], weights_only=True)
+    model = create_model("hatnet_tiny", pretrained=True, num_classes=5, in_chans=1)
+    assert model.head.weight.shape == (5, 384)
+    assert torch.equal(model.stages[1].downsample.conv.weight, released["ds2.conv.weight"])
+    torch.testing.assert_close(model.stem.conv1.weight, released["patch_embed.0.weight"].sum(1, keepdim=True))
+
+
+def test_a_published_hash_that_agrees_is_accepted(weights_server, hub):
+    digest = hashlib.sha256(weights_server.files[NAME]).hexdigest()
+    weights_server.files["/SHA256SUMS"] = f"{'0' * 64}  other.pth\n{digest}  HAT-Net_Tiny.pth\n".encode()
+    create_model("hatnet_tiny", pretrained=True)
+    assert (hub / "HAT-Net_Tiny.pth").is_file()
+
+
+def test_a_wrong_hash_is_refused_and_nothing_is_left(weights_server, hub):
+    weights_server.files["/SHA256SUMS"] = f"{'0' * 64}  HAT-Net_Tiny.pth\n".encode()
+    expected = f"the download of {weights_server.url}{NAME} is not the published file"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        create_model("hatnet_tiny", pretrained=True)
+    assert list(hub.iterdir()) == []
+
+
+@pytest.mark.parametrize("announced", ["all of it", "what comes"])
+def test_a_truncated_download_is_refused_and_nothing_is_left(announced, weights_server, hub):
+    whole = weights_server.files[NAME]
+    weights_server.files[NAME] = whole[: len(whole) // 2]
+    if announced == "all of it":
+        weights_server.lengths[NAME] = len(whole)
+    with pytest.raises((ValueError, OSError), match=re.escape(f"{weights_server.url}{NAME}")):
+        create_model("hatnet_tiny", pretrained=True)
+    assert list(hub.iterdir()) == []
+
+
+def test_a_download_after_a_failed_one_succeeds(weights_server):
+    whole = weights_server.files[NAME]
+    weights_server.files[NAME] = whole[:1000]
+    with pytest.raises(ValueError, match="is incomplete or damaged"):
+        create_model("hatnet_tiny", pretrained=True)
+    weights_server.files[NAME] = whole
+    create_model("hatnet_tiny", pretrained=True)
+
+
+def test_a_missing_file_is_refused_by_address(weights_server, hub):
+    with pytest.raises(
+        OSError, match=re.escape(f"could not download {weights_server.url}/HAT-Net_Small.pth: ") + ".*404"
+    ):
+        create_model("hatnet_small", pretrained=True)
+    assert list(hub.iterdir()) == []
+
+
+def test_a_server_that_is_not_there_is_refused_by_address(monkeypatch):
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as free:
+        monkeypatch.setenv("HATNET_WEIGHTS_URL", f"http://127.0.0.1:{free.server_address[1]}")
+    with pytest.raises(OSError, match=r"could not download http://127\.0\.0\.1:\d+/HAT-Net_Tiny\.pth"):
+        create_model("hatnet_tiny", pretrained=True)
+
+
+def test_a_page_in_place_of_the_weights_is_refused(weights_server, hub):
+    weights_server.files[NAME] = b"<html>please log in</html>"
+    with pytest.raises(ValueError, match="is incomplete or damaged"):
+        create_model("hatnet_tiny", pretrained=True)
+    assert list(hub.iterdir()) == []
+
+
+def test_a_bit_that_flipped_on_the_way_is_refused(weights_server, hub):
+    content = bytearray(weights_server.files[NAME])
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[largest.header_offset + largest.file_size // 2] ^= 0x10
+    weights_server.files[NAME] = bytes(content)
+    with pytest.raises(ValueError, match="is incomplete or damaged"):
+        create_model("hatnet_tiny", pretrained=True)
+    assert list(hub.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["hatnet_small_gelu", "hatnet_small_window234"])
+def test_models_without_released_weights_say_so(name):
+    with pytest.raises(ValueError, match=f"no weights were released for '{name}'; released: hatnet_tiny"):
+        create_model(name, pretrained=True)

@@ -1,0 +1,84 @@
+import pytest
+import torch
+from transformers import AutoBackbone, AutoConfig, UperNetConfig, UperNetForSemanticSegmentation
+
+from conftest import SMALL
+from hatnet_core import HATNet, load_checkpoint, save_checkpoint
+from hatnet_core.transformers import HATNetBackbone, HATNetConfig
+
+
+@pytest.fixture
+def backbone():
+    return AutoBackbone.from_config(HATNetConfig(**SMALL, out_features=["stage2", "stage4"])).eval()
+
+
+def test_auto_backbone_builds_it_from_its_configuration(backbone):
+    assert isinstance(backbone, HATNetBackbone)
+    assert backbone.out_indices == [2, 4]
+    assert backbone.channels == [16, 24]
+    assert backbone.num_features == [8, 8, 16, 16, 24]
+
+
+def test_the_maps_are_those_of_hatnet(backbone):
+    image = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        output = backbone(image, output_hidden_states=True)
+        torch.testing.assert_close(list(output.feature_maps), backbone.hatnet.forward_intermediates(image, (1, 3)))
+        assert [m.shape[1:] for m in output.hidden_states] == [
+            (8, 16, 24), (8, 16, 24), (16, 8, 12), (16, 4, 6), (24, 2, 3)
+        ]  # fmt: skip
+        assert backbone(image).hidden_states is None
+        assert torch.equal(backbone(image, return_dict=False)[0][1], output.feature_maps[1])
+
+
+def test_a_saved_backbone_comes_back_the_same(backbone, tmp_path):
+    backbone.save_pretrained(tmp_path)
+    again = HATNetBackbone.from_pretrained(tmp_path)
+    assert not again.training
+    assert AutoConfig.from_pretrained(tmp_path).out_features == ["stage2", "stage4"]
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(image).feature_maps, backbone(image).feature_maps)
+
+
+def test_classification_weights_load_into_it(backbone, tmp_path):
+    save_checkpoint(HATNet(**SMALL, num_classes=7), tmp_path / "m.safetensors")
+    load_checkpoint(backbone.hatnet, tmp_path / "m.safetensors", drop_head=True)
+    assert AutoBackbone.from_config(HATNetConfig(**SMALL)).hatnet.config == backbone.hatnet.config
+
+
+@pytest.mark.parametrize("attention", ["hierarchical", "window"])
+def test_fresh_weights_are_drawn_as_hatnet_draws_them(attention):
+    backbone = AutoBackbone.from_config(HATNetConfig(attention=(attention,) * 3))
+    weights = dict(backbone.hatnet.named_parameters())
+    assert weights["stages.2.downsample.conv.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    for name, p in weights.items():
+        if p.ndim == 1:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+        elif "bias_table" in name:
+            assert p.std().item() == pytest.approx(0.02, rel=0.2), name
+
+
+def test_it_is_the_backbone_of_a_segmenter_of_transformers():
+    config = UperNetConfig(
+        backbone_config=HATNetConfig(**SMALL, out_indices=[1, 2, 3, 4]),
+        num_labels=5,
+        hidden_size=16,
+        auxiliary_in_channels=16,
+    )
+    model = UperNetForSemanticSegmentation(config)
+    output = model(torch.randn(2, 3, 64, 96), labels=torch.randint(5, (2, 64, 96)))
+    assert output.logits.shape == (2, 5, 64, 96)
+    output.loss.backward()
+    assert all(p.grad is not None for p in model.backbone.parameters())
+
+
+@pytest.mark.parametrize("out_features", [["stage5"], ["stage2", "stage1"]])
+def test_maps_that_are_not_there_are_refused(out_features):
+    with pytest.raises(ValueError, match="out_features must be"):
+        HATNetConfig(out_features=out_features)
+
+
+def test_images_of_the_wrong_kind_are_refused(backbone):
+    with pytest.raises(ValueError, match="input must be B×3×H×W"):
+        backbone(torch.randn(3, 64, 64))
