@@ -12,8 +12,12 @@ import nox
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv"
 nox.options.sessions = ["lint", "typing", "tests", "wheels", "demo"]
+nox.options.error_on_missing_interpreters = False
+nox.options.download_python = "never"
 
 PACKAGES = ["core", "train", "dense", "analysis"]
+OTHER_INTERPRETERS = ["3.10", "3.12", "3.13"]
+"""What hatnet-core declares beyond 3.11, which all other sessions run on."""
 
 FORWARD_PASS = """
 import importlib.metadata, sys
@@ -33,9 +37,10 @@ print("hatnet-core alone:", sum(p.numel() for p in model.parameters()), "paramet
 def install(session: nox.Session, *packages: str, groups: tuple[str, ...] = ()) -> None:
     """Install packages of this workspace in place, with all their extras, and dependency groups of the root."""
     wanted = [f"--group={group}" for group in groups]
-    # hatnet-core is named each time: the others are tested with the one beside them, not with a release.
-    for package in dict.fromkeys(["core", *packages]):
+    for package in packages:
         wanted += ["-e", f"packages/hatnet-{package}[all]"]
+    if "core" not in packages:  # the others are tested with the core beside them, not with a release
+        wanted += ["-e", "packages/hatnet-core"]
     session.install("-c", "constraints.txt", *wanted)
 
 
@@ -65,6 +70,29 @@ def tests(session: nox.Session, package: str) -> None:
         examples = [f"packages/hatnet-{package}/src", f"packages/hatnet-{package}/README.md"]
         paths += [*examples, "--doctest-modules", "--doctest-glob=README.md"]
     session.run("pytest", *paths, *session.posargs)
+
+
+@nox.session(python=OTHER_INTERPRETERS)
+def interpreters(session: nox.Session) -> None:
+    """Tests of hatnet-core on the other interpreters it declares, such as "interpreters-3.12"; skips absent ones."""
+    install(session, "core", groups=("test",))
+    session.run("pytest", "packages/hatnet-core/tests", *session.posargs)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Tests of hatnet-core with the lowest versions of torch and all else that it declares."""
+    session.install("--resolution=lowest-direct", "-e", "packages/hatnet-core[all]", "--group=test")
+    session.run("python", "-c", "import torch; print('torch', torch.__version__)")
+    session.run("pytest", "packages/hatnet-core/tests", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def slow(session: nox.Session, package: str) -> None:
+    """The tests of one package that take minutes, such as "slow(core)"."""
+    install(session, package, groups=("test",))
+    session.run("pytest", "-m", "slow", f"packages/hatnet-{package}/tests", *session.posargs, success_codes=[0, 5])
 
 
 @nox.session

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.models import adapt_input_conv
 
 from hatnet_core import HATNet, create_model, list_models, load_checkpoint, read_metadata, save_checkpoint
 
@@ -133,6 +134,108 @@ def test_a_text_or_damaged_pth_is_refused_by_path(cut, released_files, tmp_path)
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f"{name} is not a checkpoint of plain tensors"):
             load_checkpoint(create_model("hatnet_tiny"), tmp_path / name)
+
+
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", "module"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module._orig_mod.", "backbone."])
+def test_a_state_dict_is_found_in_wrappers_and_behind_prefixes(wrapper, prefix, small_model, tmp_path):
+    state = {f"{prefix}{name}": t for name, t in small_model.state_dict().items()}
+    torch.save({wrapper: state, "epoch": 7, "optimizer": {"lr": 0.1}}, tmp_path / "x.pth")
+    other = HATNet(**small_model.config)
+    assert load_checkpoint(other, tmp_path / "x.pth") == []
+    assert all(torch.equal(p, q) for p, q in zip(other.parameters(), small_model.parameters(), strict=True))
+
+
+def test_the_backbone_of_a_detector_is_loaded_and_the_rest_named(small_model, tmp_path, caplog):
+    state = {f"backbone.model.{n}": t for n, t in small_model.state_dict().items() if not n.startswith("head.")}
+    torch.save({"state_dict": {**state, "neck.weight": torch.zeros(1)}}, tmp_path / "x.pth")
+    other = HATNet(**{**small_model.config, "num_classes": 0})
+    assert load_checkpoint(other, tmp_path / "x.pth") == ["neck.weight"]
+    assert "dropped 1 parameters: neck.weight" in caplog.text
+    assert torch.equal(other.stem.conv1.weight, small_model.stem.conv1.weight)
+    with pytest.raises(ValueError, match=r"missing head\.bias, head\.weight"):
+        load_checkpoint(HATNet(**small_model.config), tmp_path / "x.pth")
+
+
+def test_a_released_checkpoint_is_recognised_inside_a_wrapper(released_files, tmp_path):
+    released = torch.load(released_files["hatnet_tiny"], weights_only=True)
+    torch.save({"model": {f"module.{name}": t for name, t in released.items()}}, tmp_path / "x.pth")
+    model = create_model("hatnet_tiny")
+    assert len(load_checkpoint(model, tmp_path / "x.pth")) == 26
+    assert torch.equal(model.head.bias, released["classifier.1.bias"])
+
+
+@pytest.mark.parametrize("num_classes", [0, 3, 5])
+def test_the_head_is_dropped_when_asked_and_only_then(num_classes, small_model, tmp_path):
+    save_checkpoint(small_model, tmp_path / "m.safetensors")
+    other = HATNet(**{**small_model.config, "num_classes": num_classes})
+    head = [p.clone() for p in other.head.parameters()]
+    if num_classes != 5:
+        expected = "head.weight is .* and should be" if num_classes else r"unknown head\.bias, head\.weight"
+        with pytest.raises(ValueError, match=expected):
+            load_checkpoint(other, tmp_path / "m.safetensors")
+    assert load_checkpoint(other, tmp_path / "m.safetensors", drop_head=True) == ["head.bias", "head.weight"]
+    assert all(torch.equal(p, q) for p, q in zip(other.head.parameters(), head, strict=True))
+    assert torch.equal(other.stem.conv1.weight, small_model.stem.conv1.weight)
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 4, 6, 13])
+def test_weights_for_three_channels_are_adapted_as_timm_does(in_chans, small_model, tmp_path, caplog):
+    save_checkpoint(small_model, tmp_path / "m.safetensors")
+    other = HATNet(**{**small_model.config, "in_chans": in_chans})
+    load_checkpoint(other, tmp_path / "m.safetensors")
+    expected = adapt_input_conv(in_chans, small_model.stem.conv1.weight.detach())
+    torch.testing.assert_close(other.stem.conv1.weight.detach(), expected)
+    assert f"adapted stem.conv1.weight from 3 to {in_chans} input channels" in caplog.text
+
+
+def test_weights_for_another_number_of_channels_than_three_are_refused(small_model, tmp_path):
+    save_checkpoint(HATNet(**{**small_model.config, "in_chans": 4}), tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"stem\.conv1\.weight is \(16, 4, 3, 3\) and should be \(16, 3, 3, 3\)"):
+        load_checkpoint(small_model, tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_refused_by_name_and_nothing_is_loaded(value, small_model, tmp_path):
+    damaged = small_model.state_dict() | {"stages.1.blocks.0.mlp.norm.bias": torch.full((16,), value)}
+    torch.save(damaged, tmp_path / "x.pth")
+    before = small_model.stem.conv1.weight.clone()
+    expected = r"values that are not finite, in stages\.1\.blocks\.0\.mlp\.norm\.bias"
+    with pytest.raises(ValueError, match=expected):
+        load_checkpoint(small_model, tmp_path / "x.pth")
+    assert torch.equal(small_model.stem.conv1.weight, before)
+
+
+@pytest.mark.parametrize("name", ["hatnet_small_window4", "hatnet_small_no_depthwise", "hatnet_small_gelu"])
+def test_an_ablation_is_named_in_metadata_and_does_not_load_into_hatnet_small(name, tmp_path):
+    save_checkpoint(create_model(name, num_classes=2), tmp_path / "a.safetensors")
+    assert read_metadata(tmp_path / "a.safetensors")["variant"] == name
+    kind = "a model of activation=gelu; expected activation=silu" if "gelu" in name else f"{name} with 2 classes"
+    with pytest.raises(ValueError, match=f"a.safetensors holds {kind}"):
+        load_checkpoint(create_model("hatnet_small", num_classes=2), tmp_path / "a.safetensors")
+
+
+def test_a_file_of_the_first_version_without_the_newer_arguments_loads(small_model, tmp_path):
+    older = (
+        "embed_dims",
+        "depths",
+        "head_dim",
+        "kernel_sizes",
+        "mlp_ratios",
+        "grid_sizes",
+        "pool_sizes",
+        "num_classes",
+    )
+    record = {"version": "0.1.0", "variant": None, "config": {name: small_model.config[name] for name in older}}
+    save_file(small_model.state_dict(), tmp_path / "m.safetensors", {"hatnet": json.dumps(record)})
+    other = HATNet(**read_metadata(tmp_path / "m.safetensors")["config"])
+    assert load_checkpoint(other, tmp_path / "m.safetensors") == []
+
+
+def test_a_pruned_model_is_not_saved(small_model, tmp_path):
+    small_model.prune_intermediate_layers((0, 1))
+    with pytest.raises(ValueError, match="the model was pruned to 2 of its stages"):
+        save_checkpoint(small_model, tmp_path / "m.safetensors")
 
 
 class Payload:

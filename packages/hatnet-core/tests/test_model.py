@@ -1,5 +1,7 @@
 import copy
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -159,6 +161,34 @@ def test_intermediates_are_the_stage_outputs_in_the_order_asked_for(small_model)
     second, first = small_model.forward_intermediates(image, indices=(1, 0))
     torch.testing.assert_close(first, all_four[0])
     torch.testing.assert_close(second, all_four[1])
+    torch.testing.assert_close(small_model.forward_intermediates(image, 2), all_four[2:])
+    torch.testing.assert_close(small_model.forward_intermediates(image, [-1, -4]), [all_four[3], all_four[0]])
+    final, maps = small_model.forward_intermediates(image, (0,), intermediates_only=False)
+    torch.testing.assert_close([final, *maps], [all_four[3], all_four[0]])
+    early, maps = small_model.forward_intermediates(image, (0,), stop_early=True, intermediates_only=False)
+    torch.testing.assert_close([early, *maps], [all_four[0]] * 2)
+
+
+def test_intermediates_refuse_another_format(small_model):
+    with pytest.raises(ValueError, match="output_fmt must be 'NCHW', got 'NLC'"):
+        small_model.forward_intermediates(torch.randn(1, 3, 64, 64), output_fmt="NLC")
+
+
+def test_stages_behind_the_last_map_asked_for_are_not_computed(small_model):
+    small_model.stages[2].forward = None
+    assert len(small_model.forward_intermediates(torch.randn(1, 3, 64, 64), (0, 1))) == 2
+
+
+def test_pruning_keeps_the_maps_and_drops_what_they_do_not_need(small_model):
+    image = torch.randn(1, 3, 64, 64)
+    expected = small_model.forward_intermediates(image, (0, 2))
+    assert small_model.prune_intermediate_layers((0, -2)) == [0, 2]
+    torch.testing.assert_close(small_model.forward_intermediates(image, (0, 2)), expected)
+    assert len(small_model.stages) == 3
+    assert small_model.num_features == 16
+    torch.testing.assert_close(small_model(image), expected[1])
+    with pytest.raises(ValueError, match="indices must name stages out of 0 to 2"):
+        small_model.forward_intermediates(image, (3,))
 
 
 @pytest.mark.parametrize("indices", [(), (4,), (-5,), (0, 7), 0, 5, "1", 1.0])
@@ -180,6 +210,80 @@ def test_the_classifier_can_be_replaced_and_removed(small_model):
     assert small_model(image).shape == (2, 24)
 
 
+def test_global_pool_can_be_left_out_at_building_and_later(small_model):
+    image = torch.randn(1, 3, 64, 96)
+    features = small_model.forward_features(image)
+    unpooled = HATNet(**{**small_model.config, "num_classes": 0, "global_pool": ""}).eval()
+    assert unpooled(image).shape == features.shape
+    small_model.reset_classifier(0, "")
+    assert torch.equal(small_model(image), features)
+    assert HATNet(**small_model.config).global_pool == ""
+    small_model.reset_classifier(3, "avg")
+    assert small_model(image).shape == (1, 3)
+
+
+@pytest.mark.parametrize(("num_classes", "global_pool"), [(5, ""), (0, "max")])
+def test_a_global_pool_that_does_not_go_with_the_head_is_refused(num_classes, global_pool, small_model):
+    with pytest.raises(ValueError, match="global_pool"):
+        small_model.reset_classifier(num_classes, global_pool)
+    with pytest.raises(ValueError, match="global_pool"):
+        HATNet(**SMALL, num_classes=num_classes, global_pool=global_pool)
+    assert small_model.num_classes == 5
+
+
+def test_a_new_classifier_is_in_the_mode_and_dtype_of_the_model(small_model):
+    small_model.double().train().reset_classifier(3)
+    assert small_model.head.training
+    assert small_model.head.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("img_size", "grid_sizes"), [(384, None), ((100, 77), (8, 8, 8))])
+def test_set_input_size_sets_the_grids_and_changes_nothing_else(img_size, grid_sizes, small_model):
+    before = {name: p.clone() for name, p in small_model.state_dict().items()}
+    small_model.set_input_size(img_size, grid_sizes=grid_sizes)
+    assert small_model.config["grid_sizes"] == (grid_sizes or (8, 7, 7))
+    assert all(torch.equal(p, before[name]) for name, p in small_model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("img_size", "message"),
+    [
+        (31, "img_size must be at least 32 pixels, got 31×31"),
+        ((64, 16), "img_size must be at least 32 pixels, got 64×16"),
+        ((64,), "img_size must hold 2 integers, got (64,)"),
+        ((64, 2.5), "img_size must be an integer of at least 1, got 2.5"),
+    ],
+)
+def test_set_input_size_refuses_what_cannot_run(img_size, message, small_model):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        small_model.set_input_size(img_size)
+
+
+def saved_bytes(model, image):
+    """Bytes of the activations that one forward pass keeps for its backward pass."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(image)
+    del out
+    return sum(size for pointer, size in kept.items() if pointer not in parameters)
+
+
+def test_gradient_checkpointing_keeps_less_than_half_of_the_activations():
+    model = create_model("hatnet_tiny", num_classes=2)
+    image = torch.randn(1, 3, 64, 64)
+    plain = saved_bytes(model, image)
+    model.set_grad_checkpointing(True)
+    assert saved_bytes(model, image) < plain / 2
+    model.set_grad_checkpointing(False)
+    assert saved_bytes(model, image) == pytest.approx(plain, rel=0.1)
+
+
 def test_gradient_checkpointing_keeps_output_and_gradients(small_model):
     image = torch.randn(2, 3, 48, 48)
     plain = torch.autograd.grad(small_model(image).square().sum(), list(small_model.parameters()))
@@ -188,12 +292,19 @@ def test_gradient_checkpointing_keeps_output_and_gradients(small_model):
     torch.testing.assert_close(recomputed, plain)
 
 
+@pytest.mark.parametrize("attention", ["hierarchical", "window"])
 @pytest.mark.parametrize("coarse", [False, True])
-def test_every_parameter_but_those_of_the_head_falls_in_a_group_of_the_matcher(small_model, coarse):
-    matcher = small_model.group_matcher(coarse)
-    patterns = [matcher["stem"], *(pattern for pattern, _ in matcher["blocks"])]
-    unmatched = [n for n, _ in small_model.named_parameters() if not any(re.match(p, n) for p in patterns)]
-    assert unmatched == ["head.weight", "head.bias"]
+def test_every_parameter_falls_in_a_group_of_the_matcher(coarse, attention):
+    matcher = HATNet(**SMALL, attention=(attention,) * 3).group_matcher(coarse)
+    patterns = [matcher["stem"], matcher["head"], *(pattern for pattern, _ in matcher["blocks"])]
+    names = [name for name, _ in HATNet(**SMALL, attention=(attention,) * 3).named_parameters()]
+    assert [name for name in names if sum(bool(re.match(p, name)) for p in patterns) != 1] == []
+
+
+def test_only_the_bias_tables_of_windows_are_beyond_norms_and_biases_without_weight_decay():
+    assert HATNet(**SMALL).no_weight_decay() == set()
+    names = HATNet(**SMALL, attention=("window", "hierarchical", "hierarchical")).no_weight_decay()
+    assert names == {"stages.0.blocks.0.attn.relative_position_bias_table"}
 
 
 def test_stochastic_depth_rises_linearly_from_the_first_block_to_the_last():
@@ -233,9 +344,35 @@ def test_images_of_the_wrong_shape_are_refused(small_model, shape, message):
             function(torch.randn(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_images_that_are_not_floating_are_refused(dtype, small_model):
+    image = torch.zeros(1, 3, 64, 64, dtype=dtype)
+    for function in (small_model, small_model.forward_intermediates):
+        with pytest.raises(ValueError, match=f"input must be floating and normalised, got {dtype}"):
+            function(image)
+
+
+@pytest.mark.parametrize("arguments", [{"grid_sizes": (8, 0, 7)}, {"pool_sizes": (8, 4, -2)}, {"grid_sizes": (8, 7)}])
+def test_grids_and_pools_that_are_not_positive_are_refused_and_nothing_changes(arguments, small_model):
+    before = dict(small_model.config)
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must"):
+        small_model.set_grid(**arguments)
+    assert small_model.config == before
+
+
+def test_importing_hatnet_core_imports_torch_and_nothing_else_outside_the_standard_library():
+    program = "import sys, torch; before = set(sys.modules); import hatnet_core; print(*set(sys.modules) - before)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    packages = {name.partition(".")[0] for name in result.stdout.split()}
+    assert packages - sys.stdlib_module_names == {"hatnet_core"}
+
+
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
+        ("attention", ("window", "plain", "window"), "attention must be one of 'hierarchical', 'window', got 'plain'"),
+        ("attention", "window", "attention must hold 3 of hierarchical, window, got 'window'"),
+        ("activation", "relu", "activation must be one of 'silu', 'gelu', got 'relu'"),
         ("embed_dims", (8, 16, 17, 24), "head_dim must divide .* head_dim=8 and dim=17"),
         ("embed_dims", (8, 16, 24), "embed_dims must hold 4 integers, got (8, 16, 24)"),
         ("depths", (1, 1, 0, 1), "depths must be an integer of at least 1, got 0"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import BIN, ROOT
-from hatnet_core import HATNet, load_checkpoint, read_metadata
+from hatnet_core import HATNet, create_model, load_checkpoint, read_metadata
 from hatnet_train.data import Digits
 
 SHORT = ["--recipe", "digits", "--epochs", "2", "--batch-size", "240", "--lr", "3e-4", "--seed", "5"]
@@ -59,10 +60,42 @@ def test_the_final_weights_load_and_give_the_reported_accuracy(alone):
 
 def test_the_deepspeed_checkpoint_holds_the_final_weights(alone):
     (file,) = (alone / "checkpoints" / "epoch-0002").glob("*model_states.pt")
-    state = torch.load(file, map_location="cpu", weights_only=False)["module"]  # written by the run above
+    model = HATNet(**read_metadata(alone / "model.safetensors")["config"])
+    assert load_checkpoint(model, file) == []
     final = load_file(alone / "model.safetensors")
-    assert state.keys() == final.keys()
-    assert all(torch.equal(state[name], final[name]) for name in final)
+    assert all(torch.equal(t, final[name]) for name, t in model.state_dict().items())
+
+
+EXPORT = """
+import sys
+import deepspeed, torch
+from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as export
+from hatnet_core import create_model, save_checkpoint
+
+torch.manual_seed(0)
+out, model = sys.argv[1], create_model("hatnet_tiny", num_classes=3)
+config = {"train_batch_size": 2, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+engine.save_checkpoint(f"{out}/checkpoints", tag="last")
+if engine.global_rank == 0:
+    export(f"{out}/checkpoints", f"{out}/pickled")
+    export(f"{out}/checkpoints", f"{out}/safe", safe_serialization=True)
+"""
+
+
+def test_weights_that_deepspeed_exports_from_a_sharded_checkpoint_load(run_command, tmp_path):
+    (tmp_path / "export.py").write_text(EXPORT)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = run_command(*torchrun, tmp_path / "export.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    torch.manual_seed(0)
+    expected = create_model("hatnet_tiny", num_classes=3).state_dict()
+    for file in (tmp_path / "pickled" / "pytorch_model.bin", tmp_path / "safe" / "model.safetensors"):
+        model = create_model("hatnet_tiny", num_classes=3)
+        assert load_checkpoint(model, file) == []
+        for name, p in model.state_dict().items():
+            torch.testing.assert_close(p, expected[name], rtol=2**-8, atol=0)  # DeepSpeed was given bf16
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from hatnet_core import create_model, load_checkpoint, read_metadata
-
-RELEASED_CLASSES = 1000
-"""Outputs of the classifier in the checkpoints released with the paper, which carry no configuration."""
+from hatnet_core import create_model, load_checkpoint
 
 
 @MODELS.register_module()
@@ -63,7 +60,7 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
             drop_path_rate=drop_path_rate,
         )
         # parameters that never get a gradient would stop distributed training
-        del self.model.stages[max(self.out_indices) + 1 :]
+        self.model.prune_intermediate_layers(self.out_indices)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images [B, in_chans, H, W] → for each of ``out_indices`` a map [B, C, ⌈H/r⌉, ⌈W/r⌉], r = 4·2^index.
@@ -78,7 +75,7 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it cannot be read, or holds another variant or number of input channels.
+            ValueError: if it cannot be read, or holds another variant.
         """
         if self.init_cfg is None or self.is_init:
             super().init_weights()
@@ -86,12 +83,9 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
         self._load_pretrained(Path(self.init_cfg["checkpoint"]))
 
     def _load_pretrained(self, path: Path) -> None:
-        """Read ``path`` into a complete classifier, strictly, and take over the parameters that exist here."""
-        num_classes = RELEASED_CLASSES
-        if path.suffix == ".safetensors":
-            num_classes = read_metadata(path)["config"]["num_classes"]
-        complete = create_model(self.variant, num_classes=num_classes, in_chans=self.model.config["in_chans"])
-        load_checkpoint(complete, path)
+        """Read ``path`` into a complete model, strictly, and take over the parameters that exist here."""
+        complete = create_model(self.variant, num_classes=0, in_chans=self.model.in_chans)
+        load_checkpoint(complete, path, drop_head=True)
         weights = complete.state_dict()
         self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
         self.is_init = True

@@ -1,0 +1,201 @@
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.export import Dim
+
+from conftest import SMALL
+from hatnet_core import HATNet, create_model, read_metadata, save_checkpoint
+from hatnet_core.export import export_onnx, export_program, largest_difference, main, unseen_shapes
+
+UNSEEN = [(1, 224, 224), (2, 256, 320), (3, 197, 331), (1, 33, 61), (5, 100, 47), (1, 32, 33)]
+"""Sizes that no export below is traced with; 197×331, 33×61 and 100×47 are multiples of nothing in the model."""
+
+
+def relative_differences(run, model, shapes):
+    with torch.no_grad():
+        images = [torch.randn(batch, model.in_chans, height, width) for batch, height, width in shapes]
+        return [((run(x) - model(x)).abs().max() / model(x).abs().max()).item() for x in images]
+
+
+@pytest.mark.parametrize("attention", [("hierarchical",) * 3, ("window", "hierarchical", "window")])
+def test_one_exported_program_agrees_with_the_model_at_sizes_it_did_not_see(attention):
+    model = HATNet(**SMALL, attention=attention, num_classes=5).eval()
+    program = export_program(model, (96, 128)).module()
+    assert max(relative_differences(program, model, UNSEEN)) < 1e-5
+
+
+@pytest.mark.parametrize("dims", [(Dim("b"), Dim("h", min=32), Dim("w", min=32)), (Dim.DYNAMIC,) * 3, (Dim.AUTO,) * 3])
+def test_torch_export_itself_takes_the_model_with_dynamic_sizes(dims, small_model):
+    shapes = {"x": dict(zip((0, 2, 3), dims, strict=True))}
+    program = torch.export.export(small_model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=shapes).module()
+    assert max(relative_differences(program, small_model, UNSEEN)) < 1e-5
+
+
+def test_a_program_reads_back_from_its_file_and_keeps_gradients(small_model, tmp_path):
+    torch.export.save(export_program(small_model, (96, 128)), tmp_path / "m.pt2")
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    assert max(relative_differences(program, small_model, UNSEEN)) < 1e-5
+    image = torch.randn(1, 3, 50, 70)
+    program(image).sum().backward()
+    small_model(image).sum().backward()
+    for name, p in small_model.named_parameters():
+        torch.testing.assert_close(program.get_parameter(name).grad, p.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_static_program_takes_its_one_size(small_model):
+    program = export_program(small_model, (64, 96), static=True).module()
+    assert relative_differences(program, small_model, [(1, 64, 96)])[0] < 1e-5
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program(torch.randn(1, 3, 64, 64))
+
+
+def test_exporting_leaves_the_training_mode_as_it_was(small_model):
+    export_program(small_model.train(), (64, 64), static=True)
+    assert small_model.training
+
+
+def test_one_onnx_graph_agrees_with_the_model_at_sizes_it_did_not_see(small_model, tmp_path):
+    import onnxruntime
+
+    path = tmp_path / "m.onnx"
+    export_onnx(small_model, path, (96, 128))
+    session = onnxruntime.InferenceSession(path)
+    assert [(i.name, i.shape) for i in session.get_inputs()] == [("image", ["batch", 3, "height", "width"])]
+    assert [(o.name, o.shape) for o in session.get_outputs()] == [("logits", ["batch", 5])]
+
+    def run(image):
+        return torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+
+    assert max(relative_differences(run, small_model, [*UNSEEN, (1, 32, 32)])) < 1e-4
+    assert largest_difference(small_model, path, UNSEEN) < 1e-4
+
+
+def test_the_largest_difference_sees_other_weights(small_model, tmp_path):
+    torch.export.save(export_program(small_model, (64, 64), static=True), tmp_path / "m.pt2")
+    assert largest_difference(small_model, tmp_path / "m.pt2", [(1, 64, 64)]) < 1e-5
+    with torch.no_grad():
+        small_model.head.weight *= 2
+    assert largest_difference(small_model, tmp_path / "m.pt2", [(1, 64, 64)]) > 0.1
+
+
+def test_checks_are_at_sizes_other_than_the_traced_one():
+    shapes = unseen_shapes((224, 224))
+    assert shapes[0] == (1, 224, 224)
+    assert all(size % 7 and size % 8 for size in shapes[2][1:])
+    assert unseen_shapes((32, 32))[2][1] == 33
+
+
+@pytest.mark.parametrize("name", ["m.pt2", "m.onnx", "m.safetensors"])
+def test_the_command_exports_a_checkpoint_and_says_how_far_it_is_from_the_model(name, small_model, tmp_path, capsys):
+    save_checkpoint(small_model, tmp_path / "weights.safetensors")
+    main([str(tmp_path / name), "--checkpoint", str(tmp_path / "weights.safetensors"), "--size", "64", "96"])
+    said = capsys.readouterr().out
+    assert f"wrote {tmp_path / name}" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({name, "weights.safetensors"})
+    if name.endswith(".safetensors"):
+        assert read_metadata(tmp_path / name)["config"] == read_metadata(tmp_path / "weights.safetensors")["config"]
+    else:
+        assert "largest difference to the model" in said
+        assert "2×3×96×192" in said
+        assert largest_difference(small_model, tmp_path / name, [(2, 75, 81)]) < 1e-4
+
+
+def test_the_command_takes_a_foreign_checkpoint_with_the_name_of_its_model(tmp_path):
+    model = create_model("hatnet_tiny", num_classes=3)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "t.pth")
+    main([str(tmp_path / "t.safetensors"), "--checkpoint", str(tmp_path / "t.pth"), "--model", "hatnet_tiny"])
+    assert read_metadata(tmp_path / "t.safetensors")["config"]["num_classes"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["m.xyz", "--model", "hatnet_tiny"], r"must end in one of \.pt2, \.onnx, \.safetensors, got .*m\.xyz"),
+        (["m.onnx"], "nothing to export: expected --checkpoint, --model or both"),
+        (["m.onnx", "--model", "hatnet_huge"], "invalid choice: 'hatnet_huge'"),
+        (["m.onnx", "--checkpoint", "x.pth", "--pretrained"], "two sources of weights"),
+        (["nowhere/m.onnx", "--model", "hatnet_tiny"], "folder .*nowhere does not exist"),
+        (["m.onnx", "--model", "hatnet_tiny", "--size", "31", "64"], "--size must be at least 32 32, got 31 64"),
+        (["m.onnx", "--checkpoint", "no.pth"], "does not say what model it is: name it with --model"),
+        (["m.onnx", "--checkpoint", "no.safetensors"], "no checkpoint at no.safetensors"),
+        (["m.onnx", "--model", "hatnet_small_gelu", "--pretrained"], "no weights were released"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line_and_no_file(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code in (1, 2)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("hatnet-export: error: ")
+    assert re.search(message, error), error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_differs_from_the_model_is_not_written(small_model, tmp_path, monkeypatch, capsys):
+    save_checkpoint(small_model, tmp_path / "weights.safetensors")
+    monkeypatch.setattr("hatnet_core.export.TOLERANCE", -1.0)
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "m.pt2"), "--checkpoint", str(tmp_path / "weights.safetensors"), "--static"])
+    assert stop.value.code == 1
+    assert "m.pt2 not written: its outputs differ by" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_python_m_runs_the_command():
+    result = subprocess.run([sys.executable, "-m", "hatnet_core.export", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: hatnet-export")
+
+
+@pytest.mark.parametrize("attention", ["hierarchical", "window"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile_makes_one_graph_without_breaks(dynamic, attention):
+    torch.compiler.reset()
+    model = HATNet(**SMALL, attention=(attention,) * 3, num_classes=5).eval()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+    shapes = [(2, 224, 256), (3, 256, 320), (4, 197, 331)] if dynamic else [(2, 224, 256), (1, 75, 50)]
+    assert max(relative_differences(compiled, model, shapes)) < 1e-5
+    assert len(graphs) == (1 if dynamic else len(shapes))
+
+
+@pytest.mark.parametrize("attention", ["hierarchical", "window"])
+def test_a_compiled_training_step_gives_the_gradients_of_the_eager_one(attention):
+    torch.compiler.reset()
+    model = HATNet(**SMALL, attention=(attention,) * 3, num_classes=5, drop_rate=0.0).double()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    image = torch.randn(2, 3, 75, 48, dtype=torch.float64)
+    eager = torch.autograd.grad(model(image).square().sum(), list(model.parameters()))
+    gradients = torch.autograd.grad(compiled(image).square().sum(), list(model.parameters()))
+    for (name, _), p, q in zip(model.named_parameters(), gradients, eager, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow  # inductor compiles for minutes
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch about torch itself
+def test_inductor_agrees_with_eager_at_dynamic_sizes(small_model):
+    torch.compiler.reset()
+    compiled = torch.compile(small_model, fullgraph=True, dynamic=True)
+    assert max(relative_differences(compiled, small_model, [(2, 160, 192), (3, 197, 331)])) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+def test_a_training_step_compiled_by_inductor_gives_the_gradients_of_the_eager_one(small_model):
+    torch.compiler.reset()
+    image = torch.randn(2, 3, 96, 128)
+    parameters = list(small_model.parameters())
+    eager = torch.autograd.grad(small_model(image).square().sum(), parameters)
+    compiled = torch.compile(small_model, fullgraph=True)
+    gradients = torch.autograd.grad(compiled(image).square().sum(), parameters)
+    for (name, _), p, q in zip(small_model.named_parameters(), gradients, eager, strict=True):
+        assert (p - q).norm() <= 1e-3 * q.norm(), name
