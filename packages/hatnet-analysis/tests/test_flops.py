@@ -49,9 +49,23 @@ def test_the_paper_convention_reproduces_table_2(name, table_2, complete):
     assert sum(part.complete for part in flops.stages.values()) == flops.total.complete
 
 
+def test_the_ablations_count_as_their_definitions_say():
+    small, gelu, pure, windows = (
+        count_flops(create_model(name, num_classes=5), 64, 96).total
+        for name in ("hatnet_small", "hatnet_small_gelu", "hatnet_small_no_depthwise", "hatnet_small_window234")
+    )
+    assert gelu == small
+    # a 3×3 depthwise convolution for each of the E·C channels at every position of stages 2-5
+    stages = [(8 * 64, 2, 16 * 24), (8 * 128, 3, 8 * 12), (4 * 320, 8, 4 * 6), (4 * 512, 3, 2 * 3)]
+    depthwise = sum(9 * channels * blocks * positions for channels, blocks, positions in stages)
+    assert small.complete - pure.complete == small.paper - pure.paper == depthwise
+    assert windows.paper < small.paper  # neither q, k and v of the pooled map nor its norms
+
+
+@pytest.mark.parametrize("attention", [("hierarchical",) * 3, ("window",) * 3])
 @pytest.mark.parametrize("size", [(64, 96), (37, 50)])
-def test_the_complete_count_is_every_product_torch_dispatches_and_five_a_normalised_value(size):
-    model = HATNet(**SMALL, num_classes=5)
+def test_the_complete_count_is_every_product_torch_dispatches_and_five_a_normalised_value(size, attention):
+    model = HATNet(**SMALL, attention=attention, num_classes=5)
     flops = count_flops(model, *size)
     products = dispatched_products(model, *size)
     assert flops.total.complete == products + 5 * normalised_values(model, *size)

@@ -230,6 +230,14 @@ def test_pretrained_weights_load_from_a_file_with_other_channels_and_classes(
         assert torch.equal(model.head.weight, released["classifier.1.weight"])
 
 
+def test_pretrained_cfg_is_taken_by_tag_and_as_a_dict():
+    assert timm.create_model("hatnet_tiny", pretrained_cfg="in1k").pretrained_cfg["tag"] == "in1k"
+    cfg = timm.get_pretrained_cfg("hatnet_tiny.in1k").to_dict() | {"num_classes": 10, "input_size": (1, 96, 96)}
+    model = timm.create_model("hatnet_tiny", pretrained_cfg=cfg)
+    assert (model.num_classes, model.in_chans) == (10, 1)
+    assert resolve_model_data_config(model)["input_size"] == (1, 96, 96)
+
+
 def test_pretrained_weights_load_into_a_features_only_model(released_files):
     overlay = {"file": str(released_files["hatnet_tiny"])}
     model = timm.create_model("hatnet_tiny", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)

@@ -9,12 +9,11 @@ builds them, loads the released weights (``pretrained=True``) and wraps them as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partialmethod
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
-from torch import Tensor
 
 from hatnet_core.checkpoint import rename_released
 from hatnet_core.model import HATNet, stage_indices
@@ -25,17 +24,7 @@ from hatnet_core.variants import list_models, model_arguments
 class TimmHATNet(HATNet):
     """A :class:`HATNet` with timm's default for what ``forward_intermediates`` returns, a pair."""
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """As :meth:`HATNet.forward_intermediates`; a pair of final features and maps unless ``intermediates_only``."""
-        return super().forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
+    forward_intermediates = partialmethod(HATNet.forward_intermediates, intermediates_only=False)
 
 
 def _cfg(name: str) -> dict[str, Any]:
