@@ -1,4 +1,4 @@
-"""Everything that checks this repository: ``nox`` alone runs what CI runs, ``nox --list`` shows the sessions.
+"""Everything that checks this repository: ``nox`` alone is the test command, ``nox --list`` shows all sessions.
 
 Every session has an environment of its own, made by uv from ``constraints.txt``; uv keeps the wheels, so that an
 environment costs seconds after the first time.

@@ -75,11 +75,11 @@ def released_files(released_shapes, tmp_path_factory):
 
 
 class WeightsServer(http.server.ThreadingHTTPServer):
-    """Serves ``files`` ({path: bytes}) on loopback; announces ``lengths`` where given, notes every request."""
+    """Serves ``files`` ({path: bytes}) on loopback; announces ``lengths`` and answers ``statuses`` where given."""
 
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), WeightsHandler)
-        self.files, self.lengths, self.requests = files, {}, []
+        self.files, self.lengths, self.statuses, self.requests = files, {}, {}, []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -88,7 +88,7 @@ class WeightsHandler(http.server.BaseHTTPRequestHandler):
         self.server.requests.append(self.path)
         content = self.server.files.get(self.path)
         if content is None:
-            self.send_error(404)
+            self.send_error(self.server.statuses.get(self.path, 404))
             return
         self.send_response(200)
         self.send_header("Content-Length", str(self.server.lengths.get(self.path, len(content))))

@@ -1,4 +1,6 @@
+import argparse
 import builtins
+import datetime
 import json
 import pickle
 import re
@@ -116,7 +118,9 @@ def test_another_head_dim_which_no_shape_shows_is_refused(small_model, tmp_path)
 
 def test_weights_that_are_not_floating_are_refused(small_model, tmp_path):
     save_file({name: t.to(torch.int8) for name, t in small_model.state_dict().items()}, tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match=r"head\.bias is torch\.int8 and should be floating"):
+    with pytest.raises(
+        ValueError, match=r"head\.bias is torch\.strided of torch\.int8 and should be dense, of a floating dtype"
+    ):
         load_checkpoint(small_model, tmp_path / "m.safetensors")
 
 
@@ -200,7 +204,7 @@ def test_values_that_are_not_finite_are_refused_by_name_and_nothing_is_loaded(va
     damaged = small_model.state_dict() | {"stages.1.blocks.0.mlp.norm.bias": torch.full((16,), value)}
     torch.save(damaged, tmp_path / "x.pth")
     before = small_model.stem.conv1.weight.clone()
-    expected = r"values that are not finite, in stages\.1\.blocks\.0\.mlp\.norm\.bias"
+    expected = r"values that are not finite as torch\.float32, in stages\.1\.blocks\.0\.mlp\.norm\.bias"
     with pytest.raises(ValueError, match=expected):
         load_checkpoint(small_model, tmp_path / "x.pth")
     assert torch.equal(small_model.stem.conv1.weight, before)
@@ -236,6 +240,70 @@ def test_a_pruned_model_is_not_saved(small_model, tmp_path):
     small_model.prune_intermediate_layers((0, 1))
     with pytest.raises(ValueError, match="the model was pruned to 2 of its stages"):
         save_checkpoint(small_model, tmp_path / "m.safetensors")
+
+
+def test_every_missing_name_is_listed(small_model, tmp_path):
+    save_file({"stem.conv2.weight": small_model.stem.conv2.weight.detach()}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="missing ") as error:
+        load_checkpoint(small_model, tmp_path / "m.safetensors")
+    listed = str(error.value).partition("missing ")[2].split(", ")
+    assert listed == sorted(name for name, _ in small_model.named_parameters() if name != "stem.conv2.weight")
+
+
+def test_values_that_overflow_the_dtype_of_the_model_are_refused(small_model, tmp_path):
+    torch.save(small_model.state_dict() | {"head.bias": torch.full((5,), 1e6)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"not finite as torch\.float16, in head\.bias"):
+        load_checkpoint(small_model.half(), tmp_path / "x.pth")
+
+
+def test_a_kept_head_is_not_judged_as_if_it_were_in_the_file(small_model, tmp_path):
+    save_checkpoint(small_model, tmp_path / "m.safetensors")
+    torch.nn.init.constant_(small_model.head.bias, float("nan"))
+    load_checkpoint(small_model, tmp_path / "m.safetensors", drop_head=True)
+    assert small_model.head.bias.isnan().all()
+
+
+def test_a_model_without_storage_is_refused(small_model, tmp_path):
+    save_checkpoint(small_model, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="into a model on the meta device"):
+        load_checkpoint(small_model.to("meta"), tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [torch.zeros(5).to_sparse(), torch.zeros(5).to(torch.float8_e4m3fn), torch.tensor(0.0), torch.zeros(5).long()],
+)
+def test_odd_tensors_are_refused_by_name(odd, small_model, tmp_path):
+    torch.save(small_model.state_dict() | {"head.bias": odd, "head.weight": torch.tensor(1.0)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"head\.bias is "):
+        load_checkpoint(small_model, tmp_path / "x.pth")
+
+
+def test_arguments_that_a_trainer_stored_beside_do_not_hinder(small_model, tmp_path):
+    args = argparse.Namespace(lr=1e-3, model="hatnet")
+    torch.save({"model": small_model.state_dict(), "args": args}, tmp_path / "x.pth")
+    assert load_checkpoint(HATNet(**small_model.config), tmp_path / "x.pth") == []
+
+
+def test_what_is_refused_is_named_without_advice_to_unpickle_it(small_model, tmp_path):
+    torch.save({"model": small_model.state_dict(), "when": datetime.timedelta(1)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"it also holds datetime\.timedelta, and to unpickle") as error:
+        load_checkpoint(small_model, tmp_path / "x.pth")
+    assert "weights_only" not in str(error.value)
+
+
+def test_a_wrapper_inside_itself_is_refused(small_model, tmp_path):
+    endless = {}
+    endless["model"] = endless
+    torch.save(endless, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="must hold a dict of parameter names to tensors"):
+        load_checkpoint(small_model, tmp_path / "x.pth")
+
+
+def test_a_name_that_would_not_load_again_is_not_saved_under(small_model, tmp_path):
+    with pytest.raises(ValueError, match=r"m\.pth: the name must end in \.safetensors"):
+        save_checkpoint(small_model, tmp_path / "m.pth")
+    assert list(tmp_path.iterdir()) == []
 
 
 class Payload:

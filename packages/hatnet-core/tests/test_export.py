@@ -1,14 +1,17 @@
+import json
+import math
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.export import Dim
 
 from conftest import SMALL
 from hatnet_core import HATNet, create_model, read_metadata, save_checkpoint
-from hatnet_core.export import export_onnx, export_program, largest_difference, main, unseen_shapes
+from hatnet_core.export import check_shapes, export_onnx, export_program, largest_difference, main, smallest_side
 
 UNSEEN = [(1, 224, 224), (2, 256, 320), (3, 197, 331), (1, 33, 61), (5, 100, 47), (1, 32, 33)]
 """Sizes that no export below is traced with; 197×331, 33×61 and 100×47 are multiples of nothing in the model."""
@@ -20,9 +23,16 @@ def relative_differences(run, model, shapes):
         return [((run(x) - model(x)).abs().max() / model(x).abs().max()).item() for x in images]
 
 
-@pytest.mark.parametrize("attention", [("hierarchical",) * 3, ("window", "hierarchical", "window")])
-def test_one_exported_program_agrees_with_the_model_at_sizes_it_did_not_see(attention):
-    model = HATNet(**SMALL, attention=attention, num_classes=5).eval()
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_classes": 5},
+        {"num_classes": 5, "attention": ("window", "hierarchical", "window")},
+        {"num_classes": 0, "global_pool": ""},
+    ],
+)
+def test_one_exported_program_agrees_with_the_model_at_sizes_it_did_not_see(arguments):
+    model = HATNet(**SMALL, **arguments).eval()
     program = export_program(model, (96, 128)).module()
     assert max(relative_differences(program, model, UNSEEN)) < 1e-5
 
@@ -32,6 +42,19 @@ def test_torch_export_itself_takes_the_model_with_dynamic_sizes(dims, small_mode
     shapes = {"x": dict(zip((0, 2, 3), dims, strict=True))}
     program = torch.export.export(small_model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=shapes).module()
     assert max(relative_differences(program, small_model, UNSEEN)) < 1e-5
+
+
+@pytest.mark.parametrize(("pool_sizes", "side"), [((8, 4, 2), 32), ((16, 8, 4), 64), ((12, 6, 3), 48)])
+def test_a_program_takes_every_size_but_those_where_a_stage_attends_to_one_position(pool_sizes, side, small_model):
+    small_model.set_grid(pool_sizes=pool_sizes)
+    assert smallest_side(small_model) == side
+    program = export_program(small_model, (96, 128)).module()
+    taken = [(1, side, side + 1), (2, side + 1, 32), (1, 2 * side, 100)]
+    assert max(relative_differences(program, small_model, taken)) < 1e-5
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program(torch.randn(1, 3, side, side))
+    with pytest.raises(ValueError, match=f"size must have a side above {side} pixels for these G2, got 32×{side}"):
+        export_program(small_model, (32, side))
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch.export.load of torch 2.10
@@ -80,13 +103,18 @@ def test_the_largest_difference_sees_other_weights(small_model, tmp_path):
     with torch.no_grad():
         small_model.head.weight *= 2
     assert largest_difference(small_model, tmp_path / "m.pt2", [(1, 64, 64)]) > 0.1
+    torch.nn.init.constant_(small_model.head.weight, float("nan"))
+    assert math.isnan(largest_difference(small_model, tmp_path / "m.pt2", [(1, 64, 64), (1, 64, 64)]))
+    for p in small_model.head.parameters():
+        torch.nn.init.zeros_(p)
+    assert largest_difference(small_model, tmp_path / "m.pt2", [(1, 64, 64)]) > 0.1  # of a model that gives zeros
 
 
 def test_checks_are_at_sizes_other_than_the_traced_one():
-    shapes = unseen_shapes((224, 224))
-    assert shapes[0] == (1, 224, 224)
-    assert all(size % 7 and size % 8 for size in shapes[2][1:])
-    assert unseen_shapes((32, 32))[2][1] == 33
+    traced, larger, odd = check_shapes((224, 224))
+    assert traced == (1, 224, 224)
+    assert larger == (2, 256, 320)
+    assert all(size % 7 and size % 8 for size in odd[1:])
 
 
 @pytest.mark.parametrize("name", ["m.pt2", "m.onnx", "m.safetensors"])
@@ -105,20 +133,32 @@ def test_the_command_exports_a_checkpoint_and_says_how_far_it_is_from_the_model(
 
 
 def test_the_command_takes_a_foreign_checkpoint_with_the_name_of_its_model(tmp_path):
-    model = create_model("hatnet_tiny", num_classes=3)
+    model = create_model("hatnet_tiny", num_classes=3, in_chans=4)
     torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "t.pth")
     main([str(tmp_path / "t.safetensors"), "--checkpoint", str(tmp_path / "t.pth"), "--model", "hatnet_tiny"])
-    assert read_metadata(tmp_path / "t.safetensors")["config"]["num_classes"] == 3
+    config = read_metadata(tmp_path / "t.safetensors")["config"]
+    assert (config["num_classes"], config["in_chans"]) == (3, 4)
+
+
+@pytest.mark.parametrize("config", [{"qk_norm": True}, {"depths": None}, {"depthwise": "false"}])
+def test_a_checkpoint_whose_configuration_builds_no_model_is_refused_by_name(config, small_model, tmp_path, capsys):
+    record = json.dumps({"config": {**small_model.config, **config}})
+    save_file(small_model.state_dict(), tmp_path / "m.safetensors", {"hatnet": record})
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "m.pt2"), "--checkpoint", str(tmp_path / "m.safetensors")])
+    assert "m.safetensors holds a configuration that builds no HAT-Net" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["m.xyz", "--model", "hatnet_tiny"], r"must end in one of \.pt2, \.onnx, \.safetensors, got .*m\.xyz"),
-        (["m.onnx"], "nothing to export: expected --checkpoint, --model or both"),
+        (["m.onnx"], "what is to be exported is missing: expected --checkpoint, --model or both"),
+        (["m.pt2", "--pretrained"], "what is to be exported is missing"),
+        (["m.pt2", "--model", "hatnet_tiny", "--size", "32", "32"], "size must have a side above 32 pixels"),
         (["m.onnx", "--model", "hatnet_huge"], "invalid choice: 'hatnet_huge'"),
         (["m.onnx", "--checkpoint", "x.pth", "--pretrained"], "two sources of weights"),
-        (["nowhere/m.onnx", "--model", "hatnet_tiny"], "folder .*nowhere does not exist"),
+        (["nowhere/m.onnx", "--model", "hatnet_tiny"], "nowhere/m.onnx is a folder, or in one that does not exist"),
         (["m.onnx", "--model", "hatnet_tiny", "--size", "31", "64"], "--size must be at least 32 32, got 31 64"),
         (["m.onnx", "--checkpoint", "no.pth"], "does not say what model it is: name it with --model"),
         (["m.onnx", "--checkpoint", "no.safetensors"], "no checkpoint at no.safetensors"),

@@ -80,11 +80,39 @@ def test_a_folder_without_config_or_weights_is_refused_by_name(name, model, tmp_
         HubHATNet.from_pretrained(tmp_path)
 
 
-def test_a_configuration_that_is_not_json_is_refused(model, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[1]", "must hold the arguments of HATNet, got list"),
+        (b'{"embed_dims": [8, 16, 16, 24]}', "builds no HAT-Net: .*depths"),
+        (b'{"embed_dims": [8, 16, 16, 24], "depths": [1, 2, 1, 1], "grid_size": 7}', "builds no HAT-Net: .*grid_size"),
+    ],
+)
+def test_a_configuration_that_describes_no_hatnet_is_refused(content, message, model, tmp_path):
     model.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=f"config.json in {tmp_path} is not JSON"):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json {message}|{tmp_path}/config.json holds .*{message}"):
         HubHATNet.from_pretrained(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_refused_before_the_hub_is_asked(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path}/nowhere"):
+        HubHATNet.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_failed_save_leaves_the_model_that_was_there(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("edited")
+    other = HubHATNet(**SMALL, num_classes=5)
+    other.prune_intermediate_layers((0,))
+    with pytest.raises(ValueError, match="pruned"):
+        other.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert torch.equal(HubHATNet.from_pretrained(tmp_path).head.weight, model.head.weight)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "edited"
 
 
 def test_weights_that_are_not_finite_or_not_of_this_model_are_refused(model, tmp_path):
@@ -92,7 +120,7 @@ def test_weights_that_are_not_finite_or_not_of_this_model_are_refused(model, tmp
     weights = load_file(tmp_path / "model.safetensors")
     weights["head.bias"][2] = float("nan")
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"holds values that are not finite, in head\.bias"):
+    with pytest.raises(ValueError, match=r"not finite as torch\.float32, in head\.bias"):
         HubHATNet.from_pretrained(tmp_path)
     del weights["head.bias"]
     save_file(weights, tmp_path / "model.safetensors")

@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -154,15 +155,15 @@ def test_forward_is_features_then_head(small_model):
     torch.testing.assert_close(small_model(image), expected)
 
 
-def test_intermediates_are_the_stage_outputs_in_the_order_asked_for(small_model):
+def test_intermediates_are_the_stage_outputs_in_their_order_each_once(small_model):
     image = torch.randn(1, 3, 64, 64)
     all_four = small_model.forward_intermediates(image)
     torch.testing.assert_close(all_four[3], small_model.forward_features(image))
-    second, first = small_model.forward_intermediates(image, indices=(1, 0))
+    first, second = small_model.forward_intermediates(image, indices=(1, 0, -3))
     torch.testing.assert_close(first, all_four[0])
     torch.testing.assert_close(second, all_four[1])
     torch.testing.assert_close(small_model.forward_intermediates(image, 2), all_four[2:])
-    torch.testing.assert_close(small_model.forward_intermediates(image, [-1, -4]), [all_four[3], all_four[0]])
+    torch.testing.assert_close(small_model.forward_intermediates(image, np.array([-1, -4])), all_four[::3])
     final, maps = small_model.forward_intermediates(image, (0,), intermediates_only=False)
     torch.testing.assert_close([final, *maps], [all_four[3], all_four[0]])
     early, maps = small_model.forward_intermediates(image, (0,), stop_early=True, intermediates_only=False)
@@ -191,7 +192,7 @@ def test_pruning_keeps_the_maps_and_drops_what_they_do_not_need(small_model):
         small_model.forward_intermediates(image, (3,))
 
 
-@pytest.mark.parametrize("indices", [(), (4,), (-5,), (0, 7), 0, 5, "1", 1.0])
+@pytest.mark.parametrize("indices", [(), (4,), (-5,), (0, 7), 0, 5, "1", 1.0, True, (1.0, 2), (True,)])
 def test_intermediates_refuse_a_stage_that_is_not_there(small_model, indices):
     with pytest.raises(ValueError, match=re.escape(f"got {indices!r}")):
         small_model.forward_intermediates(torch.randn(1, 3, 64, 64), indices)
@@ -284,12 +285,16 @@ def test_gradient_checkpointing_keeps_less_than_half_of_the_activations():
     assert saved_bytes(model, image) == pytest.approx(plain, rel=0.1)
 
 
-def test_gradient_checkpointing_keeps_output_and_gradients(small_model):
-    image = torch.randn(2, 3, 48, 48)
-    plain = torch.autograd.grad(small_model(image).square().sum(), list(small_model.parameters()))
-    small_model.set_grad_checkpointing(True)
-    recomputed = torch.autograd.grad(small_model(image).square().sum(), list(small_model.parameters()))
-    torch.testing.assert_close(recomputed, plain)
+def test_gradient_checkpointing_keeps_output_and_gradients_with_dropout_and_stochastic_depth():
+    model = HATNet(**SMALL, num_classes=5, drop_rate=0.3, proj_drop_rate=0.3, drop_path_rate=0.5).train()
+    image = torch.randn(4, 3, 48, 48)
+    results = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(1)
+        out = model(image)
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+    torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("attention", ["hierarchical", "window"])
@@ -344,6 +349,18 @@ def test_images_of_the_wrong_shape_are_refused(small_model, shape, message):
             function(torch.randn(shape))
 
 
+def test_an_array_that_is_no_tensor_is_refused(small_model):
+    with pytest.raises(ValueError, match="input must be a tensor, got ndarray"):
+        small_model(np.zeros((1, 3, 64, 64), dtype=np.float32))
+
+
+def test_numbers_of_numpy_are_taken_as_python_ones():
+    arguments = {name: [np.int64(v) for v in values] for name, values in SMALL.items() if name != "head_dim"}
+    model = HATNet(**arguments, head_dim=np.int32(8), num_classes=np.int64(5), drop_rate=np.float32(0.25))
+    assert type(model.num_features) is type(model.feature_info[0]["num_chs"]) is type(model.head.out_features) is int
+    assert model.config == HATNet(**SMALL, num_classes=5, drop_rate=0.25).config
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
 def test_images_that_are_not_floating_are_refused(dtype, small_model):
     image = torch.zeros(1, 3, 64, 64, dtype=dtype)
@@ -372,6 +389,7 @@ def test_importing_hatnet_core_imports_torch_and_nothing_else_outside_the_standa
     [
         ("attention", ("window", "plain", "window"), "attention must be one of 'hierarchical', 'window', got 'plain'"),
         ("attention", "window", "attention must hold 3 of hierarchical, window, got 'window'"),
+        ("depthwise", "false", "depthwise must be True or False, got 'false'"),
         ("activation", "relu", "activation must be one of 'silu', 'gelu', got 'relu'"),
         ("embed_dims", (8, 16, 17, 24), "head_dim must divide .* head_dim=8 and dim=17"),
         ("embed_dims", (8, 16, 24), "embed_dims must hold 4 integers, got (8, 16, 24)"),
@@ -380,9 +398,9 @@ def test_importing_hatnet_core_imports_torch_and_nothing_else_outside_the_standa
         ("num_classes", 2.5, "num_classes must be a positive integer, or 0 for no classifier, got 2.5"),
         ("num_classes", "10", "num_classes must be a positive integer, or 0 for no classifier, got '10'"),
         ("embed_dims", 5, "embed_dims must hold 4 integers, got 5"),
-        ("drop_rate", 2, "drop_rate must be in [0, 1), got 2"),
-        ("proj_drop_rate", -0.1, "proj_drop_rate must be in [0, 1), got -0.1"),
-        ("drop_path_rate", 1.5, "drop_path_rate must be in [0, 1), got 1.5"),
+        ("drop_rate", 2, "drop_rate must be a number in [0, 1), got 2"),
+        ("proj_drop_rate", -0.1, "proj_drop_rate must be a number in [0, 1), got -0.1"),
+        ("drop_path_rate", 1.5, "drop_path_rate must be a number in [0, 1), got 1.5"),
         ("in_chans", 0, "in_chans must be an integer of at least 1, got 0"),
     ],
 )

@@ -5,8 +5,10 @@ import re
 import zipfile
 
 import pytest
+import timm
 import torch
 
+import hatnet_core.timm  # noqa: F401  registers the models
 from hatnet_core import create_model
 
 NAME = "/HAT-Net_Tiny.pth"
@@ -43,6 +45,54 @@ def test_a_published_hash_that_agrees_is_accepted(weights_server, hub):
     weights_server.files["/SHA256SUMS"] = f"{'0' * 64}  other.pth\n{digest}  HAT-Net_Tiny.pth\n".encode()
     create_model("hatnet_tiny", pretrained=True)
     assert (hub / "HAT-Net_Tiny.pth").is_file()
+
+
+@pytest.mark.parametrize("line", ["{}  ./HAT-Net_Tiny.pth\r", "{} *HAT-Net_Tiny.pth", "\ufeff{}  HAT-Net_Tiny.pth"])
+@pytest.mark.parametrize("case", [str.lower, str.upper])
+def test_sums_are_read_however_they_are_written_and_never_passed_over(case, line, weights_server):
+    weights_server.files["/SHA256SUMS"] = (line.format(case("a" * 64)) + "\n").encode()
+    with pytest.raises(
+        ValueError, match=r"is not the published file|has no line with the SHA-256 of HAT-Net_Tiny\.pth"
+    ):
+        create_model("hatnet_tiny", pretrained=True)
+
+
+@pytest.mark.parametrize("content", [b"<html>please log in</html>", b"\xff\xfe", b""])
+def test_sums_that_do_not_name_the_file_are_refused(content, weights_server, hub):
+    weights_server.files["/SHA256SUMS"] = content
+    with pytest.raises(ValueError, match=r"SHA256SUMS has no line with the SHA-256 of HAT-Net_Tiny\.pth"):
+        create_model("hatnet_tiny", pretrained=True)
+    assert list(hub.iterdir()) == []
+
+
+@pytest.mark.parametrize("status", [403, 404, 410])
+def test_a_server_may_say_in_several_ways_that_there_are_no_sums(status, weights_server):
+    weights_server.statuses["/SHA256SUMS"] = status
+    create_model("hatnet_tiny", pretrained=True)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "file:///tmp", "  ", "https://"])
+def test_an_address_that_is_none_is_refused_by_the_name_of_the_variable(address, monkeypatch):
+    monkeypatch.setenv("HATNET_WEIGHTS_URL", address)
+    with pytest.raises(ValueError, match=f"HATNET_WEIGHTS_URL must be an http or https address, got '{address}'"):
+        create_model("hatnet_tiny", pretrained=True)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "wrong hash", "not a number"])
+def test_timm_downloads_no_worse_than_we_do(damage, weights_server, hub, released_files, tmp_path):
+    whole = weights_server.files[NAME]
+    if damage == "truncated":
+        weights_server.files[NAME] = whole[: len(whole) // 2]
+    elif damage == "wrong hash":
+        weights_server.files["/SHA256SUMS"] = f"{'0' * 64}  HAT-Net_Tiny.pth\n".encode()
+    else:
+        released = torch.load(released_files["hatnet_tiny"], weights_only=True)
+        torch.save(released | {"classifier.1.bias": torch.full((1000,), float("nan"))}, tmp_path / "nan.pth")
+        weights_server.files[NAME] = (tmp_path / "nan.pth").read_bytes()
+    for build in (timm.create_model, create_model):
+        with pytest.raises(ValueError, match="the download of"):
+            build("hatnet_tiny", pretrained=True)
+        assert list(hub.iterdir()) == []
 
 
 def test_a_wrong_hash_is_refused_and_nothing_is_left(weights_server, hub):

@@ -18,7 +18,7 @@ FEATURE_CLASSES = ["list", "dict", "hook", "getter", "fx"]
 
 
 @pytest.fixture(autouse=True)
-def two_fixed_threads():
+def one_thread():
     """Sums in the same order in both of two passes that are compared bit for bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.export import Dim
 from transformers import AutoBackbone, AutoConfig, UperNetConfig, UperNetForSemanticSegmentation
 
 from conftest import SMALL
@@ -82,3 +83,25 @@ def test_maps_that_are_not_there_are_refused(out_features):
 def test_images_of_the_wrong_kind_are_refused(backbone):
     with pytest.raises(ValueError, match="input must be B×3×H×W"):
         backbone(torch.randn(3, 64, 64))
+
+
+def test_stages_behind_the_last_map_are_not_computed():
+    backbone = AutoBackbone.from_config(HATNetConfig(**SMALL, out_features=["stem", "stage1"]))
+    backbone.hatnet.stages[1].forward = None
+    assert len(backbone(torch.randn(1, 3, 64, 64)).feature_maps) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning")  # newer versions have another name for it
+def test_gradient_checkpointing_is_switched_through_transformers(backbone):
+    backbone.gradient_checkpointing_enable()
+    assert [stage.grad_checkpointing for stage in backbone.hatnet.stages] == [True] * 4
+    backbone.gradient_checkpointing_disable()
+    assert [stage.grad_checkpointing for stage in backbone.hatnet.stages] == [False] * 4
+
+
+def test_it_exports_with_dynamic_sizes(backbone):
+    sizes = {0: Dim("batch"), 2: Dim("height", min=32), 3: Dim("width", min=32)}
+    program = torch.export.export(backbone, (torch.randn(2, 3, 96, 128),), dynamic_shapes={"pixel_values": sizes})
+    image = torch.randn(1, 3, 75, 50)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(image).feature_maps, backbone(image).feature_maps)

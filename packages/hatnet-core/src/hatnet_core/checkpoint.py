@@ -10,6 +10,7 @@ A file passes two steps: :func:`read_state` (out of its wrapping, under our name
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import logging
@@ -59,6 +60,9 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 BACKBONE_PREFIX = "backbone."
 """What detectors and segmenters put before the names of their backbone, beside their own."""
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""What parameters may be stored as."""
+
 ARCHITECTURE = (
     "embed_dims",
     "depths",
@@ -77,16 +81,20 @@ def save_checkpoint(model: HATNet, path: str | Path, metadata: Mapping[str, Any]
 
     Args:
         model: the model; parameters keep their dtype and are written from any device.
-        path: the file; its folder must exist. A file of that name is replaced only when the new one is complete.
+        path: the file, ``*.safetensors``; its folder must exist. A file of that name is replaced only when the new
+            one is complete.
         metadata: further values to store beside the configuration, anything JSON can hold.
 
     Raises:
         ImportError: if safetensors is not installed.
         FileNotFoundError: if the folder does not exist.
-        ValueError: if ``metadata`` names ``version``, ``variant`` or ``config``, or stages of the model were pruned.
+        ValueError: if ``path`` has another ending, ``metadata`` names ``version``, ``variant`` or ``config``, or
+            stages of the model were pruned.
     """
     safetensors_torch = _import_safetensors()
     path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"cannot save {path}: the name must end in .safetensors")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot save {path}: folder {path.parent} does not exist")
     if len(model.stages) != len(model.config["depths"]):
@@ -137,19 +145,41 @@ def load_checkpoint(model: HATNet, path: str | Path, drop_head: bool = False) ->
         >>> load_checkpoint(model, "HAT-Net_Small.pth")  # doctest: +SKIP
     """
     path = Path(path)
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(f"cannot load {path} into a model on the meta device; give it storage first, by to_empty()")
     state, dropped = read_state(path)
+    kept = model.state_dict()
     if drop_head:
         dropped += [name for name in state if name.startswith("head.")]
-        own = {name: t for name, t in model.state_dict().items() if name.startswith("head.")}
-        state = {name: t for name, t in state.items() if not name.startswith("head.")} | own
+        state = {name: t for name, t in state.items() if not name.startswith("head.")}
+        kept = {name: t for name, t in kept.items() if not name.startswith("head.")}
     state = _adapt_in_chans(state, model.in_chans, path)
-    _check_same_model(model, state, path)
+    _check_same_parameters(kept, state, path)
     if path.suffix == ".safetensors":
         _check_same_arguments(model, path)
-    model.load_state_dict(state)
+    state = {name: t.to(kept[name].dtype) for name, t in state.items()}
+    if broken := [name for name, t in state.items() if not t.isfinite().all()]:
+        raise ValueError(f"{path} holds values that are not finite as {kept[broken[0]].dtype}, in {_some(broken)}")
+    model.load_state_dict(state, strict=not drop_head)
     if dropped:
         logger.warning("%s: dropped %d parameters: %s", path, len(dropped), _some(dropped))
     return dropped
+
+
+def build_model(config: Mapping[str, Any], origin: str | Path) -> HATNet:
+    """The model of a stored configuration, with fresh weights.
+
+    Args:
+        config: arguments of :class:`HATNet`.
+        origin: where they were read, for the error.
+
+    Raises:
+        ValueError: if they are not arguments of :class:`HATNet`, or out of range.
+    """
+    try:
+        return HATNet(**config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{origin} holds a configuration that builds no HAT-Net: {error}") from error
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -206,11 +236,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # trainers store their arguments beside
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler raise anything from KeyError to struct.error
-        raise ValueError(f"{path} is not a checkpoint of plain tensors: {_first_line(error)}") from error
-    while isinstance(content, Mapping) and (inner := [content[key] for key in WRAPPERS if key in content]):
-        content = inner[0]
+        raise ValueError(f"{path} is not a checkpoint of plain tensors: {_refused(path)}") from error
+    for _ in range(len(WRAPPERS)):  # one may be inside another
+        if isinstance(content, Mapping):
+            content = next((content[key] for key in WRAPPERS if key in content), content)
     plain = isinstance(content, Mapping) and all(
         isinstance(name, str) and isinstance(t, Tensor) for name, t in content.items()
     )
@@ -269,25 +301,24 @@ def _adapt_in_chans(state: dict[str, Tensor], in_chans: int, path: Path) -> dict
     return {**state, name: adapted}
 
 
-def _check_same_model(model: HATNet, state: Mapping[str, Tensor], path: Path) -> None:
-    """ValueError unless ``state`` has exactly the names and shapes of ``model``, naming what differs."""
-    own = model.state_dict()
+def _check_same_parameters(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
+    """ValueError unless ``state`` has exactly the names and shapes of ``own``, naming what differs."""
     missing = sorted(own.keys() - state.keys())
     unknown = sorted(state.keys() - own.keys())
-    details = [f"missing {_some(missing)}"] if missing else []
-    details += [f"unknown {_some(unknown)}"] if unknown else []
+    details = [f"missing {', '.join(missing)}"] if missing else []
+    details += [f"unknown {', '.join(unknown)}"] if unknown else []
     details += [
         f"{name} is {tuple(state[name].shape)} and should be {tuple(own[name].shape)}"
         for name in own
         if name in state and own[name].shape != state[name].shape
-    ][:3]
+    ]
     details += [
-        f"{name} is {t.dtype} and should be floating" for name, t in state.items() if not t.is_floating_point()
-    ][:3]
+        f"{name} is {t.layout} of {t.dtype} and should be dense, of a floating dtype"
+        for name, t in state.items()
+        if t.dtype not in DTYPES or t.layout != torch.strided
+    ]
     if details:
         raise ValueError(f"{path} holds {_describe(state)}; expected {_describe(own)}: {'; '.join(details)}")
-    if broken := [name for name, t in state.items() if not t.isfinite().all()]:
-        raise ValueError(f"{path} holds values that are not finite, in {_some(broken)}")
 
 
 def _check_same_arguments(model: HATNet, path: Path) -> None:
@@ -310,13 +341,24 @@ def _some(names: list[str]) -> str:
 def _describe(state: Mapping[str, Tensor]) -> str:
     if "stem.conv2.weight" not in state:
         return "no HAT-Net"
-    classes = state["head.weight"].shape[0] if "head.weight" in state else 0
     shapes = _body_shapes(state)
     for name in list_models(ablations=True):
         with torch.device("meta"):
             if _body_shapes(HATNet(**model_arguments(name)).state_dict()) == shapes:
-                return f"{name} with {classes} classes"
-    return f"a HAT-Net of another configuration with {classes} classes"
+                return f"{name} with {head_size(state)} classes"
+    return f"a HAT-Net of another configuration with {head_size(state)} classes"
+
+
+def head_size(state: Mapping[str, Tensor]) -> int:
+    """The number of classes of the classifier in a state dict, 0 without one."""
+    weight = state.get("head.weight")
+    return 0 if weight is None or weight.ndim != 2 else weight.shape[0]
+
+
+def stem_channels(state: Mapping[str, Tensor]) -> int:
+    """The number of input channels of the stem in a state dict, 3 without one."""
+    weight = state.get("stem.conv1.weight")
+    return 3 if weight is None or weight.ndim != 4 else weight.shape[1]
 
 
 def _body_shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -350,5 +392,12 @@ def _import_safetensors() -> Any:
     return safetensors.torch
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _refused(path: Path) -> str:
+    """Why ``torch.load`` would not read a file, without its advice to switch the protection off."""
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # as above: the file may hold anything
+        foreign = []
+    if foreign:
+        return f"it also holds {', '.join(foreign)}, and to unpickle such objects could run code of the file"
+    return "it is damaged or of another format"

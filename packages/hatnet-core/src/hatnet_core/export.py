@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from hatnet_core.checkpoint import load_checkpoint, read_metadata, read_state, save_checkpoint
+from hatnet_core.checkpoint import (
+    build_model,
+    head_size,
+    load_checkpoint,
+    read_metadata,
+    read_state,
+    save_checkpoint,
+    stem_channels,
+)
 from hatnet_core.factory import create_model
 from hatnet_core.model import MIN_SIZE, HATNet
 from hatnet_core.variants import list_models
@@ -36,8 +44,9 @@ TOLERANCE = 1e-4
 def export_program(model: HATNet, size: tuple[int, int] = (224, 224), static: bool = False) -> ExportedProgram:
     """Trace ``model`` in evaluation mode, with ``torch.export``.
 
-    ``torch.export.export`` can be called on a model as well; this is it with the dynamic dimensions named. The one
-    input that a dynamic program does not take is 32×32, where stage 5 is left with a single position.
+    ``torch.export.export`` (not strict, its default) can be called on a model as well; this is it with the dynamic
+    dimensions named. A dynamic program takes every input but the smallest: torch binds it to attention over more than
+    one position, so that one side at least has to be above :func:`smallest_side`.
 
     Args:
         model: the model; its training mode is left as it was.
@@ -45,11 +54,30 @@ def export_program(model: HATNet, size: tuple[int, int] = (224, 224), static: bo
         static: whether the program takes this size and one image at a time only, instead of any.
 
     Returns:
-        The program, of one input ``image`` [batch, in_chans, height, width]; ``torch.export.save`` writes it.
+        The program, of one input ``x`` [batch, in_chans, height, width]; ``torch.export.save`` writes it.
+
+    Raises:
+        ValueError: if ``size`` is one that a dynamic program does not take.
     """
+    if not static and max(size) <= smallest_side(model):
+        raise ValueError(
+            f"size must have a side above {smallest_side(model)} pixels for these G2, got {size[0]}×{size[1]}; "
+            "smaller images take static=True, or an ONNX graph"
+        )
     image = _image(model, 1 if static else 2, *size)
     with _evaluation(model), torch.no_grad():
         return torch.export.export(model, (image,), dynamic_shapes=None if static else (_dynamic_dims(),))
+
+
+def smallest_side(model: HATNet) -> int:
+    """The side in pixels of the largest image of which some stage attends to a single position.
+
+    32 for the last stage, and G2 times the reduction of the others: 32 with the pools of classification, 64 with those
+    of dense tasks.
+    """
+    reductions = [info["reduction"] for info in model.feature_info]
+    pools = [*model.config["pool_sizes"], 1]
+    return max(reduction * pool for reduction, pool in zip(reductions, pools, strict=True))
 
 
 def export_onnx(model: HATNet, path: str | Path, size: tuple[int, int] = (224, 224), static: bool = False) -> None:
@@ -92,29 +120,30 @@ def largest_difference(model: HATNet, path: str | Path, shapes: Sequence[tuple[i
         shapes: batch size, height and width of each input.
 
     Returns:
-        The largest absolute difference, divided by the largest absolute output of the model.
+        The largest absolute difference, divided by the largest absolute output of the model if that is not 0; not a
+        number where an output is none.
 
     Raises:
         ImportError: if the file is ONNX and onnxruntime is not installed.
     """
     run = _runner(Path(path))
-    difference = scale = 0.0
+    differences, outputs = [], []
     with _evaluation(model), torch.no_grad():
         for batch, height, width in shapes:
             image = _image(model, batch, height, width)
-            expected = model(image)
-            difference = max(difference, (run(image) - expected).abs().max().item())
-            scale = max(scale, expected.abs().max().item())
-    return difference / scale
+            outputs.append(model(image).abs().max())
+            differences.append((run(image) - model(image)).abs().max())
+    difference, scale = torch.stack(differences).max(), torch.stack(outputs).max()  # unlike max(), both keep NaN
+    return (difference / scale if scale else difference).item()
 
 
-def unseen_shapes(size: tuple[int, int]) -> list[tuple[int, int, int]]:
+def check_shapes(size: tuple[int, int]) -> list[tuple[int, int, int]]:
     """Batch size, height and width of inputs to check a dynamic export with, given the size it was traced with.
 
-    The second is larger and of whole grids where the first is, the third is of no whole grids or pools.
+    The traced height and width, a larger image of more whole grids, and one larger by odd numbers.
     """
     height, width = size
-    return [(1, height, width), (2, height + 32, width + 96), (3, max(height - 27, MIN_SIZE + 1), width + 107)]
+    return [(1, height, width), (2, height + 32, width + 96), (3, height + 45, width + 107)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -123,10 +152,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out.suffix not in SUFFIXES:
         parser.error(f"the file must end in one of {', '.join(SUFFIXES)}, got {args.out}")
-    if not args.out.parent.is_dir():
-        parser.error(f"folder {args.out.parent} does not exist")
+    if not args.out.parent.is_dir() or args.out.is_dir():
+        parser.error(f"{args.out} is a folder, or in one that does not exist: expected the name of a file")
     if args.checkpoint is None and args.model is None:
-        parser.error("nothing to export: expected --checkpoint, --model or both")
+        parser.error("what is to be exported is missing: expected --checkpoint, --model or both")
     if args.checkpoint is not None and args.pretrained:
         parser.error("--checkpoint and --pretrained are two sources of weights: expected one")
     if min(args.size) < MIN_SIZE:
@@ -139,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _export(args: argparse.Namespace, model: HATNet) -> None:
     size = (args.size[0], args.size[1])
-    shapes = [(1, *size)] if args.static else unseen_shapes(size)
+    shapes = [(1, *size)] if args.static else check_shapes(size)
     start = time.perf_counter()
     print(f"exporting to {args.out} ...", flush=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as staging:
@@ -170,10 +199,9 @@ def _model(args: argparse.Namespace) -> HATNet:
         return create_model(args.model, pretrained=args.pretrained)
     if args.model is not None:
         state, _ = read_state(args.checkpoint)
-        classes = len(state["head.weight"]) if "head.weight" in state else 0
-        model = create_model(args.model, num_classes=classes)
+        model = create_model(args.model, num_classes=head_size(state), in_chans=stem_channels(state))
     elif args.checkpoint.suffix == ".safetensors":
-        model = HATNet(**read_metadata(args.checkpoint)["config"])
+        model = build_model(read_metadata(args.checkpoint)["config"], args.checkpoint)
     else:
         raise ValueError(f"{args.checkpoint} does not say what model it is: name it with --model")
     load_checkpoint(model, args.checkpoint)
@@ -184,8 +212,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hatnet-export",
         description="Write a HAT-Net as an ONNX graph (.onnx), a torch.export program (.pt2) or weights with their "
-        "configuration (.safetensors). Graphs and programs take any batch size, height and width, and are checked "
-        "against the model at sizes that the export did not see before the file appears.",
+        "configuration (.safetensors). Graphs and programs take any batch size, height and width. They are checked "
+        "against the model, at other sizes than the traced one, too, before the file appears.",
         epilog="example: hatnet-export model.onnx --checkpoint runs/digits/model.safetensors",
     )
     parser.add_argument("out", type=Path, help=f"the file to write; its ending says what: {', '.join(SUFFIXES)}")

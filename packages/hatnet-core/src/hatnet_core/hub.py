@@ -8,12 +8,14 @@ Folders on disk need no network. ``transformers.py`` has the class for ``AutoBac
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 
-from hatnet_core.checkpoint import load_checkpoint, save_checkpoint, variant_name
+from hatnet_core.checkpoint import build_model, load_checkpoint, save_checkpoint, variant_name
 from hatnet_core.model import HATNet
 
 CARD = """---
@@ -68,61 +70,93 @@ class HubHATNet(
         }
         return super().generate_model_card(*args, **{**values, **kwargs})
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Save the model as it is now; a folder that holds one keeps it until the new files are complete.
+
+        Args:
+            save_directory: the folder; made if it is not there.
+            **kwargs: ``push_to_hub`` and ``repo_id`` to upload as well, ``model_card_kwargs``, and what
+                :meth:`push_to_hub` takes.
+
+        Returns:
+            The address of the commit if ``push_to_hub``, else None.
+
+        Raises:
+            ValueError: if stages of the model were pruned.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as staging:
+            super().save_pretrained(staging, model_card_kwargs=kwargs.get("model_card_kwargs"))
+            for file in Path(staging).iterdir():
+                if file.name != "README.md" or not (folder / file.name).exists():  # a card may have been edited
+                    file.replace(folder / file.name)
+        return self.push_to_hub(repo_id or folder.name, **kwargs) if push else None
+
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save and upload the model, as ``PyTorchModelHubMixin.push_to_hub``; the card names the repository."""
         kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}
         return super().push_to_hub(repo_id, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        map_location: str | torch.device = "cpu",
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **arguments: Any,
+    ) -> HubHATNet:
+        """The model in a folder of ``save_pretrained`` or in a repository of the hub, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the name on the hub.
+            map_location: device to put the model on.
+            revision: as for ``huggingface_hub.hf_hub_download``, and so ``cache_dir``, ``force_download``,
+                ``local_files_only`` and ``token``.
+            cache_dir: likewise.
+            force_download: likewise.
+            local_files_only: likewise.
+            token: likewise.
+            **arguments: arguments of :class:`HATNet` that override the configuration.
+
+        Raises:
+            FileNotFoundError: if there is no such folder, no ``config.json`` or no ``model.safetensors`` in it.
+            ValueError: if they cannot be read or do not fit each other.
+        """
+        name = str(pretrained_model_name_or_path)
+        options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
+        options |= {"local_files_only": local_files_only, "token": token}
+        config, weights = (_file(name, file, options) for file in ("config.json", "model.safetensors"))
+        try:
+            values = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise ValueError(f"{config} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{config} must hold the arguments of HATNet, got {type(values).__name__}")
+        checked = build_model({**values, **arguments}, config).config
+        model = cls(**checked)
+        load_checkpoint(model, weights)
+        return model.to(map_location).eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_checkpoint(self, save_directory / "model.safetensors")
         # what the model is now: set_grid and reset_classifier may have changed what it was built with
         (save_directory / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> HubHATNet:
-        """The model in a folder of ``save_pretrained`` or in a repository of the hub, in evaluation mode.
 
-        Args:
-            pretrained_model_name_or_path: the folder, or the name on the hub.
-            **kwargs: those of ``PyTorchModelHubMixin.from_pretrained`` (``revision``, ``cache_dir``, ``token``,
-                ``local_files_only``, ``force_download``), ``map_location`` (default: cpu) and arguments of
-                :class:`HATNet` that override the configuration.
-
-        Raises:
-            FileNotFoundError: if there is no ``config.json`` or no ``model.safetensors``.
-            ValueError: if they cannot be read or do not fit each other.
-        """
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"config.json in {pretrained_model_name_or_path} is not JSON: {error}") from error
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        map_location: str = "cpu",
-        **arguments: Any,
-    ) -> HubHATNet:
-        if "embed_dims" not in arguments:
-            raise FileNotFoundError(f"no config.json with the arguments of HATNet in {model_id}")
-        path: str | Path = Path(model_id) / "model.safetensors"
-        if not Path(model_id).is_dir():
-            path = hf_hub_download(
-                model_id,
-                "model.safetensors",
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
-        model = cls(**arguments)
-        load_checkpoint(model, path)
-        return model.to(map_location).eval()
+def _file(name: str, file: str, options: dict[str, Any]) -> Path:
+    """A file of a local folder, or of a repository of the hub."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith("."):
+            raise FileNotFoundError(f"no folder {name}: expected one of save_pretrained, or a name on the hub")
+        return Path(hf_hub_download(name, file, **options))
+    if not (folder / file).is_file():
+        raise FileNotFoundError(f"no {file} in {name}: expected a folder of save_pretrained")
+    return folder / file

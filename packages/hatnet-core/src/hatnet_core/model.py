@@ -11,16 +11,15 @@ gives one program for every batch size, height and width.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hatnet_core.attention import Attention, HierarchicalAttention, WindowAttention, positive_int
+from hatnet_core.attention import Attention, HierarchicalAttention, WindowAttention, as_index, positive_int
 from hatnet_core.layers import ACTIVATIONS, Downsample, DropPath, Mlp, Stem
 
 ATTENTIONS = ("hierarchical", "window")
@@ -142,7 +141,7 @@ class HATNet(nn.Module):
             "pool_sizes": _positive_ints("pool_sizes", pool_sizes, 3),
             "attention": _attention(attention),
             "activation": _one_of("activation", activation, tuple(ACTIVATIONS)),
-            "depthwise": bool(depthwise),
+            "depthwise": _flag("depthwise", depthwise),
             "in_chans": positive_int("in_chans", in_chans),
             "num_classes": _num_classes(num_classes),
             "global_pool": _global_pool(global_pool, num_classes),
@@ -153,14 +152,15 @@ class HATNet(nn.Module):
         self.in_chans: int = self.config["in_chans"]
         self.num_classes: int = self.config["num_classes"]
         self.global_pool: str = global_pool
-        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.num_features = self.head_hidden_size = self.config["embed_dims"][-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(embed_dims)
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
+            for i, dim in enumerate(self.config["embed_dims"])
         ]
-        self.stem = Stem(in_chans, embed_dims[0], activation=activation)
+        self.stem = Stem(self.in_chans, self.config["embed_dims"][0], activation=activation)
         self.stages = nn.Sequential(*(self._make_stage(i) for i in range(4)))
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = _classifier(self.num_features, num_classes)
+        self.head = _classifier(self.num_features, self.num_classes)
         self.apply(_init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,12 +169,21 @@ class HATNet(nn.Module):
         Raises:
             ValueError: if ``x`` is not of this shape, not floating, or H or W is below 32.
         """
-        return self.forward_head(self.forward_features(x))
+        with _traced_for_any_size():
+            return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] → features of the last stage [B, C5, ⌈H/32⌉, ⌈W/32⌉]."""
         with _traced_for_any_size():
             return self.stages(self.stem(check_images(x, self.in_chans)))
+
+    def forward_maps(self, x: Tensor, last: int) -> list[Tensor]:
+        """Images [B, in_chans, H, W] → map of the stem, then of every stage up to ``last``, counted from 0."""
+        with _traced_for_any_size():
+            maps = [self.stem(check_images(x, self.in_chans))]
+            for stage in list(self.stages)[: last + 1]:
+                maps.append(stage(maps[-1]))
+        return maps
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features [B, C5, H', W'] → logits [B, num_classes], or [B, C5] pooled features if ``pre_logits``."""
@@ -199,8 +208,8 @@ class HATNet(nn.Module):
 
         Args:
             x: the images.
-            indices: stages to return, in this order, out of 0-3 or -4 to -1 from the end; a number n means the
-                last n, None all.
+            indices: stages to return, in the order of the model, out of 0-3 or -4 to -1 from the end; a number n
+                means the last n, None all.
             norm: without effect; HAT-Net has no norm behind its last stage.
             stop_early: leave out the stages behind the last one asked for.
             output_fmt: ``NCHW``.
@@ -217,14 +226,9 @@ class HATNet(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         wanted = stage_indices(indices, len(self.stages))
         last = max(wanted) if stop_early or intermediates_only else len(self.stages) - 1
-        features = []
-        with _traced_for_any_size():
-            x = self.stem(check_images(x, self.in_chans))
-            for stage in list(self.stages)[: last + 1]:
-                x = stage(x)
-                features.append(x)
+        features = self.forward_maps(x, last)[1:]
         intermediates = [features[i] for i in wanted]
-        return intermediates if intermediates_only else (x, intermediates)
+        return intermediates if intermediates_only else (features[-1], intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -368,21 +372,26 @@ class HATNet(nn.Module):
 
 
 def stage_indices(indices: int | Sequence[int] | None, count: int = 4) -> list[int]:
-    """Stages from the front, by timm's rule: a number n means the last n, None all, a negative one is from the end.
+    """Stages in order, by timm's rule: a number n means the last n, None all, a negative one is from the end.
 
     Raises:
         ValueError: if a stage is not one of ``count``.
     """
-    if indices is None:
-        return list(range(count))
-    if isinstance(indices, int) and 1 <= indices <= count:
-        return list(range(count - indices, count))
-    if not isinstance(indices, Sequence) or not indices or any(i not in range(-count, count) for i in indices):
+    try:
+        if indices is None:
+            wanted = set(range(count))
+        elif isinstance(indices, Iterable):
+            wanted = {range(count)[as_index(i)] for i in indices}
+        else:
+            wanted = set(range(count)[-positive_int("indices", indices) :]) if as_index(indices) <= count else set()
+    except (TypeError, ValueError, IndexError):
+        wanted = set()
+    if not wanted:
         raise ValueError(
             f"indices must name stages out of 0 to {count - 1} (or -{count} to -1 from the end), "
             f"or be a number of last stages, got {indices!r}"
         )
-    return [i % count for i in indices]
+    return sorted(wanted)
 
 
 def _traced_for_any_size() -> AbstractContextManager[Any]:
@@ -401,6 +410,8 @@ def _traced_for_any_size() -> AbstractContextManager[Any]:
 @torch.fx.wrap
 def check_images(x: Tensor, in_chans: int) -> Tensor:
     """``x`` itself; ValueError unless it is a floating batch of images with ``in_chans`` channels."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"input must be a tensor, got {type(x).__name__}")
     if x.ndim != 4 or x.shape[1] != in_chans:
         raise ValueError(f"input must be B×{in_chans}×H×W, got shape {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -438,15 +449,25 @@ def _positive_ints(name: str, values: Sequence[int], length: int) -> tuple[int, 
 
 
 def _num_classes(value: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
+    try:
+        count = as_index(value)
+    except TypeError:
+        count = -1
+    if count < 0:
         raise ValueError(f"num_classes must be a positive integer, or 0 for no classifier, got {value!r}")
-    return operator.index(value)
+    return count
 
 
 def _rate(name: str, value: float) -> float:
-    if not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat) or not 0 <= float(value) < 1:
+        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
     return float(value)
+
+
+def _flag(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
 
 
 def _classifier(num_features: int, num_classes: int) -> nn.Module:

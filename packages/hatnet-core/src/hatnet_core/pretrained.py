@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from hatnet_core.checkpoint import load_checkpoint, read_state
+from hatnet_core.checkpoint import load_checkpoint
 from hatnet_core.model import HATNet
+from hatnet_core.variants import model_arguments
 
 RELEASED_URL = "https://github.com/yun-liu/HAT-Net/releases/download/v2.0"
 """Where the authors published the files; the environment variable ``HATNET_WEIGHTS_URL`` overrides it."""
@@ -57,26 +58,32 @@ def released_url(name: str) -> str:
     """The address of the released weights of ``name``.
 
     Raises:
-        ValueError: if nothing was released for ``name``.
+        ValueError: if nothing was released for ``name``, or ``HATNET_WEIGHTS_URL`` is no http address.
     """
     if name not in RELEASED_FILES:
         raise ValueError(f"no weights were released for {name!r}; released: {', '.join(RELEASED_FILES)}")
     base = os.environ.get("HATNET_WEIGHTS_URL") or RELEASED_URL
+    if not re.match(r"https?://[^/\s]", base):
+        raise ValueError(f"HATNET_WEIGHTS_URL must be an http or https address, got {base!r}")
     return f"{base.rstrip('/')}/{RELEASED_FILES[name]}"
 
 
-def released_file(name: str) -> Path:
-    """The released weights of ``name`` on disk, downloaded if they are not yet in torch's hub folder.
+def released_file(name: str, folder: str | Path | None = None) -> Path:
+    """The released weights of ``name`` on disk, downloaded if they are not there yet.
 
     A file enters the folder whole, after it has been read once: neither a download that broke off nor one that
     another process is still busy with can be taken for it.
+
+    Args:
+        name: one of the four models of Table 1.
+        folder: where the file is kept; by default torch's hub folder.
 
     Raises:
         ValueError: if nothing was released for ``name``, or what was downloaded is incomplete or damaged.
         OSError: if the file cannot be downloaded.
     """
     url = released_url(name)
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder = Path(torch.hub.get_dir()) / "checkpoints" if folder is None else Path(folder)
     path = folder / RELEASED_FILES[name]
     if path.is_file():
         return path
@@ -85,7 +92,7 @@ def released_file(name: str) -> Path:
         staged = Path(staging) / path.name
         _download(url, staged)
         try:
-            read_state(staged)
+            load_checkpoint(HATNet(**model_arguments(name)), staged)
             _check_sums_of_archive(staged)
         except ValueError as error:
             raise ValueError(f"the download of {url} is incomplete or damaged: {error}") from error
@@ -111,14 +118,21 @@ def _check_sums_of_archive(path: Path) -> None:
 
 
 def _published_sha256(url: str) -> str | None:
-    """What the file ``SHA256SUMS`` beside ``url`` says of it; None if there is no such file or no such line."""
+    """What the file ``SHA256SUMS`` beside ``url`` says of it; None if there is no such file.
+
+    Raises:
+        ValueError: if there is one, and it does not say.
+    """
     base, _, name = url.rpartition("/")
     try:
         with urllib.request.urlopen(f"{base}/SHA256SUMS", timeout=SUMS_TIMEOUT_S) as response:  # noqa: S310
-            sums = response.read().decode()
+            lines = response.read().decode(errors="replace").splitlines()
     except urllib.error.HTTPError as error:
-        if error.code == 404:
+        if error.code in (403, 404, 410):  # how servers and object stores say that there is none
             return None
         raise
-    found = re.search(rf"^([0-9a-f]{{64}}) [ *]{re.escape(name)}$", sums, re.MULTILINE)
-    return found[1] if found else None
+    for line in lines:
+        digest, _, file = line.strip().lower().partition(" ")
+        if file.strip().lstrip("*").removeprefix("./") == name.lower() and re.fullmatch("[0-9a-f]{64}", digest):
+            return digest
+    raise ValueError(f"{base}/SHA256SUMS has no line with the SHA-256 of {name}")

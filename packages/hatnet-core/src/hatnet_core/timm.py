@@ -17,8 +17,11 @@ from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cf
 
 from hatnet_core.checkpoint import rename_released
 from hatnet_core.model import HATNet, stage_indices
-from hatnet_core.pretrained import RELEASED_CLASSES, released_url
+from hatnet_core.pretrained import RELEASED_CLASSES, RELEASED_FILES, RELEASED_URL, released_file
 from hatnet_core.variants import list_models, model_arguments
+
+WEIGHT_SOURCES = {"url", "file", "state_dict", "hf_hub_id"}
+"""Keys of a pretrained_cfg that say where weights come from."""
 
 
 class TimmHATNet(HATNet):
@@ -29,7 +32,7 @@ class TimmHATNet(HATNet):
 
 def _cfg(name: str) -> dict[str, Any]:
     return {
-        "url": released_url(name),
+        "url": f"{RELEASED_URL}/{RELEASED_FILES[name]}",
         "num_classes": RELEASED_CLASSES,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
@@ -51,10 +54,11 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name) for name in lis
 def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
     out_indices = kwargs.pop("out_indices", tuple(range(4)))
     stage_indices(out_indices)  # timm would only assert
-    if pretrained and not isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg):
-        # the address of the moment, which may have been overridden after this module was imported
-        overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
-        kwargs["pretrained_cfg_overlay"] = {"url": released_url(name), **overlay}
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    elsewhere = isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg) or overlay.keys() & WEIGHT_SOURCES
+    if pretrained and not elsewhere:  # our download, which leaves nothing damaged in the folder that timm shares
+        file = released_file(name, kwargs.get("cache_dir"))
+        kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(file)}
     return build_model_with_cfg(
         TimmHATNet,
         name,

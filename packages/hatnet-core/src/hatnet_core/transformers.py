@@ -23,7 +23,7 @@ from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
 from hatnet_core.attention import WindowAttention
-from hatnet_core.model import HATNet, check_images
+from hatnet_core.model import HATNet
 from hatnet_core.variants import VARIANTS
 
 
@@ -75,6 +75,7 @@ class HATNetBackbone(BackboneMixin, PreTrainedModel):
     base_model_prefix = "hatnet"
     main_input_name = "pixel_values"
     has_attentions = False
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: HATNetConfig) -> None:
         super().__init__(config)
@@ -102,12 +103,16 @@ class HATNetBackbone(BackboneMixin, PreTrainedModel):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        maps = [self.hatnet.stem(check_images(pixel_values, self.config.in_chans))]
-        for stage in self.hatnet.stages:
-            maps.append(stage(maps[-1]))
-        wanted = tuple(m for m, name in zip(maps, self.stage_names, strict=True) if name in self.out_features)
+        last = (
+            len(self.stage_names) - 1 if output_hidden_states else max(map(self.stage_names.index, self.out_features))
+        )
+        maps = self.hatnet.forward_maps(pixel_values, last - 1)
+        wanted: Any = tuple(m for m, name in zip(maps, self.stage_names, strict=False) if name in self.out_features)
         output = BackboneOutput(feature_maps=wanted, hidden_states=tuple(maps) if output_hidden_states else None)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        self.hatnet.set_grad_checkpointing(enable)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
