@@ -160,7 +160,7 @@ def test_an_init_cfg_that_it_does_not_load_is_refused_with_its_value(init_cfg):
         ({"variant": "resnet"}, "unknown model 'resnet'"),
         ({"grid_sizes": (8, 8)}, r"grid_sizes must hold 3 integers, got \(8, 8\)"),
         ({"pool_sizes": (16, 8, 0)}, "pool_sizes must be an integer of at least 1, got 0"),
-        ({"drop_path_rate": 1.5}, r"drop_path_rate must be in \[0, 1\), got 1\.5"),
+        ({"drop_path_rate": 1.5}, r"drop_path_rate must be a number in \[0, 1\), got 1\.5"),
     ],
 )
 def test_other_arguments_out_of_range_are_refused_with_their_value(arguments, message):

@@ -28,7 +28,7 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
         variant: one of ``hatnet_core.list_models()``.
         grid_sizes: G1 of the paper's stages 2-4.
         pool_sizes: G2 of the paper's stages 2-4.
-        out_indices: the stages to return, out of 0-3 (reductions 4, 8, 16 and 32), in this order.
+        out_indices: the stages to return, out of 0-3 (reductions 4, 8, 16 and 32), first ones first.
         in_chans: channels of the input image.
         drop_path_rate: stochastic depth of the last of all blocks; rises linearly from 0 at the first.
         init_cfg: ``dict(type="Pretrained", checkpoint=PATH)`` to start from classification weights, a file that
