@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hatnet_train.data import Digits, epoch_order, evaluation_batches, preprocess, read_image, shift, train_batches
+from hatnet_train.data import Digits, evaluation_batches, preprocess, read_image, shift, train_batches
+from hatnet_train.sampler import GlobalOrder
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +50,8 @@ def test_images_are_the_scans_enlarged_and_normalised(held_out):
 @given(world_size=st.sampled_from([2, 3, 4, 8]), seed=st.integers(0, 1000), epoch=st.integers(0, 300))
 def test_the_ranks_together_see_the_batches_of_one_process_in_the_same_order(training, world_size, seed, epoch):
     def first_batches(rank, world_size):
-        batches = train_batches(
-            training, batch_size=48, seed=seed, epoch=epoch, max_shift=2, rank=rank, world_size=world_size
-        )
+        order = GlobalOrder(length=len(training), batch_size=48, seed=seed)
+        batches = train_batches(training, order, epoch=epoch, max_shift=2, rank=rank, world_size=world_size)
         return [next(batches) for _ in range(3)]
 
     alone = first_batches(0, 1)
@@ -62,7 +62,8 @@ def test_the_ranks_together_see_the_batches_of_one_process_in_the_same_order(tra
 
 
 def test_an_epoch_sees_no_image_twice_and_leaves_out_less_than_a_batch(training):
-    batches = list(train_batches(training, batch_size=100, seed=0, epoch=0, max_shift=0, rank=0, world_size=1))
+    order = GlobalOrder(length=len(training), batch_size=100, seed=0)
+    batches = list(train_batches(training, order, epoch=0, max_shift=0, rank=0, world_size=1))
     seen = torch.cat([images for images, _ in batches])
     assert len(batches) == 14
     images = [training[i] for i in range(len(training))]
@@ -71,13 +72,6 @@ def test_an_epoch_sees_no_image_twice_and_leaves_out_less_than_a_batch(training)
     label_of = dict(zip((i.numpy().tobytes() for i in images), training.labels.tolist(), strict=True))
     labels = torch.cat([labels for _, labels in batches]).tolist()
     assert labels == [label_of[image.numpy().tobytes()] for image in seen]
-
-
-def test_the_order_changes_with_seed_and_epoch_only():
-    assert np.array_equal(epoch_order(50, 3, 7), epoch_order(50, 3, 7))
-    assert sorted(epoch_order(50, 3, 7)) == list(range(50))
-    assert not np.array_equal(epoch_order(50, 3, 7), epoch_order(50, 3, 8))
-    assert not np.array_equal(epoch_order(50, 3, 7), epoch_order(50, 4, 7))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

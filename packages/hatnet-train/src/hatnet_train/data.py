@@ -1,7 +1,7 @@
-"""Images in, tensors out: preprocessing, the digits data set, and the one global order of samples.
+"""Images in, tensors out: preprocessing, the digits data set, and its batches.
 
-The order of the training images and the augmentation of each depend on the seed, the epoch and the image alone, so
-that any number of processes sees the same batches.
+The augmentation of an image depends on the seed, the epoch and the image alone, as its place in the order does
+(``sampler.py``), so that any number of processes sees the same batches.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from hatnet_train.sampler import GlobalOrder, evaluation_share
 
 MEAN = 0.5
 STD = 0.5
@@ -104,22 +106,14 @@ def shift(image: Tensor, rows: int, columns: int) -> Tensor:
     return moved
 
 
-def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
-    """The global order of ``length`` training images in an epoch: a permutation that depends on nothing else."""
-    return np.random.default_rng([seed, epoch]).permutation(length)
-
-
 def train_batches(
-    data: Digits, *, batch_size: int, seed: int, epoch: int, max_shift: int, rank: int, world_size: int
+    data: Digits, order: GlobalOrder, *, epoch: int, max_shift: int, rank: int, world_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of each global batch of an epoch; the incomplete last batch is left out.
-
-    The parts of ranks 0, 1, ... one behind the other are the global batch in its order.
+    """This rank's part of each global batch of an epoch.
 
     Args:
         data: the training images.
-        batch_size: global batch size, a multiple of ``world_size``.
-        seed: seed of order and augmentation.
+        order: the order in which the run sees them; its seed is that of the augmentation, too.
         epoch: counted from 0.
         max_shift: largest random shift in pixels.
         rank: this process.
@@ -128,12 +122,9 @@ def train_batches(
     Yields:
         Images [batch_size / world_size, 3, H, W] and labels [batch_size / world_size].
     """
-    order = epoch_order(len(data), seed, epoch)
-    share = batch_size // world_size
-    for start in range(0, len(order) - batch_size + 1, batch_size):
-        indices = order[start + rank * share : start + (rank + 1) * share]
+    for indices in order.shares(epoch, rank=rank, world_size=world_size):
         yield (
-            torch.stack([_augment(data[i], max_shift, [seed, epoch, int(i)]) for i in indices]),
+            torch.stack([_augment(data[i], max_shift, [order.seed, epoch, int(i)]) for i in indices]),
             data.labels[torch.from_numpy(indices)],
         )
 
@@ -146,7 +137,7 @@ def evaluation_batches(
     Yields:
         Images [at most batch_size, 3, H, W] and labels.
     """
-    own = torch.arange(rank, len(data), world_size)
+    own = torch.from_numpy(evaluation_share(len(data), rank=rank, world_size=world_size))
     for indices in torch.split(own, batch_size):
         yield torch.stack([data[int(i)] for i in indices]), data.labels[indices]
 

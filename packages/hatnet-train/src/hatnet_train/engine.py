@@ -28,6 +28,7 @@ from hatnet_train.config import TrainConfig
 from hatnet_train.data import MEAN, STD, Digits, evaluation_batches, train_batches
 from hatnet_train.deepspeed_config import deepspeed_config, lr_factor, parameter_groups
 from hatnet_train.monitor import Monitor
+from hatnet_train.sampler import GlobalOrder
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells each process; without RANK and WORLD_SIZE the process is alone."""
@@ -57,16 +58,14 @@ def train(config: TrainConfig, out: Path) -> list[dict[str, Any]]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     training = Digits(train=True, size=config.image_size)
     held_out = Digits(train=False, size=config.image_size)
-    steps_per_epoch = len(training) // config.batch_size
-    if steps_per_epoch == 0:
-        raise ValueError(f"batch_size must be at most the {len(training)} training images, got {config.batch_size}")
+    order = GlobalOrder(length=len(training), batch_size=config.batch_size, seed=config.seed)
     settings = deepspeed_config(config, world_size=world_size)
     _open_run_folder(out, config, world_size)
-    engine = _build_engine(config, settings, steps_per_epoch)
+    engine = _build_engine(config, settings, order.steps)
     monitor = Monitor(out) if rank == 0 else None
     rows = []
     for epoch in range(config.epochs):
-        row = {"epoch": epoch + 1, **_train_epoch(engine, config, training, epoch, monitor)}
+        row = {"epoch": epoch + 1, **_train_epoch(engine, config, training, order, epoch, monitor)}
         row |= evaluate(engine, held_out, batch_size=config.batch_size)
         rows.append(row)
         if monitor is not None:
@@ -129,24 +128,27 @@ def _build_engine(config: TrainConfig, settings: dict[str, Any], steps_per_epoch
 
 
 def _train_epoch(
-    engine: deepspeed.DeepSpeedEngine, config: TrainConfig, data: Digits, epoch: int, monitor: Monitor | None
+    engine: deepspeed.DeepSpeedEngine,
+    config: TrainConfig,
+    data: Digits,
+    order: GlobalOrder,
+    epoch: int,
+    monitor: Monitor | None,
 ) -> dict[str, float]:
     engine.train()
     batches = train_batches(
         data,
-        batch_size=config.batch_size,
-        seed=config.seed,
+        order,
         epoch=epoch,
         max_shift=config.max_shift,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
     )
-    steps = len(data) // config.batch_size
     start, total, lr = time.perf_counter(), 0.0, 0.0
     progress = tqdm(
         batches,
         f"epoch {epoch + 1}/{config.epochs}",
-        steps,
+        order.steps,
         leave=False,
         disable=monitor is None,
         mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file gets a line now and then, not one a step
@@ -166,9 +168,9 @@ def _train_epoch(
             monitor.train_step(engine.global_steps, global_loss, lr)
     seconds = time.perf_counter() - start
     return {
-        "train_loss": total / steps,
+        "train_loss": total / order.steps,
         "lr": lr,
-        "images_per_second": steps * config.batch_size / seconds,
+        "images_per_second": order.steps * order.batch_size / seconds,
     }
 
 

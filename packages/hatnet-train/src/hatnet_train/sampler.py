@@ -1,0 +1,82 @@
+"""The one global order of samples: which images a step of a run sees, whatever the number of processes.
+
+The order of an epoch depends on the seed and the epoch alone. Every step takes the next global batch of it, every rank
+its part of the batch; so a run can go on at any step, on any number of processes that divides the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalOrder:
+    """The training images of a run, in the order in which it sees them.
+
+    Args:
+        length: number of training images.
+        batch_size: images a step, over all processes together.
+        seed: seed of the order.
+        repeats: how often an image comes in a row, for an augmentation of its own each time (repeated augmentation,
+            3 in DeiT). An epoch stays as long: with 3 repeats it sees a third of the images.
+
+    Raises:
+        ValueError: naming the value, if one is not positive or a batch is larger than an epoch.
+    """
+
+    length: int
+    batch_size: int
+    seed: int
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        for name in ("length", "batch_size", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size > self.length:
+            raise ValueError(f"batch_size must be at most the {self.length} training images, got {self.batch_size}")
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch; an incomplete last batch is left out."""
+        return self.length // self.batch_size
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """Image numbers of a whole epoch in order, [steps · batch_size]; takes 8 bytes an image."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+        if self.repeats > 1:
+            order = order[: -(-self.length // self.repeats)].repeat(self.repeats)
+        return order[: self.steps * self.batch_size]
+
+    def shares(self, epoch: int, *, rank: int, world_size: int, first_step: int = 0) -> Iterator[np.ndarray]:
+        """This rank's image numbers at every step of an epoch; those of ranks 0, 1, ... make up the global batch.
+
+        Args:
+            epoch: counted from 0.
+            rank: this process.
+            world_size: number of processes; divides ``batch_size``.
+            first_step: the step to begin with, for a run that goes on in the middle of an epoch.
+
+        Yields:
+            Image numbers, [batch_size / world_size].
+
+        Raises:
+            ValueError: if the processes cannot share a batch evenly, or the epoch has no such step.
+        """
+        if self.batch_size % world_size:
+            raise ValueError(
+                f"batch_size must be a multiple of the number of processes, got {self.batch_size} on {world_size}"
+            )
+        if not 0 <= first_step <= self.steps:
+            raise ValueError(f"first_step must be from 0 to {self.steps}, got {first_step}")
+        batches = self.epoch(epoch).reshape(self.steps, world_size, self.batch_size // world_size)
+        yield from batches[first_step:, rank]
+
+
+def evaluation_share(length: int, *, rank: int, world_size: int) -> np.ndarray:
+    """This rank's part of ``length`` held-out images; over all ranks, each comes exactly once."""
+    return np.arange(rank, length, world_size)

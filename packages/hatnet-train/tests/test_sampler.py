@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hatnet_train.sampler import GlobalOrder, evaluation_share
+
+IMAGENET = 1_281_167
+
+
+def batches(order, epoch, world_size, first_step=0):
+    """The global batches of an epoch, put together from the shares of all ranks."""
+    ranks = [
+        order.shares(epoch, rank=rank, world_size=world_size, first_step=first_step) for rank in range(world_size)
+    ]
+    return [np.concatenate(parts) for parts in zip(*ranks, strict=True)]
+
+
+@given(
+    steps=st.integers(1, 5),
+    share=st.integers(1, 4),
+    world_size=st.sampled_from([1, 2, 3, 4, 6, 12]),
+    rest=st.integers(0, 11),
+    repeats=st.integers(1, 4),
+    seed=st.integers(0, 2**63 - 1),
+    epoch=st.integers(0, 400),
+)
+def test_any_number_of_processes_sees_the_batches_of_one(steps, share, world_size, rest, repeats, seed, epoch):
+    order = GlobalOrder(length=steps * 12 * share + rest, batch_size=12 * share, seed=seed, repeats=repeats)
+    alone = batches(order, epoch, 1)
+    assert np.array_equal(np.concatenate(alone), order.epoch(epoch))
+    assert np.array_equal(alone, batches(order, epoch, world_size))
+
+
+@given(length=st.integers(1, 300), batch_size=st.integers(1, 50), epoch=st.integers(0, 9))
+def test_an_epoch_sees_no_image_twice_and_leaves_out_less_than_a_batch(length, batch_size, epoch):
+    seen = GlobalOrder(length=length, batch_size=min(batch_size, length), seed=0).epoch(epoch)
+    assert len(set(seen.tolist())) == len(seen) > length - batch_size
+    assert 0 <= seen.min() <= seen.max() < length
+
+
+@given(length=st.integers(10, 300), repeats=st.integers(2, 4))
+def test_repeated_augmentation_brings_every_image_of_an_epoch_so_often_in_a_row(length, repeats):
+    seen = GlobalOrder(length=length, batch_size=1, seed=0, repeats=repeats).epoch(3)
+    assert len(seen) == length
+    rows = [seen[i : i + repeats] for i in range(0, length, repeats)]
+    assert all(len(set(row.tolist())) == 1 for row in rows)
+    assert len({row[0] for row in rows}) == len(rows)
+
+
+def test_the_order_changes_with_seed_and_epoch():
+    first, again, other_epoch, other_seed = (
+        GlobalOrder(length=50, batch_size=5, seed=seed).epoch(epoch)
+        for seed, epoch in ((3, 7), (3, 7), (3, 8), (4, 7))
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other_epoch)
+    assert not np.array_equal(first, other_seed)
+
+
+@pytest.mark.parametrize("first_step", [1, 7, 12])
+def test_a_run_goes_on_at_any_step_on_another_number_of_processes(first_step):
+    order = GlobalOrder(length=100, batch_size=8, seed=1)
+    assert np.array_equal(
+        np.array(batches(order, 2, 4, first_step)).reshape(-1, 8), np.array(batches(order, 2, 1))[first_step:]
+    )
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_1024_ranks_see_imagenet_as_one_process_does(repeats):
+    order = GlobalOrder(length=IMAGENET, batch_size=4096, seed=0, repeats=repeats)
+    shares = [np.stack(list(order.shares(5, rank=rank, world_size=1024))) for rank in (0, 1, 511, 1023)]
+    whole = order.epoch(5).reshape(order.steps, 1024, 4)
+    assert all(np.array_equal(share, whole[:, rank]) for share, rank in zip(shares, (0, 1, 511, 1023), strict=True))
+    counts = np.bincount(whole.ravel(), minlength=IMAGENET)
+    assert counts.sum() == order.steps * 4096
+    assert counts.max() == repeats
+
+
+@given(length=st.integers(0, 200), world_size=st.integers(1, 64))
+def test_every_held_out_image_is_in_the_share_of_exactly_one_rank(length, world_size):
+    shares = [evaluation_share(length, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert sorted(np.concatenate(shares).tolist()) == list(range(length))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"length": 0}, "length must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+        ({"batch_size": 101}, "batch_size must be at most the 100 training images, got 101"),
+    ],
+)
+def test_sizes_that_give_no_order_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GlobalOrder(**{"length": 100, "batch_size": 10, "seed": 0, **arguments})
+
+
+def test_shares_that_do_not_exist_are_refused():
+    order = GlobalOrder(length=100, batch_size=10, seed=0)
+    with pytest.raises(ValueError, match="multiple of the number of processes, got 10 on 3"):
+        next(order.shares(0, rank=0, world_size=3))
+    with pytest.raises(ValueError, match="first_step must be from 0 to 10, got 11"):
+        next(order.shares(0, rank=0, world_size=1, first_step=11))
