@@ -1,7 +1,7 @@
 """One file for every batch size, height and width: ``torch.export`` programs and ONNX graphs, checked when made.
 
-The command ``hatnet-export`` (or ``python -m hatnet_core.export``) writes the file, runs it beside the model at sizes
-that the export did not see, and keeps it only if the outputs agree. ONNX needs the extra ``hatnet-core[onnx]``.
+The command ``hatnet-export`` (or ``python -m hatnet_core.export``) writes the file, runs it beside the model at
+the traced and at other sizes, and keeps it only if the outputs agree. ONNX needs the extra ``hatnet-core[onnx]``.
 TorchScript is not offered: torch deprecates it in favour of ``torch.export``.
 """
 
