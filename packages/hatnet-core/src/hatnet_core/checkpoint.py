@@ -27,6 +27,7 @@ from torch import Tensor
 from hatnet_core.__about__ import __version__
 from hatnet_core.model import HATNet
 from hatnet_core.variants import list_models, model_arguments
+from hatnet_core.zero import read_record, read_zero
 
 logger = logging.getLogger("hatnet_core")
 
@@ -100,11 +101,8 @@ def save_checkpoint(model: HATNet, path: str | Path, metadata: Mapping[str, Any]
     if len(model.stages) != len(model.config["depths"]):
         raise ValueError(f"cannot save {path}: the model was pruned to {len(model.stages)} of its stages")
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    record = {"version": __version__, "variant": variant_name(model.config), "config": model.config}
-    if taken := record.keys() & (metadata or {}).keys():
-        raise ValueError(f"metadata must not hold {', '.join(sorted(taken))}, which describe the model itself")
-    record |= metadata or {}
-    content = safetensors_torch.save(tensors, {"format": "pt", "hatnet": json.dumps(record)})
+    record = json.dumps(describe(model.config, metadata or {}))
+    content = safetensors_torch.save(tensors, {"format": "pt", "hatnet": record})
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with staged.open("wb") as file:
@@ -114,6 +112,18 @@ def save_checkpoint(model: HATNet, path: str | Path, metadata: Mapping[str, Any]
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def describe(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands beside the weights in our files: version, variant, configuration, and ``metadata``.
+
+    Raises:
+        ValueError: if ``metadata`` names ``version``, ``variant`` or ``config``.
+    """
+    record = {"version": __version__, "variant": variant_name(config), "config": dict(config)}
+    if taken := record.keys() & metadata.keys():
+        raise ValueError(f"metadata must not hold {', '.join(sorted(taken))}, which describe the model itself")
+    return record | dict(metadata)
 
 
 def load_checkpoint(model: HATNet, path: str | Path, drop_head: bool = False) -> list[str]:
@@ -127,7 +137,8 @@ def load_checkpoint(model: HATNet, path: str | Path, drop_head: bool = False) ->
 
     Args:
         model: the model; keeps its device, dtype, G1 and G2.
-        path: ``*.safetensors``, any other name for a file of ``torch.save``.
+        path: ``*.safetensors``, any other name for a file of ``torch.save``, or the folder of a DeepSpeed checkpoint
+            of any ZeRO stage (see ``zero.py``).
         drop_head: leave the classifier of the model as it is and ignore that of the file, of whatever size.
 
     Returns:
@@ -155,7 +166,7 @@ def load_checkpoint(model: HATNet, path: str | Path, drop_head: bool = False) ->
         kept = {name: t for name, t in kept.items() if not name.startswith("head.")}
     state = _adapt_in_chans(state, model.in_chans, path)
     _check_same_parameters(kept, state, path)
-    if path.suffix == ".safetensors":
+    if has_metadata(path):
         _check_same_arguments(model, path)
     state = {name: t.to(kept[name].dtype) for name, t in state.items()}
     if broken := [name for name, t in state.items() if not t.isfinite().all()]:
@@ -185,6 +196,9 @@ def build_model(config: Mapping[str, Any], origin: str | Path) -> HATNet:
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """Read what :func:`save_checkpoint` stored beside the weights, without loading them.
 
+    Args:
+        path: the file, or the folder of a DeepSpeed checkpoint of hatnet-train.
+
     Returns:
         ``version``, ``variant`` (None for a model that is none of the paper's), ``config`` (arguments of
         :class:`HATNet`), and what was passed as ``metadata``.
@@ -194,6 +208,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         ValueError: if it is not a safetensors file written by :func:`save_checkpoint`.
         ImportError: if safetensors is not installed.
     """
+    if Path(path).is_dir():
+        return read_record(Path(path))
     _import_safetensors()
     from safetensors import SafetensorError, safe_open
 
@@ -212,15 +228,22 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return record
 
 
+def has_metadata(path: str | Path) -> bool:
+    """Whether a checkpoint can describe its model: a safetensors file or a DeepSpeed folder."""
+    return Path(path).suffix == ".safetensors" or Path(path).is_dir()
+
+
 def read_state(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights in a file under the names of :class:`HATNet`, whoever wrote it, and the names that were dropped.
+    """The weights in a checkpoint under the names of :class:`HATNet`, whoever wrote it, and the dropped names.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file cannot be read, or holds no state dict of plain tensors.
         ImportError: if the file is safetensors and safetensors is not installed.
     """
-    state, beside = _without_prefixes(_read_tensors(_existing_file(path)))
+    path = Path(path)
+    tensors = _unwrapped(read_zero(path), path) if path.is_dir() else _read_tensors(_existing_file(path))
+    state, beside = _without_prefixes(tensors)
     state, unused = rename_released(state)
     return state, beside + unused
 
@@ -240,6 +263,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler raise anything from KeyError to struct.error
         raise ValueError(f"{path} is not a checkpoint of plain tensors: {_refused(path)}") from error
+    return _unwrapped(content, path)
+
+
+def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
     for _ in range(len(WRAPPERS)):  # one may be inside another
         if isinstance(content, Mapping):
             content = next((content[key] for key in WRAPPERS if key in content), content)

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 
 from hatnet_core.checkpoint import (
     build_model,
+    has_metadata,
     head_size,
     load_checkpoint,
     read_metadata,
@@ -161,12 +162,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if min(args.size) < MIN_SIZE:
         parser.error(f"--size must be at least {MIN_SIZE} {MIN_SIZE}, got {args.size[0]} {args.size[1]}")
     try:
-        _export(args, _model(args))
+        model = _model(args)
+        _export(args, model, _metadata(args))
     except (ValueError, OSError, ImportError) as error:
         parser.exit(1, f"hatnet-export: error: {error}\n")
 
 
-def _export(args: argparse.Namespace, model: HATNet) -> None:
+def _export(args: argparse.Namespace, model: HATNet, metadata: dict[str, Any]) -> None:
     size = (args.size[0], args.size[1])
     shapes = [(1, *size)] if args.static else check_shapes(size)
     start = time.perf_counter()
@@ -174,7 +176,7 @@ def _export(args: argparse.Namespace, model: HATNet) -> None:
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as staging:
         staged = Path(staging) / args.out.name
         if args.out.suffix == ".safetensors":
-            save_checkpoint(model, staged)
+            save_checkpoint(model, staged, metadata)
         elif args.out.suffix == ".onnx":
             export_onnx(model, staged, size, args.static)
         else:
@@ -200,12 +202,20 @@ def _model(args: argparse.Namespace) -> HATNet:
     if args.model is not None:
         state, _ = read_state(args.checkpoint)
         model = create_model(args.model, num_classes=head_size(state), in_chans=stem_channels(state))
-    elif args.checkpoint.suffix == ".safetensors":
+    elif has_metadata(args.checkpoint):
         model = build_model(read_metadata(args.checkpoint)["config"], args.checkpoint)
     else:
         raise ValueError(f"{args.checkpoint} does not say what model it is: name it with --model")
     load_checkpoint(model, args.checkpoint)
     return model
+
+
+def _metadata(args: argparse.Namespace) -> dict[str, Any]:
+    """What the checkpoint says beside its model, such as the class names."""
+    if args.checkpoint is None or args.model is not None or not has_metadata(args.checkpoint):
+        return {}
+    record = read_metadata(args.checkpoint)
+    return {name: value for name, value in record.items() if name not in ("version", "variant", "config")}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -219,7 +229,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, help=f"the file to write; its ending says what: {', '.join(SUFFIXES)}")
     source = parser.add_argument_group("what to export")
     source.add_argument(
-        "--checkpoint", type=Path, help="weights: a file of save_checkpoint, or another together with --model"
+        "--checkpoint",
+        type=Path,
+        help="weights: a file of save_checkpoint, the folder of a DeepSpeed checkpoint of hatnet-train, or another "
+        "file together with --model",
     )
     source.add_argument(
         "--model",

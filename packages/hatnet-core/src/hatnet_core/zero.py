@@ -1,0 +1,121 @@
+"""Weights out of a DeepSpeed checkpoint of any ZeRO stage, without DeepSpeed's unrestricted unpickling.
+
+A checkpoint is a folder: the files ``*_model_states.pt`` and, from ZeRO-1 on, ``*_optim_states.pt`` with the parts of
+the fp32 weights that each process held. Needs the extra ``hatnet-core[deepspeed]``, except for ZeRO-0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RECORD = "hatnet.json"
+"""What hatnet-train writes into the folder: the metadata of :func:`hatnet_core.save_checkpoint`."""
+
+MODEL_STATES, OPTIMIZER_STATES = "*_model_states.pt", "*_optim_states.pt"
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The folder with the files: ``path`` itself, or the newest in it, which DeepSpeed names in ``latest``.
+
+    Raises:
+        ValueError: if it is no folder of a DeepSpeed checkpoint.
+    """
+    latest = path / "latest"
+    if latest.is_file():
+        tag = latest.read_text().strip()
+        if Path(tag).name != tag:  # a name with separators could lead elsewhere
+            raise ValueError(f"{latest} must name a folder beside it, got {tag!r}")
+        path = path / tag
+    if not any(path.glob(MODEL_STATES)):
+        raise ValueError(f"{path} holds no DeepSpeed checkpoint: expected {MODEL_STATES} or a file latest in it")
+    return path
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What hatnet-train wrote beside the weights: ``config`` and the rest of a checkpoint's metadata.
+
+    Raises:
+        ValueError: if it is not there or cannot be read.
+    """
+    file = checkpoint_folder(path) / RECORD
+    try:
+        record = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not describe its model: expected {RECORD} of hatnet-train in it") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise ValueError(f"{file} holds no HAT-Net configuration; expected a file of hatnet-train")
+    return record
+
+
+def read_zero(path: Path) -> Mapping[str, Any]:
+    """The fp32 weights of a checkpoint, put together from the parts of all processes.
+
+    Nothing but tensors and DeepSpeed's own plain records is unpickled.
+
+    Args:
+        path: the folder of the checkpoint, or the one that holds it and ``latest``.
+
+    Returns:
+        The state dict, or under ZeRO-0 the dict in which DeepSpeed wraps it.
+
+    Raises:
+        ValueError: if parts are missing or damaged, or hold other objects.
+        ImportError: if DeepSpeed is not installed and the checkpoint is of ZeRO-1 or above.
+    """
+    folder = checkpoint_folder(path)
+    (first, *_) = sorted(folder.glob(MODEL_STATES))
+    try:
+        if not any(folder.glob(OPTIMIZER_STATES)):
+            content: Mapping[str, Any] = torch.load(first, map_location="cpu", weights_only=True)
+            return content
+        return _merge(folder)
+    except ImportError:
+        raise
+    except Exception as error:  # damaged parts make the unpickler and DeepSpeed's merging raise anything
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{folder} is not a whole DeepSpeed checkpoint of plain tensors: {reason}") from error
+
+
+def _merge(folder: Path) -> dict[str, Tensor]:
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # its logger takes what is standard output now, for ever
+            from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+            from deepspeed.runtime.zero.config import ZeroStageEnum
+            from deepspeed.utils.tensor_fragment import fragment_address
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    except ImportError as error:
+        raise ImportError(
+            f"{folder} is a checkpoint of ZeRO-1 or above, which needs DeepSpeed: pip install 'hatnet-core[deepspeed]'"
+        ) from error
+    known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    silent = io.StringIO()  # it prints every step
+    quiet = contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent)
+    with torch.serialization.safe_globals(known), _weights_only(), quiet[0], quiet[1]:
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Make ``torch.load`` restricted even where DeepSpeed asks it not to be."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
