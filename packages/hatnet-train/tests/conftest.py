@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hatnet_core import create_model, save_checkpoint
+from hatnet_train.data.augment import MEAN, STD
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[3]
@@ -24,7 +25,7 @@ def checkpoint(tmp_path_factory):
     save_checkpoint(
         create_model("hatnet_tiny", num_classes=10),
         path,
-        {"classes": classes, "image_size": 32, "mean": 0.5, "std": 0.5},
+        {"classes": classes, "image_size": 32, "crop_fraction": 1.0, "mean": MEAN, "std": STD},
     )
     return path
 

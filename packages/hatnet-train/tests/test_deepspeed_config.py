@@ -31,10 +31,44 @@ def test_a_run_without_warmup_starts_at_the_peak_and_one_of_a_single_step_has_it
     assert lr_factor(0, warmup_steps=1, total_steps=1) == 1.0
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused():
-    expected = "batch_size must be a multiple of the number of processes, got 32 on 3"
+def test_the_cosine_leads_to_the_floor():
+    factors = [lr_factor(step, warmup_steps=0, total_steps=1000, floor=0.1) for step in range(1000)]
+    assert factors[0] == 1.0
+    assert factors[500] == pytest.approx(0.55)
+    assert factors[-1] == pytest.approx(0.1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "world_size", "expected"),
+    [
+        ({}, 3, r"batch_size must be a multiple of 3 \(a share for each of 3 processes × accumulation 1\), got 32"),
+        ({"accumulation": 5}, 1, "a multiple of 5 .*accumulation 5.*, got 32"),
+        ({"mixup": 0.8, "batch_size": 6}, 2, r"a multiple of 4 \(an even share for each of 2 processes .*, got 6"),
+    ],
+)
+def test_a_batch_that_the_processes_cannot_share_is_refused(values, world_size, expected):
     with pytest.raises(ValueError, match=expected):
-        deepspeed_config(build_config("digits", {}), world_size=3)
+        deepspeed_config(build_config("digits", values), world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero_stage", "section"),
+    [
+        ("bf16", 2, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+        ("fp16", 0, {"torch_autocast": {"enabled": True, "dtype": "float16"}}),
+        ("fp16", 1, {"fp16": {"enabled": True}}),
+        ("fp32", 3, {}),
+    ],
+)
+def test_precision_stage_accumulation_and_clipping_are_deepspeeds(precision, zero_stage, section):
+    values = {"precision": precision, "zero_stage": zero_stage, "accumulation": 2, "clip_grad": 1.5}
+    settings = deepspeed_config(build_config("digits", values), world_size=2)
+    precisions = {name: value for name, value in settings.items() if name in ("torch_autocast", "fp16", "bf16")}
+    assert precisions == section
+    assert settings["zero_optimization"]["stage"] == zero_stage
+    assert settings["gradient_accumulation_steps"] == 2
+    assert settings["gradient_clipping"] == 1.5
+    assert settings["train_micro_batch_size_per_gpu"] == 8
 
 
 def test_biases_and_norms_alone_are_free_of_weight_decay():

@@ -1,22 +1,28 @@
 import json
+import time
 
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hatnet_train.monitor import Monitor
+from hatnet_train.monitor import Monitor, Progress, peak_memory_gb
+from hatnet_train.sampler import GlobalOrder
 
 
 def row(epoch):
-    return {"epoch": epoch, "train_loss": 2.0 / epoch, "eval_loss": 1.0 / epoch, "top1": 50.0 + epoch, "top5": 90.0}
+    losses = {"train_loss": 2.0 / epoch, "eval_loss": 1.0 / epoch, "top1": 50.0 + epoch, "top5": 90.0}
+    return {"epoch": epoch, **losses, "images_per_second": 812.3, "data_wait": 0.02, "memory_gb": 11.5}
 
 
-def test_an_epoch_is_a_line_of_metrics_a_picture_and_tensorboard_scalars(tmp_path):
+def test_an_epoch_is_a_line_of_metrics_a_picture_and_tensorboard_scalars(tmp_path, capsys):
     monitor = Monitor(tmp_path)
     monitor.train_step(1, 2.5, 1e-4)
-    monitor.epoch(row(1))
-    monitor.epoch(row(2))
+    monitor.epoch(row(1), 3)
+    monitor.epoch({**row(2), "ema_top1": 77.0}, 3)
     monitor.close()
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [row(1), row(2)]
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        row(1),
+        {**row(2), "ema_top1": 77.0},
+    ]
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > 800
         assert len(set(picture.convert("RGB").resize((60, 30)).get_flattened_data())) > 10
@@ -24,3 +30,36 @@ def test_an_epoch_is_a_line_of_metrics_a_picture_and_tensorboard_scalars(tmp_pat
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("epoch/top1")] == [(1, 51.0), (2, 52.0)]
     assert [(e.step, e.value) for e in events.Scalars("train/step_loss")] == [(1, 2.5)]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(
+        "epoch 1/3: train loss 2.0000, held-out loss 1.0000, top-1 51.00 %, 812 images/s, data "
+    )
+    assert "data wait 2 %, 11.5 GB, " in lines[0]
+    assert "top-1 52.00 % (average of the weights 77.00 %)" in lines[1]
+    assert lines[1].endswith(" s left")
+
+
+def test_without_a_terminal_progress_is_a_whole_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr("hatnet_train.monitor.SECONDS_BETWEEN_LINES", 0.05)
+    progress = Progress(2, 90, GlobalOrder(length=100, batch_size=10, seed=0))
+    for _ in range(3):
+        progress.step(float("nan"), 0.0)
+        time.sleep(0.06)
+    progress.step(1.5, 0.06)
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "\r" not in "".join(lines)
+    assert lines[0].startswith("epoch 3/90: step 2/10, ")
+    assert "loss" not in lines[0]
+    assert ", loss 1.5000, " in lines[-1]
+    assert ", data wait 3" in lines[-1]
+    assert lines[-1].endswith(" left of the epoch")
+
+
+def test_peak_memory_is_at_least_what_was_touched():
+    before = peak_memory_gb()
+    block = bytearray(300_000_000)
+    block[::4096] = bytes(len(block[::4096]))
+    assert before < peak_memory_gb() < 100
+    assert peak_memory_gb() > 0.3

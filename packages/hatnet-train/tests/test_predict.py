@@ -1,12 +1,11 @@
-import json
-import re
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from PIL import Image
 
-from hatnet_core import HATNet, create_model, load_checkpoint, read_metadata, save_checkpoint
-from hatnet_train.data import Digits, preprocess
+from hatnet_core import HATNet, load_checkpoint, read_metadata
+from hatnet_train.classifier import load_classifier
+from hatnet_train.data.augment import centre_crop, normalise
+from hatnet_train.data.source import Digits
 from hatnet_train.predict import predict
 
 
@@ -14,19 +13,20 @@ from hatnet_train.predict import predict
 def scans(tmp_path):
     """35 held-out scans as PNG files: more than one batch."""
     paths = []
-    for i, scan in enumerate(Digits(train=False, size=32).scans[:35]):
+    for i, scan in enumerate(Digits(train=False).scans[:35]):
         paths.append(tmp_path / f"{i}.png")
-        scan.save(paths[-1])
+        Image.fromarray(scan).save(paths[-1])
     return paths
 
 
 def test_predictions_are_the_softmax_of_the_model_best_first(checkpoint, scans):
-    rows = predict(checkpoint, scans, top_k=10)
+    rows = predict(load_classifier(checkpoint), scans, top_k=10)
     model = HATNet(**read_metadata(checkpoint)["config"]).eval()
     load_checkpoint(model, checkpoint)
-    held_out = Digits(train=False, size=32)
+    held_out = Digits(train=False)
     with torch.no_grad():
-        expected = model(torch.stack([preprocess(scan, 32) for scan in held_out.scans[:35]])).softmax(-1)
+        images = torch.stack([centre_crop(held_out.image(i), 32, 1.0) for i in range(35)])
+        expected = model(normalise(images)).softmax(-1)
     assert [row["image"] for row in rows] == [str(path) for path in scans]
     for row, probabilities in zip(rows, expected.tolist(), strict=True):
         assert row["probabilities"] == sorted(row["probabilities"], reverse=True)
@@ -35,42 +35,12 @@ def test_predictions_are_the_softmax_of_the_model_best_first(checkpoint, scans):
 
 
 @pytest.mark.parametrize("top_k", [0, 11])
-def test_more_or_fewer_classes_than_there_are_are_refused(checkpoint, scans, top_k):
+def test_more_or_fewer_classes_than_there_are_are_refused(top_k, checkpoint, scans):
     with pytest.raises(ValueError, match=f"top-k must be from 1 to the 10 classes, got {top_k}"):
-        predict(checkpoint, scans, top_k)
+        predict(load_classifier(checkpoint), scans, top_k)
 
 
-def test_a_checkpoint_without_class_names_is_refused(tmp_path, scans):
-    save_checkpoint(create_model("hatnet_tiny", num_classes=2), tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match=r"m\.safetensors has no usable classes, image_size, mean, std; expected"):
-        predict(tmp_path / "m.safetensors", scans)
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"classes": ["a"] * 9}, "has no usable classes"),
-        ({"classes": ["a"] * 11}, "has no usable classes"),
-        ({"image_size": 16}, "has no usable image_size"),
-        ({"image_size": True}, "has no usable image_size"),
-        ({"std": 0.0}, "has no usable std"),
-        ({"config": {"zz": 1}}, "holds a configuration that builds no HAT-Net"),
-        ({"config": {"embed_dims": 5, "depths": 5}}, "holds a configuration that builds no HAT-Net"),
-    ],
-)
-def test_a_record_that_does_not_fit_the_weights_is_refused_by_path(record, message, checkpoint, tmp_path, scans):
-    path = tmp_path / "m.safetensors"
-    header = {"hatnet": json.dumps({**read_metadata(checkpoint), **record})}
-    save_file(load_file(checkpoint), path, header)
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))} {message}"):
-        predict(path, scans)
-
-
-def test_a_checkpoint_whose_weights_are_of_another_model_is_refused(checkpoint, tmp_path, scans):
-    from safetensors import safe_open
-
-    with safe_open(checkpoint, "pt") as file:
-        header = file.metadata()
-    save_file(create_model("hatnet_small", num_classes=10).state_dict(), tmp_path / "m.safetensors", header)
-    with pytest.raises(ValueError, match="holds hatnet_small with 10 classes; expected hatnet_tiny with 10 classes"):
-        predict(tmp_path / "m.safetensors", scans)
+@pytest.mark.parametrize("device", ["gpu9", "cuda:77", "meta:x"])
+def test_a_device_that_is_not_there_is_refused(device, checkpoint, scans):
+    with pytest.raises(ValueError, match=f"device must be auto, cpu, or one that this machine has, got {device}"):
+        predict(load_classifier(checkpoint), scans, device=device)

@@ -13,7 +13,7 @@ def batches(order, epoch, world_size, first_step=0):
     ranks = [
         order.shares(epoch, rank=rank, world_size=world_size, first_step=first_step) for rank in range(world_size)
     ]
-    return [np.concatenate(parts) for parts in zip(*ranks, strict=True)]
+    return [np.concatenate([share.images for share in parts]) for parts in zip(*ranks, strict=True)]
 
 
 @given(
@@ -39,13 +39,39 @@ def test_an_epoch_sees_no_image_twice_and_leaves_out_less_than_a_batch(length, b
     assert 0 <= seen.min() <= seen.max() < length
 
 
-@given(length=st.integers(10, 300), repeats=st.integers(2, 4))
-def test_repeated_augmentation_brings_every_image_of_an_epoch_so_often_in_a_row(length, repeats):
-    seen = GlobalOrder(length=length, batch_size=1, seed=0, repeats=repeats).epoch(3)
-    assert len(seen) == length
-    rows = [seen[i : i + repeats] for i in range(0, length, repeats)]
-    assert all(len(set(row.tolist())) == 1 for row in rows)
-    assert len({row[0] for row in rows}) == len(rows)
+@given(batch_size=st.integers(12, 60), steps=st.integers(1, 6), rest=st.integers(0, 8), repeats=st.integers(2, 4))
+def test_repeated_augmentation_brings_an_image_so_often_its_copies_far_apart(batch_size, steps, rest, repeats):
+    seen = GlobalOrder(length=batch_size * steps + rest, batch_size=batch_size, seed=0, repeats=repeats).epoch(3)
+    counts = np.bincount(seen)
+    assert counts.max() == repeats
+    assert (counts[counts > 0] < repeats).sum() <= 1  # where the epoch ends
+    for batch in seen.reshape(steps, batch_size):
+        for part in np.array_split(batch, repeats):  # first the first copies of all, then the second ones
+            assert len(set(part.tolist())) == len(part)
+        pairs = list(zip(batch[::2], batch[1::2], strict=False))
+        assert sum(first == second for first, second in pairs) < repeats  # at most where two parts meet
+
+
+def test_copies_of_an_image_are_on_different_ranks_and_have_different_neighbours():
+    order = GlobalOrder(length=960, batch_size=96, seed=0, repeats=3)
+    ranks = [next(order.shares(0, rank=rank, world_size=3)).images for rank in range(3)]
+    assert all(sorted(images) == sorted(ranks[0]) for images in ranks)
+    neighbours = [
+        dict(zip([*images[::2], *images[1::2]], [*images[1::2], *images[::2]], strict=True)) for images in ranks
+    ]
+    distinct = [len({partners[image] for partners in neighbours}) for image in ranks[0]]
+    assert np.mean(distinct) > 2.5
+
+
+def test_a_share_knows_its_places_in_the_epoch_and_splits_evenly():
+    order = GlobalOrder(length=100, batch_size=12, seed=4)
+    shares = list(order.shares(1, rank=2, world_size=3, first_step=5))
+    assert shares[0].epoch == 1
+    assert shares[0].positions.tolist() == [68, 69, 70, 71]
+    assert np.array_equal(order.epoch(1)[shares[0].positions], shares[0].images)
+    halves = shares[0].split(2)
+    assert [half.positions.tolist() for half in halves] == [[68, 69], [70, 71]]
+    assert np.array_equal(np.concatenate([half.images for half in halves]), shares[0].images)
 
 
 def test_the_order_changes_with_seed_and_epoch():
@@ -69,7 +95,7 @@ def test_a_run_goes_on_at_any_step_on_another_number_of_processes(first_step):
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_1024_ranks_see_imagenet_as_one_process_does(repeats):
     order = GlobalOrder(length=IMAGENET, batch_size=4096, seed=0, repeats=repeats)
-    shares = [np.stack(list(order.shares(5, rank=rank, world_size=1024))) for rank in (0, 1, 511, 1023)]
+    shares = [np.stack([s.images for s in order.shares(5, rank=rank, world_size=1024)]) for rank in (0, 1, 511, 1023)]
     whole = order.epoch(5).reshape(order.steps, 1024, 4)
     assert all(np.array_equal(share, whole[:, rank]) for share, rank in zip(shares, (0, 1, 511, 1023), strict=True))
     counts = np.bincount(whole.ravel(), minlength=IMAGENET)

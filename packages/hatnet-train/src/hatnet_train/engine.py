@@ -1,246 +1,363 @@
-"""The training run: DeepSpeed around the model, epoch by epoch, from a :class:`TrainConfig` to a run folder."""
+"""The training run: DeepSpeed around the model, from a :class:`TrainConfig` to a run folder."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import logging
 import os
 import shutil
-import socket
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.nn.functional as F
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
-from hatnet_core import create_model, save_checkpoint
+from hatnet_core import HATNet, create_model, load_checkpoint, save_checkpoint
+from hatnet_core.checkpoint import describe, head_size, read_state
+from hatnet_core.zero import RECORD
 from hatnet_train.config import TrainConfig
-from hatnet_train.data import MEAN, STD, Digits, evaluation_batches, train_batches
+from hatnet_train.data import Source, open_split
+from hatnet_train.data.augment import MEAN, STD, normalise
+from hatnet_train.data.loader import Batch, evaluation_batches, train_batches
+from hatnet_train.data.mixing import mix, mix_labels
 from hatnet_train.deepspeed_config import deepspeed_config, lr_factor, parameter_groups
-from hatnet_train.monitor import Monitor
+from hatnet_train.deepspeed_json import AUTOCAST_DTYPES
+from hatnet_train.evaluate import evaluate
+from hatnet_train.launch import discover, joined
+from hatnet_train.monitor import Monitor, Progress, peak_memory_gb
+from hatnet_train.preflight import code_digest, compare, format_report, preflight, raise_together
+from hatnet_train.record import open_run_folder, run_record, versions
 from hatnet_train.sampler import GlobalOrder
+from hatnet_train.weights import Ema, full_weights, whole_model
 
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher tells each process; without RANK and WORLD_SIZE the process is alone."""
+REPORT_EVERY = 10
+"""Steps after which the ranks' losses are brought together; at every step the device would have to wait for them."""
 
 
-def train(config: TrainConfig, out: Path) -> list[dict[str, Any]]:
-    """Train to the end and leave weights, checkpoint, metrics and curves in ``out``.
+class Trainer:
+    """A run: the data, the engine, and what is reported. Making one checks all that can be checked before the start.
 
-    Runs in every process of a launch; a process that no launcher started trains alone. Rank 0 writes
-    ``config.json``, ``metrics.jsonl``, ``curves.png``, ``tensorboard/`` and ``model.safetensors``, all ranks
-    together ``checkpoints/``.
+    Runs in every process of a launch, after ``launch.join``.
 
     Args:
         config: the run.
-        out: run folder; made if it is not there.
-
-    Returns:
-        One dict an epoch: ``epoch`` (from 1), ``train_loss``, ``eval_loss``, ``top1`` and ``top5`` (percent of the
-        held-out images), ``lr`` of its last step, ``images_per_second`` over all processes.
+        training: the images to train with, see :func:`open_both`.
+        held_out: those to evaluate with.
+        user: a user's own DeepSpeed configuration, whose fields went into ``config``.
 
     Raises:
-        OSError: if ``out`` already holds files or cannot be made.
-        ValueError: if the processes cannot share a batch evenly.
-        FloatingPointError: if the loss is no longer finite.
+        ValueError: if the processes cannot share a batch evenly, or a value is refused by timm, DeepSpeed or the file
+            of weights to start from.
     """
-    _join_processes()
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    training = Digits(train=True, size=config.image_size)
-    held_out = Digits(train=False, size=config.image_size)
-    order = GlobalOrder(length=len(training), batch_size=config.batch_size, seed=config.seed)
-    settings = deepspeed_config(config, world_size=world_size)
-    _open_run_folder(out, config, world_size)
-    engine = _build_engine(config, settings, order.steps)
-    monitor = Monitor(out) if rank == 0 else None
-    rows = []
-    for epoch in range(config.epochs):
-        row = {"epoch": epoch + 1, **_train_epoch(engine, config, training, order, epoch, monitor)}
-        row |= evaluate(engine, held_out, batch_size=config.batch_size)
-        rows.append(row)
-        if monitor is not None:
-            monitor.epoch(row)
-            tqdm.write(
-                f"epoch {epoch + 1}/{config.epochs}: train loss {row['train_loss']:.4f}, "
-                f"held-out loss {row['eval_loss']:.4f}, top-1 {row['top1']:.2f} %, "
-                f"{row['images_per_second']:.0f} images/s",
-                file=sys.stderr,
-            )
-        _save_training_state(engine, out / "checkpoints", epoch + 1)
-    if monitor is not None:
-        monitor.close()
-        description = {"classes": Digits.classes, "image_size": config.image_size, "mean": MEAN, "std": STD}
-        save_checkpoint(engine.module, out / "model.safetensors", {**description, "top1": rows[-1]["top1"]})
-    dist.barrier()
-    dist.destroy_process_group()
-    return rows
+
+    def __init__(self, config: TrainConfig, training: Source, held_out: Source, user: Mapping[str, Any]) -> None:
+        self.config = config
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.training, self.held_out = training, held_out
+        self.order = GlobalOrder(
+            length=len(training), batch_size=config.batch_size, seed=config.seed, repeats=config.repeats
+        )
+        self.settings = deepspeed_config(config, world_size=self.world_size, user=user)
+        self.batches = train_batches(training, self.order, config, rank=self.rank, world_size=self.world_size)
+        self.engine = build_engine(config, self.settings, self.order.steps, len(training.classes))
+        self.dtype = next(self.engine.module.parameters()).dtype
+        self.ema = Ema(self.engine, config.ema_decay) if config.ema_decay else None
+        self.monitor: Monitor | None = None
+        self.out = Path()
+
+    def run(self, out: Path) -> list[dict[str, Any]]:
+        """Train to the end and leave weights, checkpoint, metrics and curves in ``out``.
+
+        Rank 0 writes ``config.json``, ``metrics.jsonl``, ``curves.png``, ``tensorboard/``, ``model.safetensors`` and
+        ``model_ema.safetensors``, all ranks together ``checkpoints/``.
+
+        Args:
+            out: run folder; made if it is not there.
+
+        Returns:
+            One dict an epoch: ``epoch`` (from 1), ``train_loss``, ``eval_loss``, ``top1`` and ``top5`` (percent of the
+            ``eval_images`` held-out images), with a moving average ``ema_top1`` and so on, ``lr`` of its last step,
+            ``images_per_second`` over all processes, ``data_wait`` (share of the time), ``memory_gb`` (peak of
+            rank 0), ``seconds`` of the training.
+
+        Raises:
+            ValueError: if ``out`` already holds files or cannot be made, or an image cannot be read.
+            FloatingPointError: if the loss is no longer finite.
+        """
+        open_run_folder(out, run_record(self.config, self.settings, self.world_size))
+        self.out, self.monitor = out, Monitor(out) if self.rank == 0 else None
+        rows = [self.epoch(epoch) for epoch in range(self.config.epochs)]
+        self.finish(rows[-1])
+        return rows
+
+    def epoch(self, epoch: int) -> dict[str, Any]:
+        """Train one epoch, counted from 0, evaluate, save, and report."""
+        row = {"epoch": epoch + 1, **self._train(epoch)}
+        self.engine.eval()
+        row |= self._evaluate(self.engine)
+        if self.ema is not None:
+            averaged = self._evaluate(self._autocast(whole_model(self.engine, self.ema.weights())))
+            row |= {f"ema_{name}": averaged[name] for name in ("eval_loss", "top1", "top5")}
+        if self.monitor is not None:
+            self.monitor.epoch(row, self.config.epochs)
+        self._save_training_state(epoch + 1)
+        return row
+
+    def finish(self, row: dict[str, Any]) -> None:
+        """Write the final weights, with what is needed to use them."""
+        final = {"model.safetensors": (full_weights(self.engine), row["top1"])}
+        if self.ema is not None:
+            final["model_ema.safetensors"] = (self.ema.weights(), row["ema_top1"])
+        if self.monitor is not None:
+            self.monitor.close()
+            for name, (weights, top1) in final.items():
+                model = whole_model(self.engine, weights)
+                save_checkpoint(model, self.out / name, {**self._description(), "top1": top1})
+
+    def _train(self, epoch: int) -> dict[str, float]:
+        self.engine.train()
+        start, waited, losses = time.perf_counter(), 0.0, _Losses(self)
+        progress = Progress(epoch, self.config.epochs, self.order) if self.monitor is not None else None
+        lr = 0.0
+        for step in range(self.order.steps):
+            loss = torch.zeros((), device=self.engine.device)
+            lr = self.engine.get_lr()[0]
+            for _ in range(self.config.accumulation):
+                before = time.perf_counter()
+                batch = next(self.batches)
+                waited += time.perf_counter() - before
+                loss += self._pass(batch) / self.config.accumulation
+            if self.ema is not None:
+                self.ema.update()
+            losses.add(loss, lr, last=step + 1 == self.order.steps)
+            if progress is not None:
+                progress.step(losses.last, waited)
+        if progress is not None:
+            progress.close()
+        seconds = time.perf_counter() - start
+        return {
+            "train_loss": losses.total / self.order.steps,
+            "lr": lr,
+            "images_per_second": self.order.steps * self.order.batch_size / seconds,
+            "data_wait": waited / seconds,
+            "memory_gb": peak_memory_gb(),
+            "seconds": seconds,
+        }
+
+    def _pass(self, batch: Batch) -> Tensor:
+        """One forward and backward pass and, at the last of a step, the update. Returns the loss of this rank."""
+        device, config = self.engine.device, self.config
+        images = normalise(batch.images.to(device, non_blocking=True))
+        targets = batch.labels.to(device, non_blocking=True)
+        smoothing = config.label_smoothing
+        if config.mixes:
+            mixing = batch.mixing.to(device, non_blocking=True)
+            images = mix(images, mixing)
+            targets, smoothing = mix_labels(targets, mixing, len(self.training.classes), smoothing), 0.0
+        logits = self.engine(images.to(self.dtype))
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+        self.engine.backward(loss)
+        self.engine.step()
+        return loss.detach()
+
+    def _evaluate(self, model: Any) -> dict[str, Any]:
+        config = self.config
+        batches = evaluation_batches(
+            self.held_out,
+            size=config.image_size,
+            crop_fraction=config.crop_fraction,
+            batch_size=max(1, config.batch_size // self.world_size // config.accumulation),
+            workers=config.workers,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        return evaluate(model, batches, self.engine.device, self.dtype)
+
+    def _autocast(self, model: HATNet) -> Any:
+        """The model as the engine runs it: under autocast of the run's precision, in its dtype."""
+        dtype = AUTOCAST_DTYPES.get(self.config.precision)
+        context = torch.autocast(
+            self.engine.device.type, getattr(torch, dtype or "bfloat16"), enabled=dtype is not None
+        )
+        return context(model.to(self.dtype))
+
+    def _description(self) -> dict[str, Any]:
+        """What a classifier needs beside the model."""
+        return {
+            "classes": self.training.classes,
+            "image_size": self.config.image_size,
+            "crop_fraction": self.config.crop_fraction,
+            "mean": MEAN,
+            "std": STD,
+        }
+
+    def _save_training_state(self, epoch: int) -> None:
+        """DeepSpeed's checkpoint of this epoch; the one before is removed when it is complete."""
+        folder, tag = self.out / "checkpoints", f"epoch-{epoch:04d}"
+        if self.rank == 0:  # before the rest: DeepSpeed names the checkpoint as the latest when it has written it
+            (folder / tag).mkdir(parents=True, exist_ok=True)
+            record = describe(self.engine.module.config, self._description())
+            (folder / tag / RECORD).write_text(json.dumps(record))
+        self.engine.save_checkpoint(str(folder), tag=tag)
+        dist.barrier()
+        if self.rank == 0:
+            shutil.rmtree(folder / f"epoch-{epoch - 1:04d}", ignore_errors=True)
 
 
-def evaluate(engine: deepspeed.DeepSpeedEngine, data: Digits, *, batch_size: int) -> dict[str, float]:
-    """Loss and accuracy over all images of ``data``, each counted once, whatever the number of processes.
+class _Losses:
+    """The losses of an epoch's steps, brought together over all ranks every :data:`REPORT_EVERY` steps."""
 
-    Returns:
-        ``eval_loss`` (cross entropy), ``top1`` and ``top5`` (percent), the same on every rank.
-    """
-    engine.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
-    batches = evaluation_batches(data, batch_size=batch_size, rank=dist.get_rank(), world_size=dist.get_world_size())
-    with torch.no_grad():
-        for images, labels in batches:
-            logits, labels = engine(images.to(engine.device)), labels.to(engine.device)
-            hits = logits.topk(5).indices == labels[:, None]
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=loss.device)])
-    dist.all_reduce(sums)
-    loss, top1, top5, count = sums.tolist()
-    return {"eval_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._waiting: list[tuple[Tensor, float]] = []
+        self.total, self.last = 0.0, float("nan")
+
+    def add(self, loss: Tensor, lr: float, *, last: bool) -> None:
+        """The loss of this rank and the learning rate of a step; raises FloatingPointError if one is not finite."""
+        self._waiting.append((loss, lr))
+        if not last and len(self._waiting) < REPORT_EVERY:
+            return
+        means = torch.stack([loss for loss, _ in self._waiting])
+        dist.all_reduce(means)
+        first = self._trainer.engine.global_steps - len(self._waiting) + 1
+        for step, (mean, (_, lr)) in enumerate(zip(means.tolist(), self._waiting, strict=True), first):
+            self.last = mean / self._trainer.world_size
+            if not abs(self.last) < float("inf"):
+                raise FloatingPointError(f"loss is {self.last} at step {step}; a lower --lr may help")
+            self.total += self.last
+            if self._trainer.monitor is not None:
+                self._trainer.monitor.train_step(step, self.last, lr)
+        self._waiting.clear()
 
 
-def _build_engine(config: TrainConfig, settings: dict[str, Any], steps_per_epoch: int) -> deepspeed.DeepSpeedEngine:
+def open_both(config: TrainConfig) -> tuple[Source, Source]:
+    """Training and held-out images of a run, with the same classes."""
+    training = open_split(config.data, train=True, size=config.image_size)
+    held_out = open_split(config.data, train=False, size=config.image_size, classes=training.classes)
+    return training, held_out
+
+
+def build_engine(
+    config: TrainConfig, settings: dict[str, Any], steps_per_epoch: int, num_classes: int
+) -> deepspeed.DeepSpeedEngine:
     """The model under DeepSpeed, with the same weights on every rank and the learning rate schedule of the run."""
+    if settings.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
+        raise ValueError(
+            f"precision fp16 with zero_stage {config.zero_stage} needs a GPU; on a CPU bf16 and fp32 run at all stages"
+        )
     torch.manual_seed(config.seed)
-    model = create_model(
-        config.variant, num_classes=len(Digits.classes), drop_rate=0.0, drop_path_rate=config.drop_path_rate
-    )
-    torch.manual_seed(config.seed + dist.get_rank())  # from here on, every rank drops paths of its own
+    model = build_model(config, num_classes)
+    # from here on, every rank drops paths of its own
+    torch.manual_seed(int(np.random.SeedSequence((config.seed, dist.get_rank())).generate_state(1)[0]))
     schedule = partial(
         lr_factor,
         warmup_steps=round(config.warmup_epochs * steps_per_epoch),
         total_steps=config.epochs * steps_per_epoch,
+        floor=config.min_lr / config.lr,
     )
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=parameter_groups(model, config.weight_decay),
-        lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
-        config=settings,
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model, config.weight_decay),
+            lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
+            config=settings,
+        )
+    except (TypeError, ValueError, AssertionError, DeepSpeedConfigError) as error:
+        raise ValueError(f"DeepSpeed refuses its configuration: {' '.join(str(error).split())}") from error
+    if config.compile:
+        engine.compile()
     return engine
 
 
-def _train_epoch(
-    engine: deepspeed.DeepSpeedEngine,
-    config: TrainConfig,
-    data: Digits,
-    order: GlobalOrder,
-    epoch: int,
-    monitor: Monitor | None,
-) -> dict[str, float]:
-    engine.train()
-    batches = train_batches(
-        data,
-        order,
-        epoch=epoch,
-        max_shift=config.max_shift,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
+def build_model(config: TrainConfig, num_classes: int) -> HATNet:
+    """The model of a run, with fresh weights or those of ``config.init``."""
+    model = create_model(
+        config.variant,
+        num_classes=num_classes,
+        drop_rate=config.drop_rate,
+        drop_path_rate=config.drop_path_rate,
     )
-    start, total, lr = time.perf_counter(), 0.0, 0.0
-    progress = tqdm(
-        batches,
-        f"epoch {epoch + 1}/{config.epochs}",
-        order.steps,
-        leave=False,
-        disable=monitor is None,
-        mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file gets a line now and then, not one a step
-    )
-    for images, labels in progress:
-        logits = engine(images.to(engine.device))
-        loss = F.cross_entropy(logits, labels.to(engine.device), label_smoothing=config.label_smoothing)
-        engine.backward(loss)
-        lr = engine.get_lr()[0]
-        engine.step()
-        global_loss = _mean_over_ranks(loss)
-        if not global_loss < float("inf"):
-            raise FloatingPointError(f"loss is {global_loss} at step {engine.global_steps}; a lower --lr may help")
-        total += global_loss
-        progress.set_postfix(loss=f"{global_loss:.3f}", refresh=False)
-        if monitor is not None:
-            monitor.train_step(engine.global_steps, global_loss, lr)
-    seconds = time.perf_counter() - start
-    return {
-        "train_loss": total / order.steps,
-        "lr": lr,
-        "images_per_second": order.steps * order.batch_size / seconds,
-    }
+    model.set_grid(config.grid_sizes, config.pool_sizes)
+    if config.init:
+        state, _ = read_state(config.init)
+        load_checkpoint(model, config.init, drop_head=head_size(state) != num_classes)
+    model.set_grad_checkpointing(config.activation_checkpointing)
+    return model
 
 
-def _mean_over_ranks(loss: torch.Tensor) -> float:
-    mean = loss.detach().clone()
-    dist.all_reduce(mean)
-    return mean.item() / dist.get_world_size()
+def train_run(config: TrainConfig, out: Path | None, user: Mapping[str, Any], timeout: float) -> None:
+    """The run of ``hatnet-train``: join the other processes, check that all have the same, and train.
 
+    Args:
+        config: the run.
+        out: run folder; None for a preflight, which checks all that a run needs before its first step, measures the
+            network and prints a report.
+        user: a user's own DeepSpeed configuration, empty without.
+        timeout: seconds to wait for another process.
 
-def _save_training_state(engine: deepspeed.DeepSpeedEngine, folder: Path, epoch: int) -> None:
-    """DeepSpeed's checkpoint of this epoch; the one before is removed when it is complete."""
-    engine.save_checkpoint(str(folder), tag=f"epoch-{epoch:04d}")
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder / f"epoch-{epoch - 1:04d}", ignore_errors=True)
-
-
-def _open_run_folder(out: Path, config: TrainConfig, world_size: int) -> None:
-    """Rank 0 makes the folder and writes config.json; what stops it is raised on every rank."""
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            if any(out.iterdir()):
-                problem = [f"run folder {out} is not empty; expected a new or empty folder for --out"]
-            else:
-                (out / "config.json").write_text(json.dumps(_run_record(config, world_size), indent=2) + "\n")
-        except OSError as error:
-            problem = [f"cannot make run folder {out}: {error.strerror}; expected a writable path for --out"]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        dist.destroy_process_group()
-        raise OSError(problem[0])
-
-
-def _run_record(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    return {
-        "config": dataclasses.asdict(config),
-        "world_size": world_size,
-        "command": sys.argv,
-        "versions": {name: version(name) for name in ("hatnet-core", "hatnet-train", "deepspeed", "torch", "numpy")},
-    }
-
-
-def _join_processes() -> None:
-    """Start the process group that the launcher describes, or a group of one."""
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
-    alone = "RANK" in missing and "WORLD_SIZE" in missing
-    if missing and not alone:
-        raise ValueError(
-            f"the environment lacks {', '.join(missing)}; a launcher sets {', '.join(LAUNCHER_VARIABLES)}"
-        )
-    if alone:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    # Only DeepSpeed's inference uses this kernel, and to compile it takes 1.5 minutes in every new environment.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    _share_cores()
-
-
-def _share_cores() -> None:
-    """On a CPU, divide the cores between the processes of this machine, unless OMP_NUM_THREADS has said how.
-
-    More threads than cores would wait for each other in every parallel region.
+    Raises:
+        ValueError: if processes differ, or as :class:`Trainer` does; likewise FloatingPointError.
     """
-    if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        processes = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    with joined(discover(os.environ), timeout):
+        training, held_out = _open_together(config)
+        facts = _facts(config, user, training, held_out)
+        compare({**facts, **_values(config)})
+        trainer = Trainer(config, training, held_out, user)
+        if out is not None:
+            trainer.run(out)
+            return
+        gradients = 4 * sum(p.numel() for p in build_model(config, len(training.classes)).parameters())
+        report = preflight(facts, gradients)
+        if dist.get_rank() == 0:
+            sys.stdout.write(format_report(report) + "\n")
+
+
+def _open_together(config: TrainConfig) -> tuple[Source, Source]:
+    """The data of a run; what is wrong with it on one rank is raised on all."""
+    opened: list[Source] = []
+    problem = None
+    try:
+        opened += open_both(config)
+    except (ValueError, OSError, ImportError) as error:
+        problem = str(error)
+    raise_together(problem)
+    training, held_out = opened
+    return training, held_out
+
+
+def _facts(config: TrainConfig, user: Mapping[str, Any], training: Source, held_out: Source) -> dict[str, str]:
+    """What has to be the same in all processes, in short."""
+    settings = json.dumps([_values(config), user], sort_keys=True)
+    weights = {"weights to start from": _file_digest(Path(config.init))} if config.init else {}
+    return {
+        "code": code_digest()[:16],
+        **versions(),
+        "configuration": hashlib.sha256(settings.encode()).hexdigest()[:16],
+        "training data": f"{len(training)} images, {training.digest()[:16]}",
+        "held-out data": f"{len(held_out)} images, {held_out.digest()[:16]}",
+        **weights,
+    }
+
+
+def _values(config: TrainConfig) -> dict[str, str]:
+    """Every field but the paths, which may differ: what lies there may not."""
+    return {name: str(value) for name, value in dataclasses.asdict(config).items() if name not in ("data", "init")}
+
+
+def _file_digest(path: Path) -> str:
+    if not path.is_file():
+        return "a folder" if path.is_dir() else "not there"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -8,8 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Share(NamedTuple):
+    """One rank's part of a global batch."""
+
+    epoch: int
+    """Counted from 0."""
+
+    positions: np.ndarray
+    """Places in the order of the epoch, [n] int64: what augmentation is drawn from."""
+
+    images: np.ndarray
+    """Image numbers at these places, [n] int64."""
+
+    def split(self, parts: int) -> list[Share]:
+        """In ``parts`` equal pieces, for gradient accumulation."""
+        pieces = zip(np.split(self.positions, parts), np.split(self.images, parts), strict=True)
+        return [Share(self.epoch, positions, images) for positions, images in pieces]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +39,9 @@ class GlobalOrder:
         length: number of training images.
         batch_size: images a step, over all processes together.
         seed: seed of the order.
-        repeats: how often an image comes in a row, for an augmentation of its own each time (repeated augmentation,
-            3 in DeiT). An epoch stays as long: with 3 repeats it sees a third of the images.
+        repeats: how often an image comes in a batch, augmented in its own way each time (repeated augmentation, 3
+            in DeiT). An epoch stays as long: with 3 repeats it sees a third of the images. The copies of an image lie
+            in different thirds of the batch, usually on different ranks, beside different neighbours.
 
     Raises:
         ValueError: naming the value, if one is not positive or a batch is larger than an epoch.
@@ -46,14 +66,19 @@ class GlobalOrder:
         return self.length // self.batch_size
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Image numbers of a whole epoch in order, [steps · batch_size]; takes 8 bytes an image."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+        """Image numbers of a whole epoch in order, [steps · batch_size] int64."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(self.length)
         if self.repeats > 1:
             order = order[: -(-self.length // self.repeats)].repeat(self.repeats)
-        return order[: self.steps * self.batch_size]
+        batches = order[: self.steps * self.batch_size].reshape(self.steps, self.batch_size)
+        if self.repeats > 1:  # the first copies of a batch's images, then the second ones, each in an order of its own
+            copies = np.arange(self.batch_size) % self.repeats
+            batches = np.take_along_axis(batches, np.argsort(copies + rng.random(batches.shape), axis=1), axis=1)
+        return batches.reshape(-1)
 
-    def shares(self, epoch: int, *, rank: int, world_size: int, first_step: int = 0) -> Iterator[np.ndarray]:
-        """This rank's image numbers at every step of an epoch; those of ranks 0, 1, ... make up the global batch.
+    def shares(self, epoch: int, *, rank: int, world_size: int, first_step: int = 0) -> Iterator[Share]:
+        """This rank's part of the batch at every step of an epoch; those of ranks 0, 1, ... make up the global batch.
 
         Args:
             epoch: counted from 0.
@@ -62,7 +87,7 @@ class GlobalOrder:
             first_step: the step to begin with, for a run that goes on in the middle of an epoch.
 
         Yields:
-            Image numbers, [batch_size / world_size].
+            ``batch_size / world_size`` places and images.
 
         Raises:
             ValueError: if the processes cannot share a batch evenly, or the epoch has no such step.
@@ -73,8 +98,11 @@ class GlobalOrder:
             )
         if not 0 <= first_step <= self.steps:
             raise ValueError(f"first_step must be from 0 to {self.steps}, got {first_step}")
-        batches = self.epoch(epoch).reshape(self.steps, world_size, self.batch_size // world_size)
-        yield from batches[first_step:, rank]
+        share = self.batch_size // world_size
+        images = self.epoch(epoch)
+        for step in range(first_step, self.steps):
+            start = step * self.batch_size + rank * share
+            yield Share(epoch, np.arange(start, start + share), images[start : start + share])
 
 
 def evaluation_share(length: int, *, rank: int, world_size: int) -> np.ndarray:

@@ -1,0 +1,76 @@
+"""Encoded image files in, uint8 tensors out."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+"""Endings of image files, in lower case."""
+
+_JPEG = b"\xff\xd8\xff"
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Decode an image file as RGB.
+
+    Returns:
+        [3, H, W], uint8.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not an image that Pillow can decode.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no image at {path}: expected an existing file")
+    return decode(path.read_bytes(), str(path))
+
+
+def decode(encoded: bytes, name: str) -> Tensor:
+    """Decode an image as RGB. torchvision decodes JPEG, with Pillow's pixels and faster; Pillow all the rest.
+
+    Args:
+        encoded: the bytes of an image file in any format that Pillow reads.
+        name: where they come from, for the error message.
+
+    Returns:
+        [3, H, W], uint8.
+
+    Raises:
+        ValueError: if the bytes are no image, or one that is damaged.
+    """
+    if encoded.startswith(_JPEG):
+        try:
+            return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        except RuntimeError:
+            pass  # of a kind that torchvision does not read, or damaged: Pillow reads it or says why not
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return _as_tensor(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot read {name} as an image: its {len(encoded)} bytes are of no known format") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read {name} as an image: {error}") from error
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A Pillow image as RGB tensor, [3, H, W], uint8."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def to_pillow(image: Tensor) -> Image.Image:
+    """An RGB tensor [3, H, W], uint8, as a Pillow image."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def _as_tensor(image: Image.Image) -> Tensor:
+    if image.mode.startswith("I;16"):  # Pillow would clip the 16 bits instead of scaling them
+        return to_tensor(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)))
+    return to_tensor(image)

@@ -1,0 +1,128 @@
+"""The run of ``hatnet-eval``: a checkpoint on held-out images, on one process or many."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+
+from hatnet_core.model import MIN_SIZE
+from hatnet_train.classifier import Classifier, load_classifier
+from hatnet_train.config import MAX_SIZE
+from hatnet_train.data import Source, open_split
+from hatnet_train.data.loader import evaluation_batches
+from hatnet_train.deepspeed_json import AUTOCAST_DTYPES
+from hatnet_train.evaluate import evaluate
+from hatnet_train.launch import discover, joined
+from hatnet_train.preflight import code_digest, compare, raise_together
+
+
+def evaluation_run(
+    checkpoint: Path,
+    data: str,
+    *,
+    variant: str | None,
+    size: int | None,
+    batch_size: int,
+    workers: int,
+    precision: str,
+    timeout: float,
+) -> dict[str, Any] | None:
+    """Evaluate a checkpoint; in every process of a launch.
+
+    Args:
+        checkpoint: see :func:`hatnet_train.classifier.load_classifier`.
+        data: see :func:`hatnet_train.data.open_split`.
+        variant: the model, for files that do not say.
+        size: side of the input in pixels; None for that of the training.
+        batch_size: images a batch and process.
+        workers: data workers a process.
+        precision: bf16 or fp16 through autocast, or fp32.
+        timeout: seconds to wait for other processes.
+
+    Returns:
+        On rank 0: ``checkpoint``, ``data``, ``size``, ``images``, ``top1`` and ``top5`` (percent), ``loss`` (cross
+        entropy), ``images_per_second``, ``world_size``, ``precision``; None on the others.
+
+    Raises:
+        FileNotFoundError: if checkpoint or data is not there.
+        ValueError: if one of them, or a value, is not as expected, or their classes differ.
+    """
+    for name, value, low, high in (("batch-size", batch_size, 1, 2**31), ("workers", workers, 0, 1024)):
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+    if size is not None and not MIN_SIZE <= size <= MAX_SIZE:
+        raise ValueError(f"size must be from {MIN_SIZE} to {MAX_SIZE} pixels, got {size}")
+    dtype = AUTOCAST_DTYPES.get(precision)
+    with joined(discover(os.environ), timeout):
+        classifier, held_out = _open_together(checkpoint, data, variant, size)
+        size = size or classifier.image_size
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        device = torch.device(get_accelerator().current_device_name())
+        batches = evaluation_batches(
+            held_out,
+            size=size,
+            crop_fraction=classifier.crop_fraction,
+            batch_size=batch_size,
+            workers=workers,
+            rank=rank,
+            world_size=world_size,
+        )
+        start = time.perf_counter()
+        with torch.autocast(device.type, getattr(torch, dtype or "bfloat16"), enabled=dtype is not None):
+            metrics = evaluate(classifier.model.to(device), batches, device, mean=classifier.mean, std=classifier.std)
+        seconds = time.perf_counter() - start
+    if rank:
+        return None
+    return {
+        "checkpoint": str(checkpoint),
+        "data": data,
+        "size": size,
+        "images": metrics["eval_images"],
+        "top1": metrics["top1"],
+        "top5": metrics["top5"],
+        "loss": metrics["eval_loss"],
+        "images_per_second": metrics["eval_images"] / seconds,
+        "world_size": world_size,
+        "precision": precision,
+    }
+
+
+def _open_together(checkpoint: Path, data: str, variant: str | None, size: int | None) -> tuple[Classifier, Source]:
+    """Checkpoint and images, the same on all ranks; what is wrong with them on one is raised on all."""
+    opened: list[tuple[Classifier, Source]] = []
+    problem = None
+    try:
+        classifier = load_classifier(checkpoint, variant)
+        held_out = open_split(data, train=False, size=size or classifier.image_size)
+        _check_classes(classifier, held_out, checkpoint, data)
+        opened.append((classifier, held_out))
+    except (ValueError, OSError, ImportError) as error:
+        problem = str(error)
+    raise_together(problem)
+    weights = hashlib.sha256()
+    for tensor in opened[0][0].model.state_dict().values():
+        weights.update(tensor.numpy().tobytes())
+    digests = {"weights": weights.hexdigest()[:16], "held-out data": opened[0][1].digest()[:16]}
+    compare({"code": code_digest()[:16], **digests})
+    return opened[0]
+
+
+def _check_classes(classifier: Classifier, held_out: Source, checkpoint: Path, data: str) -> None:
+    if len(classifier.classes) != len(held_out.classes):
+        raise ValueError(
+            f"{checkpoint} knows {len(classifier.classes)} classes, {data} has {len(held_out.classes)}; expected the "
+            "data it was trained for"
+        )
+    different = [pair for pair in zip(classifier.classes, held_out.classes, strict=True) if pair[0] != pair[1]]
+    if classifier.named and different:
+        ours, theirs = different[0]
+        raise ValueError(
+            f"{checkpoint} and {data} name {len(different)} classes differently, first {ours} and {theirs}"
+        )

@@ -1,0 +1,238 @@
+"""Before a run takes hours: do all processes have the same code and data, and how fast do they talk to each other.
+
+Runs after :func:`hatnet_train.launch.join` in every process of a launch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hatnet_train.launch import AgreedError, compact_ranks
+
+ROUNDS = 5
+"""Measured all-reduces, and barriers; the median counts, since the first ones after a pause are slow."""
+
+CODE = ("hatnet_core", "hatnet_train")
+"""Packages whose code decides what a run computes."""
+
+_ABSENT = "(not given)"
+
+
+def preflight(facts: dict[str, str], gradient_bytes: int) -> dict[str, Any]:
+    """Compare all processes with rank 0 and measure an all-reduce of the gradients; all ranks call this.
+
+    The bus bandwidth is 2 (n - 1) / n · bytes / seconds for n processes: what a link carries if the all-reduce runs in
+    a ring, and so comparable between numbers of processes. One process alone has none.
+
+    Args:
+        facts: what must be equal everywhere, by name, such as versions and :func:`code_digest`.
+        gradient_bytes: size of the all-reduce in bytes; float32, so 4 bytes a parameter.
+
+    Returns:
+        The same on every rank, and ready for JSON: ``world_size``; ``hosts`` and ``devices``, each a dict of names to
+        ranks; ``processes``, the process number of each rank; ``facts``; ``all_reduce`` with ``bytes``, ``seconds``
+        (the slowest rank's median), ``bus_gigabytes_per_second`` (10⁹ bytes) and ``rounds``; ``barrier_seconds``.
+
+    Raises:
+        ValueError: on every rank, so that all can still ``leave``, naming each fact that differs, its ranks and their
+            values beside that of rank 0; or if ``gradient_bytes`` is not a positive multiple of 4.
+    """
+    if gradient_bytes < 4 or gradient_bytes % 4:
+        raise ValueError(f"gradient_bytes must be a positive multiple of 4, got {gradient_bytes}")
+    device = _device()
+    everyone = compare(facts, device=_device_name(device))
+    all_reduce, barrier_seconds = _measure(device, gradient_bytes)
+    return {
+        "world_size": len(everyone),
+        "hosts": _ranks_by([process["host"] for process in everyone]),
+        "devices": _ranks_by([process["device"] for process in everyone]),
+        "processes": [process["pid"] for process in everyone],
+        "facts": everyone[0]["facts"],
+        "all_reduce": all_reduce,
+        "barrier_seconds": barrier_seconds,
+    }
+
+
+def compare(facts: dict[str, str], **own: str) -> list[dict[str, Any]]:
+    """Compare all processes with rank 0; all ranks call this.
+
+    Args:
+        facts: what must be equal everywhere, by name.
+        own: what else is to be known of every process.
+
+    Returns:
+        The same on every rank: of each rank ``facts``, ``host``, ``pid`` and its ``own``.
+
+    Raises:
+        AgreedError: on every rank, naming each fact that differs, its ranks and their values beside that of rank 0.
+    """
+    mine = {"facts": facts, "host": socket.gethostname(), "pid": os.getpid(), **own}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if differences := _differences([process["facts"] for process in everyone]):
+        raise AgreedError("; ".join(differences))
+    return everyone
+
+
+def raise_together(problem: str | None) -> None:
+    """What stopped some ranks stops all, with one message; all ranks call this, those that are well with None.
+
+    Raises:
+        AgreedError: on every rank, with the problems and the ranks that have them, if any has one.
+    """
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    ranks = _ranks_by([text or "" for text in problems])
+    well = ranks.pop("", [])
+    if len(ranks) == 1 and not well:
+        raise AgreedError(problems[0])
+    if ranks:
+        raise AgreedError("; ".join(f"{compact_ranks(those)}: {text}" for text, those in ranks.items()))
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report of :func:`preflight` as a table to read, several lines."""
+    device_of = {rank: name for name, ranks in report["devices"].items() for rank in ranks}
+    rows = [("processes", f"{report['world_size']} on {len(report['hosts'])} host(s)")]
+    for host, ranks in report["hosts"].items():
+        names = sorted({device_of[rank] for rank in ranks})
+        rows.append((f"  {host}", f"{compact_ranks(ranks)}: {', '.join(names)}"))
+    rows += report["facts"].items()
+    measured = report["all_reduce"]
+    rows.append(
+        ("all-reduce", "none: one process")
+        if report["world_size"] == 1
+        else (
+            "all-reduce",
+            f"{measured['bytes'] / 1e6:.1f} MB in {1e3 * measured['seconds']:.2f} ms, "
+            f"bus bandwidth {measured['bus_gigabytes_per_second']:.2f} GB/s",
+        )
+    )
+    rows.append(("barrier", f"{1e3 * report['barrier_seconds']:.2f} ms"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def check_hostfile(path: Path | str) -> dict[str, int]:
+    """Read a DeepSpeed hostfile and look every host up.
+
+    A line is ``NAME slots=NUMBER``; empty lines and comments, from ``#`` on, are left out.
+
+    Returns:
+        Number of slots by host, in the order of the file.
+
+    Raises:
+        ValueError: naming the file, and the line or host: a file that cannot be read or names no host, a line of
+            another form, a host that comes twice or does not resolve.
+    """
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ValueError(f"cannot read hostfile {path}: {reason}") from error
+    slots: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        match = re.fullmatch(r"(\S+)\s+slots=([1-9][0-9]*)", text)
+        if match is None:
+            if text:
+                raise ValueError(f"{path}, line {number}: expected 'NAME slots=NUMBER', got {text!r}")
+            continue
+        if match[1] in slots:
+            raise ValueError(f"{path}, line {number}: host {match[1]} comes twice; expected one line a host")
+        try:
+            socket.getaddrinfo(match[1], None)
+        except OSError as error:
+            raise ValueError(f"{path}, line {number}: host {match[1]} does not resolve ({error.strerror})") from error
+        slots[match[1]] = int(match[2])
+    if not slots:
+        raise ValueError(f"hostfile {path} names no host; expected lines 'NAME slots=NUMBER'")
+    return slots
+
+
+def code_digest() -> str:
+    """SHA-256, in hex, over all files of the installed packages of CODE, their names and their bytes."""
+    digest = hashlib.sha256()
+    for package in CODE:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ImportError(f"package {package} is not installed; expected it beside hatnet_train")
+        root = Path(spec.origin).parent
+        files = [p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.name[0] != "."]
+        for name, path in sorted((p.relative_to(root).as_posix(), p) for p in files):
+            content = path.read_bytes()
+            # The length keeps a file's end and the next one's name apart.
+            digest.update(f"{package}/{name}\0{len(content)}\0".encode())
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def _differences(facts: list[dict[str, str]]) -> list[str]:
+    """One text for each fact that is not equal on all ranks."""
+    texts = []
+    for name in sorted({name for one in facts for name in one}):
+        ranks = _ranks_by([one.get(name, _ABSENT) for one in facts])
+        if len(ranks) > 1:
+            (first, _), *others = ranks.items()
+            listed = "; ".join(f"{value} on {compact_ranks(those)}" for value, those in others)
+            texts.append(f"{name} must be equal on all ranks: {first} on rank 0, but {listed}")
+    return texts
+
+
+def _ranks_by(values: list[str]) -> dict[str, list[int]]:
+    """Ranks by value, in the order of the first rank of each."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    return ranks
+
+
+def _measure(device: torch.device, size: int) -> tuple[dict[str, Any], float]:
+    """The measured all-reduce of ``size`` bytes, and the seconds of a barrier; the same on every rank."""
+    gradients = torch.zeros(size // 4, device=device)
+    medians = [_median_seconds(lambda: dist.all_reduce(gradients)), _median_seconds(dist.barrier)]
+    slowest = torch.tensor(medians, dtype=torch.float64, device=device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    seconds, barrier_seconds = slowest.tolist()
+    n = dist.get_world_size()
+    bandwidth = 2 * (n - 1) / n * size / seconds / 1e9
+    all_reduce = {"bytes": size, "seconds": seconds, "bus_gigabytes_per_second": bandwidth, "rounds": ROUNDS}
+    return all_reduce, barrier_seconds
+
+
+def _median_seconds(communicate: Callable[[], object]) -> float:
+    """Median time of ``communicate``, from when all ranks are ready; a first round warms up and does not count."""
+    from deepspeed.accelerator import get_accelerator
+
+    seconds = []
+    for _ in range(1 + ROUNDS):
+        dist.barrier()
+        get_accelerator().synchronize()
+        start = time.perf_counter()
+        communicate()
+        get_accelerator().synchronize()  # on an accelerator the call returns before it is done
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def _device() -> torch.device:
+    """Where the tensors of this process live."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

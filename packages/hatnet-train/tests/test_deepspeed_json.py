@@ -1,0 +1,128 @@
+import json
+
+import pytest
+
+from hatnet_train import build_config
+from hatnet_train.deepspeed_config import deepspeed_config
+from hatnet_train.deepspeed_json import fields_of, read_deepspeed_json
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write a configuration and read it as the command line does."""
+
+    def written(content):
+        (tmp_path / "ds.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        return read_deepspeed_json(tmp_path / "ds.json")
+
+    return written
+
+
+def test_a_users_own_json_gives_fields_and_keeps_what_is_only_his(written):
+    user = written(
+        {
+            "train_batch_size": 64,
+            "gradient_clipping": 1,
+            "zero_optimization": {"stage": 2, "overlap_comm": False},
+            "bf16": {"enabled": True},
+            "optimizer": {"type": "AdamW", "params": {"lr": 5e-4, "eps": 1e-6}},
+            "wall_clock_breakdown": False,
+        }
+    )
+    fields = fields_of(user)
+    expected = {"batch_size": 64, "clip_grad": 1.0, "zero_stage": 2, "lr": 5e-4, "precision": "bf16"}
+    assert fields == {**expected, "lr_batch_size": 0}
+    settings = deepspeed_config(build_config("digits", fields), world_size=2, user=user)
+    assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert settings["optimizer"]["params"]["eps"] == 1e-6
+    assert settings["optimizer"]["params"]["betas"] == [0.9, 0.999]
+    assert "torch_autocast" not in settings
+    assert settings["wall_clock_breakdown"] is False
+    assert settings["train_micro_batch_size_per_gpu"] == 32
+
+
+def test_values_that_are_auto_are_ours(written):
+    user = written(
+        {
+            "train_batch_size": "auto",
+            "zero_optimization": {"stage": "auto", "reduce_scatter": True},
+            "bf16": {"enabled": "auto"},
+            "fp16": {"enabled": "auto", "loss_scale": 0},
+        }
+    )
+    assert fields_of(user) == {}
+    settings = deepspeed_config(build_config("digits", {"zero_stage": 1}), world_size=1, user=user)
+    assert settings["train_batch_size"] == 32
+    assert settings["zero_optimization"] == {"stage": 1, "reduce_scatter": True}
+    assert "bf16" not in settings
+
+
+@pytest.mark.parametrize("section", [{"fp16": {"enabled": False}}, {"bf16": {"enabled": "auto"}}, {"bf16": {}}])
+def test_a_section_that_is_not_enabled_leaves_the_precision_to_the_recipe(section, written):
+    user = written(section)
+    assert "precision" not in fields_of(user)
+    settings = deepspeed_config(build_config("digits", {"precision": "bf16"}), world_size=1, user=user)
+    assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("name", ["bf16", "torch_autocast"])
+def test_the_recipes_own_precision_cannot_be_switched_off_by_the_way(name, written):
+    user = written({name: {"enabled": False}})
+    with pytest.raises(ValueError, match=f"{name} is switched off, but precision is bf16: set --precision"):
+        deepspeed_config(build_config("digits", {"precision": "bf16"}), world_size=1, user=user)
+    deepspeed_config(build_config("digits", {"precision": "fp32"}), world_size=1, user=user)
+
+
+def test_autocast_of_the_file_gives_the_precision_but_not_in_float16_under_zero(written):
+    user = written({"torch_autocast": {"enabled": True, "dtype": "float16"}})
+    assert fields_of(user) == {"precision": "fp16"}
+    deepspeed_config(build_config("digits", fields_of(user)), world_size=1, user=user)
+    with pytest.raises(ValueError, match="torch_autocast in float16 does not recover from overflows under ZeRO"):
+        deepspeed_config(build_config("digits", {**fields_of(user), "zero_stage": 2}), world_size=1, user=user)
+
+
+@pytest.mark.parametrize(
+    ("user", "expected"),
+    [
+        ({"train_batch_size": "64"}, "train_batch_size must be of type int, got '64'"),
+        ({"zero_optimization": {"stage": True}}, r"zero_optimization\.stage must be of type int, got True"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "one precision can be enabled, got bf16, fp16"),
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "float8"}},
+            "dtype must be one of bfloat16, float16, got 'float8",
+        ),
+        (
+            {"torch_autocast": {"enabled": True, "dtype": ["x"]}},
+            r"dtype must be one of bfloat16, float16, got \['x'\]",
+        ),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(user, expected, written):
+    with pytest.raises(ValueError, match=expected):
+        fields_of(written(user))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "is not JSON: "),
+        ("[1]", "must hold a JSON object, got list"),
+        ({"zero_optimization": True}, "zero_optimization must be an object, got True"),
+        ({"optimizer": "AdamW"}, "optimizer must be an object, got 'AdamW'"),
+        ({"optimizer": {"params": [1]}}, r"optimizer\.params must be an object, got \[1\]"),
+        ({"bf16": True}, "bf16 must be an object, got True"),
+        ({"bf16": {"enabled": "yes"}}, r"bf16\.enabled must be true or false, got 'yes'"),
+        ({"scheduler": {"type": "WarmupLR"}}, "has a scheduler, but the recipe has one: set --warmup-epochs"),
+        ({"optimizer": {"type": "SGD"}}, r"the optimizer must be AdamW \(Sec\. 4\.1\), got {\"type\": \"SGD\"}"),
+        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "the optimizer must be AdamW"),
+    ],
+)
+def test_a_file_that_says_what_cannot_be_is_refused_by_path(content, expected, written):
+    with pytest.raises(ValueError, match=rf"ds\.json:? .*{expected}"):
+        written(content)
+
+
+def test_another_micro_batch_is_refused(written):
+    user = written({"train_micro_batch_size_per_gpu": 4})
+    with pytest.raises(ValueError, match=r"train_micro_batch_size_per_gpu is 4, but batch_size 32 .* gives 16"):
+        deepspeed_config(build_config("digits", {}), world_size=2, user=user)

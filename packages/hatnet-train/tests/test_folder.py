@@ -1,0 +1,118 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hatnet_train.data.folder import Folder
+from hatnet_train.data.images import read_image
+
+SYNSETS = ("n01440764", "n01443537", "n02105855")
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """Three real ILSVRC class names with images of real file names, in odd formats, and files beside them."""
+    rng = np.random.default_rng(0)
+    for place, synset in enumerate(SYNSETS):
+        folder = tmp_path / "train" / synset
+        folder.mkdir(parents=True)
+        for i in range(place + 2):
+            pixels = rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{synset}_{10 * i}.JPEG", "PNG" if i == 1 else "JPEG")
+        (folder / "Thumbs.db").write_bytes(b"x")
+    (tmp_path / "train" / "README.txt").write_text("not a class")
+    return tmp_path
+
+
+def test_classes_are_the_folders_in_order_and_images_all_below_them(imagenet):
+    deeper = imagenet / "train" / SYNSETS[1] / "more"
+    deeper.mkdir()
+    Image.new("RGB", (5, 4)).save(deeper / "é.webp")
+    data = Folder(imagenet / "train")
+    assert data.classes == SYNSETS
+    assert np.bincount(data.labels).tolist() == [2, 4, 4]
+    names = [data.name(i) for i in range(len(data))]
+    assert names[0] == str(imagenet / "train" / SYNSETS[0] / "n01440764_0.JPEG")
+    assert str(deeper / "é.webp") in names
+    for i, name in enumerate(names):
+        assert torch.equal(data.image(i), read_image(name))
+        assert SYNSETS[data.labels[i]] in name
+
+
+def test_held_out_images_have_the_labels_of_the_training_classes(imagenet):
+    for synset in SYNSETS[1:]:
+        (imagenet / "val" / synset).mkdir(parents=True)
+        Image.new("RGB", (5, 4)).save(imagenet / "val" / synset / "ILSVRC2012_val_00000293.JPEG")
+    assert Folder(imagenet / "val", SYNSETS).labels.tolist() == [1, 2]
+
+
+def test_a_class_that_training_has_not_is_refused(imagenet):
+    with pytest.raises(ValueError, match="has class folders that the training data has not: n02105855; expected"):
+        Folder(imagenet / "train", SYNSETS[:2])
+
+
+def test_the_digest_changes_with_names_and_classes_but_not_with_the_place(imagenet, tmp_path):
+    before = Folder(imagenet / "train").digest()
+    (imagenet / "train").rename(imagenet / "elsewhere")
+    assert Folder(imagenet / "elsewhere").digest() == before
+    moved = imagenet / "elsewhere" / SYNSETS[2] / "n02105855_0.JPEG"
+    moved.rename(moved.with_name("n02105855_1.JPEG"))
+    assert Folder(imagenet / "elsewhere").digest() != before
+
+
+def test_an_unsorted_validation_folder_is_recognised_and_explained(tmp_path):
+    (tmp_path / "val").mkdir()
+    for i in range(1, 4):
+        (tmp_path / "val" / f"ILSVRC2012_val_{i:08d}.JPEG").touch()
+    with pytest.raises(
+        ValueError, match=r"holds no class folders and 3 images beside them, first ILSVRC2012_val_00000001.*; the ILS"
+    ):
+        Folder(tmp_path / "val")
+
+
+def test_a_validation_folder_that_is_sorted_in_part_is_refused(imagenet):
+    Image.new("RGB", (5, 4)).save(imagenet / "train" / "ILSVRC2012_val_00000293.JPEG")
+    with pytest.raises(ValueError, match=r"holds 3 class folders and 1 images beside them, first ILSVRC2012_val_0"):
+        Folder(imagenet / "train")
+
+
+def test_links_are_followed_but_not_in_circles(imagenet):
+    first = imagenet / "train" / SYNSETS[0]
+    (first / "linked").symlink_to(imagenet / "train" / SYNSETS[1])
+    assert np.bincount(Folder(imagenet / "train").labels).tolist() == [5, 3, 4]
+    (first / "loop").symlink_to(imagenet / "train")
+    with pytest.raises(ValueError, match="is a link to a folder that was read already; expected no circles"):
+        Folder(imagenet / "train")
+
+
+def test_an_empty_class_folder_is_refused_by_path(imagenet):
+    (imagenet / "train" / "n09999999").mkdir()
+    with pytest.raises(
+        ValueError, match=r"class folder .*/n09999999 holds no images \(\.bmp, .*\); expected at least"
+    ):
+        Folder(imagenet / "train")
+
+
+@pytest.mark.parametrize("twin", ["N01440764", "n01440764 "])
+def test_two_classes_of_one_name_are_refused(twin, imagenet):
+    (imagenet / "train" / twin).mkdir()
+    with pytest.raises(ValueError, match=r"has two classes of one name: .*440764.* and .*440764.*; expected"):
+        Folder(imagenet / "train")
+
+
+@pytest.mark.parametrize("content", [None, b"text"])
+def test_an_image_that_cannot_be_read_is_refused_by_path(content, imagenet):
+    path = imagenet / "train" / SYNSETS[0] / "n01440764_0.JPEG"
+    data = Folder(imagenet / "train")
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read .*/n01440764_0\.JPEG"):
+        data.image(0)
+
+
+def test_an_empty_or_missing_split_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*/train: expected one folder for every class"):
+        Folder(tmp_path / "train")
+    with pytest.raises(ValueError, match="holds no class folders: expected one folder of images for every class"):
+        Folder(tmp_path)

@@ -1,0 +1,147 @@
+"""The comparison and measurement before a run, with real processes; the table and the digest without."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from hatnet_train import preflight
+from hatnet_train.preflight import code_digest, format_report
+
+MEMBER = """
+import json, os, sys
+from hatnet_train.launch import discover, join, leave
+from hatnet_train.preflight import preflight, raise_together
+
+launch = discover(os.environ)
+
+def say(what):  # a line at once: the ranks share the output
+    line = json.dumps({"rank": launch.rank, "pid": os.getpid(), **what}) + "\\n"
+    os.write(1, line.encode())
+
+join(launch, 60)
+if len(sys.argv) > 2:
+    broken = sys.argv[2].split(",")
+    try:
+        raise_together("no data" if str(launch.rank) in broken else None)
+    except ValueError as error:
+        say({"together": str(error)})
+    sys.exit(leave())
+facts = {"data": "d1", "torch": "2.13" if launch.rank not in (1, 2) else sys.argv[1]}
+try:
+    result = {"report": preflight(facts, 4_000_000)}
+except ValueError as error:
+    result = {"error": str(error)}
+say(result)
+leave()
+"""
+
+
+@pytest.fixture
+def on_ranks(run_command, tmp_path):
+    """Run the script on some ranks; what each printed, in order."""
+
+    def on_ranks(processes, *arguments):
+        (tmp_path / "member.py").write_text(MEMBER)
+        torchrun = ("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+        done = run_command(sys.executable, "-m", *torchrun, tmp_path / "member.py", *arguments)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        return sorted(lines, key=lambda line: line["rank"])
+
+    return on_ranks
+
+
+def test_equal_processes_get_one_report_with_a_bandwidth_that_fits_its_time(on_ranks):
+    first, second = on_ranks(2, "2.13")
+    report = first["report"]
+    assert report == second["report"]
+    assert report["world_size"] == 2
+    assert list(report["hosts"].values()) == [[0, 1]]
+    assert list(report["devices"].values()) == [[0, 1]]
+    assert report["processes"] == [first["pid"], second["pid"]]
+    assert report["facts"] == {"data": "d1", "torch": "2.13"}
+    measured = report["all_reduce"]
+    # Two processes: each sends and receives all bytes once.
+    assert measured["bus_gigabytes_per_second"] * measured["seconds"] == pytest.approx(4_000_000 / 1e9)
+    assert 0 < report["barrier_seconds"] < 10
+    assert "all-reduce" in format_report(report)
+
+
+def test_ranks_that_differ_are_named_on_every_rank_with_both_values(on_ranks):
+    lines = on_ranks(3, "2.12")
+    assert [line["rank"] for line in lines] == [0, 1, 2]
+    expected = "torch must be equal on all ranks: 2.13 on rank 0, but 2.12 on ranks 1-2"
+    assert {line["error"] for line in lines} == {expected}
+
+
+@pytest.mark.parametrize(("broken", "expected"), [("0,1,2", "no data"), ("1,2", "ranks 1-2: no data"), ("none", None)])
+def test_what_stops_some_ranks_stops_all_with_one_message(broken, expected, on_ranks):
+    lines = on_ranks(3, "2.13", broken)
+    assert [line["together"] for line in lines] == ([expected] * 3 if expected else [])
+
+
+@pytest.mark.parametrize("size", [0, 2, 4_000_001])
+def test_a_gradient_that_is_not_whole_float32_numbers_is_refused(size):
+    with pytest.raises(ValueError, match=f"gradient_bytes must be a positive multiple of 4, got {size}"):
+        preflight.preflight({}, size)
+
+
+def test_the_table_names_hosts_ranks_devices_facts_and_speed():
+    report = {
+        "world_size": 5,
+        "hosts": {"node1": [0, 1, 2], "node2": [3, 4]},
+        "devices": {"H100": [0, 1, 2, 3], "A100": [4]},
+        "processes": [11, 12, 13, 14, 15],
+        "facts": {"torch": "2.13"},
+        "all_reduce": {"bytes": 52_000_000, "seconds": 0.0125, "bus_gigabytes_per_second": 6.656, "rounds": 5},
+        "barrier_seconds": 0.00025,
+    }
+    assert format_report(report).splitlines() == [
+        "processes   5 on 2 host(s)",
+        "  node1     ranks 0-2: H100",
+        "  node2     ranks 3-4: A100, H100",
+        "torch       2.13",
+        "all-reduce  52.0 MB in 12.50 ms, bus bandwidth 6.66 GB/s",
+        "barrier     0.25 ms",
+    ]
+
+
+@pytest.mark.parametrize("change", ["content", "name", "new file", "boundary"])
+def test_the_digest_changes_with_every_change_of_the_code_and_with_nothing_else(change, tmp_path, monkeypatch):
+    package = tmp_path / "somewhere" / "code_to_digest"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "a.py").write_text("one")
+    (package / "b.py").write_text("two")
+    monkeypatch.setattr(preflight, "CODE", ("code_to_digest",))
+    with monkeypatch.context() as here:
+        here.syspath_prepend(package.parent)
+        before = code_digest()
+        (package / "__pycache__").mkdir()
+        (package / "__pycache__" / "a.cpython-311.pyc").write_bytes(b"compiled")
+        assert code_digest() == before
+    shutil.copytree(package, tmp_path / "elsewhere" / "code_to_digest")
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    assert code_digest() == before
+    edit(tmp_path / "elsewhere" / "code_to_digest", change)
+    assert code_digest() != before
+
+
+def edit(package: Path, change):
+    if change == "content":
+        (package / "a.py").write_text("ONE")
+    elif change == "name":
+        (package / "a.py").rename(package / "c.py")
+    elif change == "new file":
+        (package / "c.py").write_text("")
+    else:  # all bytes stay, in another file
+        (package / "a.py").write_text("onet")
+        (package / "b.py").write_text("wo")
+
+
+def test_the_digest_covers_the_installed_packages():
+    assert preflight.CODE == ("hatnet_core", "hatnet_train")
+    assert len(bytes.fromhex(code_digest())) == 32

@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from hatnet_core import create_model
+from hatnet_train import RECIPES, build_config
+
+DATA = {"data": "synthetic", "init": "weights.safetensors"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_builds_with_a_model_that_exists(recipe):
+    config = build_config(recipe, {} if recipe == "digits" else DATA)
+    with torch.device("meta"):
+        assert create_model(config.variant).num_classes == 1000
+
+
+def test_imagenet_is_the_papers_section_4_1():
+    config = build_config("imagenet", DATA)
+    assert (config.variant, config.image_size, config.epochs, config.batch_size) == ("hatnet_small", 224, 300, 8 * 128)
+    assert (config.peak_lr, config.weight_decay) == (1e-3, 0.05)
+    assert config.hflip == 0.5
+    assert config.mixup > 0
+    assert config.label_smoothing == 0.1
+    assert round(config.image_size / config.crop_fraction) == 256
+
+
+def test_an_ablation_has_100_epochs_and_half_the_batch_and_rate():
+    full, ablation = build_config("imagenet", DATA), build_config("ablation", DATA)
+    assert ablation.epochs == 100
+    assert ablation.batch_size == full.batch_size / 2
+    assert ablation.peak_lr == full.peak_lr / 2
+
+
+def test_the_rows_of_table_5_have_windows_where_the_paper_has_no_tick():
+    windows = [
+        RECIPES[f"window-ablation-{row}"]["variant"].removeprefix("hatnet_small").removeprefix("_window")
+        for row in (1, 2, 3, 4)
+    ]
+    assert windows == ["234", "34", "4", ""]
+
+
+def test_gelu_is_trained_as_long_as_the_full_model_and_no_depthwise_as_the_ablations():
+    assert build_config("gelu", DATA).epochs == 300
+    assert build_config("no-depthwise", DATA).epochs == 100
+
+
+@pytest.mark.parametrize(
+    ("variant", "rate"),
+    [("hatnet_tiny", 0.1), ("hatnet_small", 0.1), ("hatnet_small_gelu", 0.1), ("hatnet_large", 0.3)],
+)
+def test_stochastic_depth_goes_with_the_variant_unless_given(variant, rate):
+    assert build_config("imagenet", {**DATA, "variant": variant}).drop_path_rate == rate
+    assert build_config("imagenet", {**DATA, "variant": variant, "drop_path_rate": 0.0}).drop_path_rate == 0.0
+
+
+def test_overrides_go_over_the_recipe():
+    config = build_config("digits", {"variant": "hatnet_small", "lr": 2e-5})
+    assert (config.variant, config.lr, config.batch_size) == ("hatnet_small", 2e-5, 32)
+
+
+def test_warmup_keeps_its_share_of_other_epochs_unless_given():
+    assert build_config("digits", {"epochs": 3}).warmup_epochs == pytest.approx(0.9)
+    assert build_config("digits", {"epochs": 3, "warmup_epochs": 1.0}).warmup_epochs == 1.0
+
+
+def test_an_unknown_recipe_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown recipe 'imagnet'; known recipes: digits, imagenet, ablation, wind"):
+        build_config("imagnet", {})
+
+
+@pytest.mark.parametrize(("recipe", "given", "missing"), [("imagenet", {}, "data"), ("finetune-384", DATA, "init")])
+def test_a_recipe_without_what_it_needs_is_refused(recipe, given, missing):
+    given = {name: value for name, value in given.items() if name != missing}
+    with pytest.raises(ValueError, match=f"recipe {recipe} needs --{missing}: "):
+        build_config(recipe, given)

@@ -1,0 +1,102 @@
+"""What DeepSpeed's stages make of the weights, with real processes."""
+
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hatnet_core import create_model
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+SCRIPT = """
+import os
+import sys
+
+import torch
+from deepspeed import comm as dist
+from safetensors.torch import save_file
+
+from hatnet_train import build_config
+from hatnet_train.deepspeed_config import deepspeed_config
+from hatnet_train.engine import build_engine
+from hatnet_train.launch import discover, join, leave
+from hatnet_train.weights import Ema, full_weights, whole_model
+
+out, stage, precision = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+join(discover(os.environ), 60)
+config = build_config("digits", {"zero_stage": stage, "precision": precision, "batch_size": 4, "lr": 1e-3})
+user = {"bf16": {"enabled": True}} if precision == "bf16" and stage == 2 else {}
+engine = build_engine(config, deepspeed_config(config, world_size=2, user=user), 10, 3)
+dtype = next(engine.module.parameters()).dtype
+ema, history = Ema(engine, 0.5), []
+for step in range(3):
+    generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+    images = torch.randn(2, 3, 32, 32, generator=generator).to(dtype)
+    loss = engine(images).float().logsumexp(1).mean()
+    engine.backward(loss)
+    engine.step()
+    ema.update()
+    history.append(full_weights(engine))
+averaged, images = ema.weights(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+engine.eval()
+with torch.no_grad():
+    inside = engine(images.to(dtype)).float()
+    outside = whole_model(engine, history[-1])(images)
+if dist.get_rank() == 0:
+    save_file({f"{i}/{n}": t for i, w in enumerate(history) for n, t in w.items()}, f"{out}/history.safetensors")
+    save_file(averaged, f"{out}/averaged.safetensors")
+    save_file({"inside": inside, "outside": outside}, f"{out}/logits.safetensors")
+leave()
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(run_command, tmp_path_factory):
+    """Run three steps at a stage; weights after each, their average, and logits inside and outside the engine."""
+    folder = tmp_path_factory.mktemp("weights")
+    (folder / "script.py").write_text(SCRIPT)
+
+    def run(stage, precision):
+        out = folder / f"{stage}{precision}"
+        if not out.exists():
+            out.mkdir()
+            done = run_command(*TORCHRUN, folder / "script.py", out, stage, precision)
+            assert done.returncode == 0, done.stderr
+        return [load_file(out / f"{name}.safetensors") for name in ("history", "averaged", "logits")]
+
+    return run
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (3, "fp32")])
+def test_weights_are_put_together_from_all_parts_and_equal_those_of_stage_0(stage, precision, trained):
+    history, averaged, logits = trained(stage, precision)
+    expected, expected_average, _ = trained(0, precision)
+    assert history.keys() == expected.keys()
+    for name, tensor in history.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+    for name, tensor in averaged.items():
+        torch.testing.assert_close(tensor, expected_average[name], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits["inside"], logits["outside"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (3, "fp32"), (2, "bf16")])
+def test_the_average_follows_the_weights_by_its_decay(stage, precision, trained):
+    history, averaged, _ = trained(stage, precision)
+    tolerance = {"rtol": 2**-8, "atol": 1e-5} if precision == "bf16" else {}  # the bf16 section keeps weights in bf16
+    torch.manual_seed(0)
+    start = create_model("hatnet_tiny", num_classes=3, drop_rate=0.0).state_dict()
+    for name, tensor in averaged.items():
+        expected = start[name]
+        for step in range(3):
+            expected = 0.5 * expected + 0.5 * history[f"{step}/{name}"]
+        torch.testing.assert_close(tensor, expected, **tolerance)
+
+
+def test_weights_move_at_every_step_and_are_fp32_at_any_precision(trained):
+    history, averaged, _ = trained(2, "bf16")
+    assert {tensor.dtype for tensor in (*history.values(), *averaged.values())} == {torch.float32}
+    for step in (1, 2):
+        assert not torch.equal(history[f"{step}/head.weight"], history[f"{step - 1}/head.weight"])
+    assert averaged.keys() == {name[2:] for name in history if name.startswith("0/")}
