@@ -120,3 +120,10 @@ def demo(session: nox.Session) -> None:
     """Train on scikit-learn's digits under DeepSpeed, predict held-out images, show what came out."""
     install(session, "train")
     session.run("python", "examples/digits_demo.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure the training's loader, engine and scaling; results go to docs/benchmarks/."""
+    install(session, "train", groups=("bench",))
+    session.run("python", "benchmarks/training.py", *(session.posargs or ["--out", "docs/benchmarks"]))

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
-from hatnet_train.data import Digits
+from hatnet_train.data.source import Digits
 
 TARGET = 97.0
 MARKER = ".digits_demo"
@@ -68,13 +69,13 @@ def free_port() -> str:
 def write_scans(folder: Path) -> dict[Path, str]:
     """Write the first two held-out scans of every digit as PNG files; their labels by path."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = Digits(train=False, size=32)
+    data = Digits(train=False)
     labels = data.labels.tolist()
     scans = {}
     for digit in range(10):
         for i in [i for i, label in enumerate(labels) if label == digit][:2]:
             path = folder / f"{digit}_{i:03d}.png"
-            data.scans[i].save(path)
+            Image.fromarray(data.scans[i]).save(path)
             scans[path] = str(digit)
     return scans
 
@@ -87,8 +88,6 @@ def classify(checkpoint: Path, images: list[Path]) -> list[dict]:
 
 def draw(predictions: list[dict], scans: dict[Path, str], path: Path) -> None:
     """Draw every scan under its predicted class and probability, wrong ones in red."""
-    from PIL import Image
-
     figure = Figure(figsize=(10, 2.9), layout="constrained")
     for axes, row, (scan, label) in zip(figure.subplots(2, 10).T.flat, predictions, scans.items(), strict=True):
         axes.imshow(Image.open(scan), cmap="gray_r")

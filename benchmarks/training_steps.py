@@ -1,0 +1,191 @@
+"""The three loops that the other measurements time: our Trainer's, DeepSpeed's own, and PyTorch alone.
+
+All of them train the same model on the same images, which are in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hatnet_train.config import TrainConfig
+from hatnet_train.data import Source
+from hatnet_train.data.augment import normalise
+from hatnet_train.data.loader import Batch
+from hatnet_train.data.mixing import draw_mixing
+from hatnet_train.deepspeed_config import parameter_groups
+from hatnet_train.engine import Trainer
+from hatnet_train.launch import discover, join
+from hatnet_train.monitor import Monitor
+from hatnet_train.recipes import build_config
+from hatnet_train.weights import full_weights, whole_model
+
+TIMEOUT = 600.0
+"""Seconds that the processes of a launch wait for each other."""
+
+BATCHES = 4
+"""Different batches in memory, taken in turn."""
+
+PLAIN = {"mixup": 0.0, "cutmix": 0.0, "ema_decay": 0.0}
+"""What is left out of recipe ``imagenet`` where the loops are compared: DeepSpeed's and PyTorch's have none of it."""
+
+
+def step_config(**values: object) -> TrainConfig:
+    """Recipe ``imagenet`` with ``values`` over it; the data are in memory."""
+    return build_config("imagenet", {"data": "-", "workers": 0, "lr_batch_size": 0, **values})
+
+
+def join_launch() -> None:
+    """Join the other processes, if that is not done yet; without a launcher this process is alone."""
+    if not torch.distributed.is_initialized():
+        join(discover(os.environ), TIMEOUT)
+
+
+def leave_launch() -> None:
+    """Undo :func:`join_launch`, if it was called."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+class Unread:
+    """A source of so many images that are never asked for: the Trainer counts its steps by it."""
+
+    classes = tuple(f"class-{i:04d}" for i in range(1000))
+
+    def __init__(self, images: int) -> None:
+        self.labels = np.zeros(images, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def image(self, i: int) -> Tensor:
+        """Never called."""
+        raise AssertionError(f"image {i} was asked for")
+
+    def name(self, i: int) -> str:
+        """The number of image ``i``."""
+        return f"image {i}"
+
+    def digest(self) -> str:
+        """All there is to know."""
+        return str(len(self))
+
+
+def make_trainer(config: TrainConfig, out: Path, training: Source) -> Trainer:
+    """A Trainer that is about to train, with all that it reports while it does.
+
+    Args:
+        config: the run.
+        out: a new folder for what is reported.
+        training: the images to train with.
+    """
+    trainer = Trainer(config, training, training, {})
+    trainer.out, trainer.monitor = out, Monitor(out) if trainer.rank == 0 else None
+    return trainer
+
+
+def make_trainer_in_memory(config: TrainConfig, out: Path, steps: int) -> Trainer:
+    """A Trainer whose epoch has so many steps and whose batches are in memory; :data:`BATCHES` of noise in turn."""
+    trainer = make_trainer(config, out, Unread(config.batch_size * steps))
+    trainer.batches = cycle(make_batches(config, config.batch_size // trainer.world_size))
+    return trainer
+
+
+def train_epoch(trainer: Trainer, epoch: int) -> dict[str, float]:
+    """Train one epoch, counted from 0, without evaluation and checkpoint; what the Trainer says of it."""
+    return trainer._train(epoch)
+
+
+def make_batches(config: TrainConfig, size: int) -> list[Batch]:
+    """Batches of noise as a loader would hand them over."""
+    draw = torch.Generator().manual_seed(config.seed)
+    shape = (size, 3, config.image_size, config.image_size)
+    mixing = [draw_mixing(config.image_size, config.mixup, config.cutmix) for _ in range(size // 2 * config.mixes)]
+    return [
+        Batch(
+            torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw),
+            torch.randint(0, 1000, (size,), generator=draw),
+            torch.tensor(mixing) if mixing else torch.empty(0, 5),
+        )
+        for _ in range(BATCHES)
+    ]
+
+
+def close(*trainers: Trainer) -> None:
+    """End what writes to the run folders and what reads the data, so that their folders can be removed."""
+    for trainer in trainers:
+        trainer.batches = iter(())  # a loader that nothing refers to ends its workers
+        if trainer.monitor is not None:
+            trainer.monitor.close()
+
+
+def trainer_seconds(trainer: Trainer) -> float:
+    """Seconds a step of our loop over one of its epochs, without the wait for data."""
+    row = train_epoch(trainer, 0)
+    return row["seconds"] * (1 - row["data_wait"]) / trainer.order.steps
+
+
+def deepspeed_seconds(trainer: Trainer) -> float:
+    """Seconds a step of the loop that DeepSpeed's documentation shows, on the engine of ``trainer``."""
+    engine, steps = trainer.engine, trainer.order.steps
+    batches = ready_batches(trainer)
+    engine.train()
+    _wait_for_device()
+    start = time.perf_counter()
+    for _ in range(steps):
+        images, labels = next(batches)
+        loss = F.cross_entropy(engine(images).float(), labels, label_smoothing=trainer.config.label_smoothing)
+        engine.backward(loss)
+        engine.step()
+    _wait_for_device()
+    return (time.perf_counter() - start) / steps
+
+
+class PlainLoop:
+    """PyTorch alone: a copy of the model of ``trainer``, the fused AdamW, the same precision and rates."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.model = whole_model(trainer.engine, full_weights(trainer.engine)).train()
+        groups = parameter_groups(self.model, trainer.config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=trainer.engine.get_lr()[0], fused=True)
+        precision, device = trainer.config.precision, trainer.engine.device.type
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+
+    def seconds(self) -> float:
+        """Seconds a step."""
+        smoothing, steps = self.trainer.config.label_smoothing, self.trainer.order.steps
+        batches = ready_batches(self.trainer)
+        _wait_for_device()
+        start = time.perf_counter()
+        for _ in range(steps):
+            images, labels = next(batches)
+            with self.autocast:
+                loss = F.cross_entropy(self.model(images).float(), labels, label_smoothing=smoothing)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        _wait_for_device()
+        return (time.perf_counter() - start) / steps
+
+
+def ready_batches(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of ``trainer`` on the device, normalised, taken in turn: all that a loop without ours could ask."""
+    device = trainer.engine.device
+    batches = list(islice(trainer.batches, BATCHES))
+    return cycle([(normalise(batch.images.to(device)), batch.labels.to(device)) for batch in batches])
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
