@@ -67,6 +67,13 @@ def test_another_variant_is_refused_and_nothing_is_loaded(released_files):
     assert torch.equal(model.head.weight, before)
 
 
+def test_another_variant_is_told_from_a_damaged_file_by_a_short_message(tmp_path):
+    save_checkpoint(create_model("hatnet_tiny"), tmp_path / "tiny.safetensors")
+    expected = r"tiny.safetensors holds hatnet_tiny; expected hatnet_small: missing .* and 60 more; .* and 260 more$"
+    with pytest.raises(ValueError, match=expected):
+        load_checkpoint(create_model("hatnet_small", num_classes=10), tmp_path / "tiny.safetensors", drop_head=True)
+
+
 def test_another_number_of_classes_is_refused(released_files):
     expected = "holds hatnet_tiny with 1000 classes; expected hatnet_tiny with 10 classes: head.weight is"
     with pytest.raises(ValueError, match=expected):

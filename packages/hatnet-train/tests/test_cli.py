@@ -97,6 +97,11 @@ def test_the_configuration_is_printed_with_every_field_and_what_was_given(capsys
     assert {name: printed[name] for name in given} == given
 
 
+def test_a_configuration_is_printed_only_if_timm_knows_its_policy(capsys):
+    assert status(train, ["--recipe", "digits", "--print-config", "--rand-augment", "bogus"]) == 1
+    assert "rand_augment must be a policy of timm such as rand-m9-mstd0.5, got 'bogus'" in one_error_line(capsys)
+
+
 def test_deepspeeds_json_goes_before_the_recipe_and_must_not_contradict_a_flag(tmp_path, capsys):
     file = tmp_path / "ds.json"
     file.write_text('{"train_batch_size": 64, "zero_optimization": {"stage": 2}}')

@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -92,15 +94,25 @@ def test_a_run_goes_on_at_any_step_on_another_number_of_processes(first_step):
     )
 
 
+class OrderOnce(GlobalOrder):
+    """The order of an epoch is made once and not by every simulated rank."""
+
+    epoch = functools.cache(GlobalOrder.epoch)
+
+
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_1024_ranks_see_imagenet_as_one_process_does(repeats):
-    order = GlobalOrder(length=IMAGENET, batch_size=4096, seed=0, repeats=repeats)
-    shares = [np.stack([s.images for s in order.shares(5, rank=rank, world_size=1024)]) for rank in (0, 1, 511, 1023)]
-    whole = order.epoch(5).reshape(order.steps, 1024, 4)
-    assert all(np.array_equal(share, whole[:, rank]) for share, rank in zip(shares, (0, 1, 511, 1023), strict=True))
-    counts = np.bincount(whole.ravel(), minlength=IMAGENET)
+def test_1024_ranks_together_see_imagenet_as_one_process_does_from_any_step(repeats):
+    order = OrderOnce(length=IMAGENET, batch_size=4096, seed=0, repeats=repeats)
+    ranks = (order.shares(5, rank=rank, world_size=1024) for rank in range(1024))
+    seen = np.stack([np.stack([share.images for share in shares]) for shares in ranks], axis=1)  # [steps, ranks, 4]
+    alone = np.stack([share.images for share in order.shares(5, rank=0, world_size=1)])
+    assert np.array_equal(seen.reshape(alone.shape), alone)
+    counts = np.bincount(seen.ravel(), minlength=IMAGENET)
     assert counts.sum() == order.steps * 4096
     assert counts.max() == repeats
+    for rank in range(0, 1024, 31):
+        later = order.shares(5, rank=rank, world_size=1024, first_step=300)
+        assert np.array_equal([share.images for share in later], seen[300:, rank])
 
 
 @given(length=st.integers(0, 200), world_size=st.integers(1, 64))

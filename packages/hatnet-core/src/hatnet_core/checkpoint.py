@@ -332,20 +332,24 @@ def _check_same_parameters(own: Mapping[str, Tensor], state: Mapping[str, Tensor
     """ValueError unless ``state`` has exactly the names and shapes of ``own``, naming what differs."""
     missing = sorted(own.keys() - state.keys())
     unknown = sorted(state.keys() - own.keys())
-    details = [f"missing {', '.join(missing)}"] if missing else []
-    details += [f"unknown {', '.join(unknown)}"] if unknown else []
-    details += [
+    shapes = [
         f"{name} is {tuple(state[name].shape)} and should be {tuple(own[name].shape)}"
         for name in own
         if name in state and own[name].shape != state[name].shape
     ]
-    details += [
+    kinds = [
         f"{name} is {t.layout} of {t.dtype} and should be dense, of a floating dtype"
         for name, t in state.items()
         if t.dtype not in DTYPES or t.layout != torch.strided
     ]
-    if details:
-        raise ValueError(f"{path} holds {_describe(state)}; expected {_describe(own)}: {'; '.join(details)}")
+    if not (missing or unknown or shapes or kinds):
+        return
+    holds = _describe(state)
+    listed = _some if holds.startswith("hatnet_") else ", ".join  # one of the paper's, just not the one expected
+    details = [f"missing {listed(missing)}"] if missing else []
+    details += [f"unknown {listed(unknown)}"] if unknown else []
+    details += [listed(different) for different in (shapes, kinds) if different]
+    raise ValueError(f"{path} holds {holds}; expected {_describe(own)}: {'; '.join(details)}")
 
 
 def _check_same_arguments(model: HATNet, path: Path) -> None:
@@ -360,20 +364,21 @@ def _check_same_arguments(model: HATNet, path: Path) -> None:
             raise ValueError(f"{path} holds a model of {name}={stored[name]}; expected {name}={own}")
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+def _some(texts: list[str]) -> str:
+    shown = ", ".join(texts[:3])
+    return f"{shown} and {len(texts) - 3} more" if len(texts) > 3 else shown
 
 
 def _describe(state: Mapping[str, Tensor]) -> str:
     if "stem.conv2.weight" not in state:
         return "no HAT-Net"
     shapes = _body_shapes(state)
+    classes = f" with {head_size(state)} classes" if head_size(state) else ""  # none where the classifier is left out
     for name in list_models(ablations=True):
         with torch.device("meta"):
             if _body_shapes(HATNet(**model_arguments(name)).state_dict()) == shapes:
-                return f"{name} with {head_size(state)} classes"
-    return f"a HAT-Net of another configuration with {head_size(state)} classes"
+                return name + classes
+    return f"a HAT-Net of another configuration{classes}"
 
 
 def head_size(state: Mapping[str, Tensor]) -> int:

@@ -228,6 +228,9 @@ def _train(options: dict[str, Any], given: dict[str, Any]) -> None:
             raise ValueError(f"{flag} {given[name]} contradicts {path}, which gives {fields[name]}: leave one out")
     config = build_config(options["recipe"], {**fields, **given})
     if options["print_config"]:
+        from hatnet_train.data.augment import TrainTransform
+
+        TrainTransform(config)  # timm knows whether its policy is one
         print(json.dumps(dataclasses.asdict(config), indent=2))
         return
     _import_deepspeed()

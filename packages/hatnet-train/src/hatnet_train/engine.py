@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,10 +106,13 @@ class Trainer:
         """Train one epoch, counted from 0, evaluate, save, and report."""
         row = {"epoch": epoch + 1, **self._train(epoch)}
         self.engine.eval()
-        row |= self._evaluate(self.engine)
+        models: list[Any] = [self.engine]
         if self.ema is not None:
-            averaged = self._evaluate(self._autocast(whole_model(self.engine, self.ema.weights())))
-            row |= {f"ema_{name}": averaged[name] for name in ("eval_loss", "top1", "top5")}
+            models.append(self._autocast(whole_model(self.engine, self.ema.weights())))
+        measured, *averaged = self._evaluate(models)
+        row |= measured
+        for metrics in averaged:
+            row |= {f"ema_{name}": metrics[name] for name in ("eval_loss", "top1", "top5")}
         if self.monitor is not None:
             self.monitor.epoch(row, self.config.epochs)
         self._save_training_state(epoch + 1)
@@ -172,7 +175,7 @@ class Trainer:
         self.engine.step()
         return loss.detach()
 
-    def _evaluate(self, model: Any) -> dict[str, Any]:
+    def _evaluate(self, models: Sequence[Any]) -> list[dict[str, Any]]:
         config = self.config
         batches = evaluation_batches(
             self.held_out,
@@ -183,7 +186,7 @@ class Trainer:
             rank=self.rank,
             world_size=self.world_size,
         )
-        return evaluate(model, batches, self.engine.device, self.dtype)
+        return evaluate(models, batches, self.engine.device, self.dtype)
 
     def _autocast(self, model: HATNet) -> Any:
         """The model as the engine runs it: under autocast of the run's precision, in its dtype."""

@@ -15,36 +15,39 @@ from hatnet_train.data.loader import Batch
 
 
 def evaluate(
-    model: Callable[[Tensor], Tensor],
+    models: Sequence[Callable[[Tensor], Tensor]],
     batches: Iterable[Batch],
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
-) -> dict[str, Any]:
-    """Run ``model`` over this rank's batches; all ranks have to call it with as many.
+) -> list[dict[str, Any]]:
+    """Run every model over this rank's batches, which are read once; all ranks have to call it with as many.
 
     Args:
-        model: from images [B, 3, S, S] to logits [B, K]; in evaluation mode.
+        models: each from images [B, 3, S, S] to logits [B, K]; in evaluation mode.
         batches: of :func:`hatnet_train.data.loader.evaluation_batches`.
-        device: where the model is.
-        dtype: what it takes.
+        device: where the models are.
+        dtype: what they take.
         mean: of the normalisation, for values in [0, 1].
         std: likewise.
 
     Returns:
-        ``eval_loss`` (cross entropy), ``top1`` and ``top5`` (percent), ``eval_images`` (how many were counted), the
-        same on every rank.
+        Of each model ``eval_loss`` (cross entropy), ``top1`` and ``top5`` (percent), ``eval_images`` (how many were
+        counted), the same on every rank.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(models), 4, dtype=torch.float64, device=device)
     with torch.no_grad():
         for batch in batches:
             images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
-            logits = model(normalise(images, mean, std).to(dtype)).float()
-            loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
-            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()])
+            images = normalise(images, mean, std).to(dtype)
+            for model, total in zip(models, sums, strict=True):
+                logits = model(images).float()
+                loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
+                hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+                total += torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()])
     dist.all_reduce(sums)
-    loss, top1, top5, count = sums.tolist()
-    rates = {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
-    return {"eval_loss": loss / count, **rates, "eval_images": int(count)}
+    return [
+        {"eval_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "eval_images": int(count)}
+        for loss, top1, top5, count in sums.tolist()
+    ]

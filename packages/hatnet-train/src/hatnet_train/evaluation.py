@@ -76,7 +76,8 @@ def evaluation_run(
         )
         start = time.perf_counter()
         with torch.autocast(device.type, getattr(torch, dtype or "bfloat16"), enabled=dtype is not None):
-            metrics = evaluate(classifier.model.to(device), batches, device, mean=classifier.mean, std=classifier.std)
+            models = [classifier.model.to(device)]
+            (metrics,) = evaluate(models, batches, device, mean=classifier.mean, std=classifier.std)
         seconds = time.perf_counter() - start
     if rank:
         return None
