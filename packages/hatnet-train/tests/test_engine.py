@@ -47,11 +47,11 @@ def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_training(out, reference, *, rel, weights=1e-3):
-    """Losses of two runs to ``rel``, final weights to a share of their norm."""
+def assert_same_training(out, reference, *, rel, absolute=0.0, weights=1e-3):
+    """Losses of two runs to ``rel`` or ``absolute``, final weights to a share of their norm."""
     for ours, theirs in zip(metrics(out), metrics(reference), strict=True):
         for name in ("train_loss", "eval_loss"):
-            assert ours[name] == pytest.approx(theirs[name], rel=rel)
+            assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=absolute)
         assert ours["lr"] == theirs["lr"]
     one, two = load_file(reference / "model.safetensors"), load_file(out / "model.safetensors")
     difference = sum((one[n] - two[n]).double().square().sum() for n in one).sqrt()
@@ -120,12 +120,26 @@ def test_every_zero_stage_trains_to_the_losses_of_one_process(stage, alone, run_
     assert all(torch.equal(t, final[name]) for name, t in whole.model.state_dict().items())
 
 
+@pytest.fixture(scope="module")
+def in_bf16(run_command, tmp_path_factory, short):
+    """The run in bf16, on two processes without ZeRO."""
+    out = tmp_path_factory.mktemp("bf16") / "run"
+    done = run_command(*MODULE, *short, "--precision", "bf16", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bf16_trains_to_nearly_the_losses_of_fp32_at_every_stage(stage, alone, run_command, tmp_path, short):
+def test_bf16_trains_to_nearly_the_losses_of_fp32(in_bf16, alone):
+    assert_same_training(in_bf16, alone, rel=0, absolute=0.05, weights=0.03)  # losses that begin at log 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_zero_stage_trains_in_bf16_as_none_does(stage, in_bf16, run_command, tmp_path, short):
     done = run_command(*MODULE, *short, "--precision", "bf16", "--zero-stage", stage, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert_same_training(tmp_path / "run", alone, rel=0.03, weights=0.03)
+    assert_same_training(tmp_path / "run", in_bf16, rel=0.03, weights=0.03)
 
 
 def test_accumulation_activation_checkpointing_and_a_users_json_leave_the_training_as_it_is(
