@@ -11,6 +11,8 @@ import torch
 
 from hatnet_core import create_model, save_checkpoint
 from hatnet_train.data.augment import MEAN, STD
+from hatnet_train.data.shard_writer import write_shards
+from image_folders import make_image_folder
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[3]
@@ -53,3 +55,19 @@ def run_command():
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """An ImageNet-layout folder of a few small images."""
+    root = tmp_path_factory.mktemp("images")
+    make_image_folder(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(images, tmp_path_factory):
+    """The images as shards of a few images each."""
+    out = tmp_path_factory.mktemp("made") / "shards"
+    write_shards(images, out, shard_megabytes=0.03)
+    return out

@@ -25,22 +25,7 @@ from hatnet_train.data.folder import Folder
 from hatnet_train.data.images import decode, to_pillow
 from hatnet_train.data.shard_writer import write_shards
 from hatnet_train.data.shards import Shards
-from image_folders import encoded, image_of, make_image_folder, picture, read_with_webdataset
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    make_image_folder(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def made(images, tmp_path_factory):
-    """The images as shards of a few images each."""
-    out = tmp_path_factory.mktemp("made") / "shards"
-    write_shards(images, out, shard_megabytes=0.03)
-    return out
+from image_folders import encoded, image_of, picture, read_with_webdataset
 
 
 @pytest.fixture(scope="module")

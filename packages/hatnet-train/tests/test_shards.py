@@ -21,24 +21,9 @@ from hatnet_train.data.folder import Folder
 from hatnet_train.data.shard_writer import write_shards
 from hatnet_train.data.shards import RECORD, Index, Shard, Shards, Split, verify
 from hatnet_train.sampler import GlobalOrder
-from image_folders import encoded, make_image_folder
+from image_folders import encoded
 
 IMAGENET = 1_281_167
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    make_image_folder(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def made(images, tmp_path_factory):
-    """The images as shards of a few images each."""
-    out = tmp_path_factory.mktemp("made") / "shards"
-    write_shards(images, out, shard_megabytes=0.03)
-    return out
 
 
 @pytest.fixture
