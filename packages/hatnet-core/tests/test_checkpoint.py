@@ -38,6 +38,14 @@ def test_save_and_load_keep_every_bit_and_the_configuration(small_model, tmp_pat
     assert [f.name for f in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+def test_a_folder_of_a_run_stands_for_the_weights_in_it(small_model, tmp_path):
+    save_checkpoint(small_model, tmp_path / "model.safetensors", {"classes": ["a", "b"]})
+    assert read_metadata(tmp_path) == read_metadata(tmp_path / "model.safetensors")
+    other = HATNet(**read_metadata(tmp_path)["config"])
+    assert load_checkpoint(other, tmp_path) == []
+    assert all(torch.equal(p, q) for p, q in zip(small_model.parameters(), other.parameters(), strict=True))
+
+
 def test_metadata_names_the_variant(tmp_path):
     save_checkpoint(create_model("hatnet_tiny", num_classes=2), tmp_path / "t.safetensors")
     assert read_metadata(tmp_path / "t.safetensors")["variant"] == "hatnet_tiny"

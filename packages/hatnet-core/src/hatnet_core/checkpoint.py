@@ -52,6 +52,9 @@ RELEASED_NAMES: list[tuple[str, str]] = [
 RELEASED_UNUSED = re.compile(r"\.attn\.proj_norm\.(weight|bias)$")
 """Released parameters that take no part in the computation; loading drops them."""
 
+WEIGHTS = "model.safetensors"
+"""The file of the weights in a folder of hatnet-train, a run or one of its checkpoints."""
+
 WRAPPERS = ("state_dict", "model", "module")
 """Keys under which trainers store the state dict; ``module`` is DeepSpeed's."""
 
@@ -137,8 +140,8 @@ def load_checkpoint(model: HATNet, path: str | Path, drop_head: bool = False) ->
 
     Args:
         model: the model; keeps its device, dtype, G1 and G2.
-        path: ``*.safetensors``, any other name for a file of ``torch.save``, or the folder of a DeepSpeed checkpoint
-            of any ZeRO stage (see ``zero.py``).
+        path: ``*.safetensors``, any other name for a file of ``torch.save``, a folder of hatnet-train that holds a
+            ``model.safetensors``, or the folder of a DeepSpeed checkpoint of any ZeRO stage (see ``zero.py``).
         drop_head: leave the classifier of the model as it is and ignore that of the file, of whatever size.
 
     Returns:
@@ -197,7 +200,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """Read what :func:`save_checkpoint` stored beside the weights, without loading them.
 
     Args:
-        path: the file, or the folder of a DeepSpeed checkpoint of hatnet-train.
+        path: the file, or a folder as in :func:`load_checkpoint`.
 
     Returns:
         ``version``, ``variant`` (None for a model that is none of the paper's), ``config`` (arguments of
@@ -208,8 +211,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         ValueError: if it is not a safetensors file written by :func:`save_checkpoint`.
         ImportError: if safetensors is not installed.
     """
-    if Path(path).is_dir():
-        return read_record(Path(path))
+    path = _inside(path)
+    if path.is_dir():
+        return read_record(path)
     _import_safetensors()
     from safetensors import SafetensorError, safe_open
 
@@ -229,7 +233,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def has_metadata(path: str | Path) -> bool:
-    """Whether a checkpoint can describe its model: a safetensors file or a DeepSpeed folder."""
+    """Whether a checkpoint can describe its model: a safetensors file or a folder."""
     return Path(path).suffix == ".safetensors" or Path(path).is_dir()
 
 
@@ -241,7 +245,7 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
         ValueError: if the file cannot be read, or holds no state dict of plain tensors.
         ImportError: if the file is safetensors and safetensors is not installed.
     """
-    path = Path(path)
+    path = _inside(path)
     tensors = _unwrapped(read_zero(path), path) if path.is_dir() else _read_tensors(_existing_file(path))
     state, beside = _without_prefixes(tensors)
     state, unused = rename_released(state)
@@ -405,6 +409,12 @@ def variant_name(config: Mapping[str, Any]) -> str | None:
         if all(config[key] == arguments[key] for key in ARCHITECTURE):
             return name
     return None
+
+
+def _inside(path: str | Path) -> Path:
+    """The file of the weights, if ``path`` is a folder of hatnet-train."""
+    path = Path(path)
+    return path / WEIGHTS if (path / WEIGHTS).is_file() else path
 
 
 def _existing_file(path: str | Path) -> Path:
