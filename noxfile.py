@@ -11,11 +11,14 @@ import nox
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv"
-nox.options.sessions = ["lint", "typing", "tests", "wheels", "demo"]
+nox.options.sessions = ["lint", "typing", "tests", "faults(short)", "wheels", "demo"]
 nox.options.error_on_missing_interpreters = False
 nox.options.download_python = "never"
 
 PACKAGES = ["core", "train", "dense", "analysis"]
+FAULTS = "packages/hatnet-train/tests/faults"
+"""Tests that break things; in a session of their own."""
+
 OTHER_INTERPRETERS = ["3.10", "3.12", "3.13"]
 """What hatnet-core declares beyond 3.11, which all other sessions run on."""
 
@@ -65,7 +68,7 @@ def typing(session: nox.Session) -> None:
 def tests(session: nox.Session, package: str) -> None:
     """Tests of one package, such as "tests(core)"; arguments after -- go to pytest."""
     install(session, package, groups=("test",))
-    paths = [f"packages/hatnet-{package}/tests"]
+    paths = [f"packages/hatnet-{package}/tests", f"--ignore={FAULTS}"]
     if package != "train":  # examples in docstrings and README are run; those of train would start DeepSpeed
         examples = [f"packages/hatnet-{package}/src", f"packages/hatnet-{package}/README.md"]
         paths += [*examples, "--doctest-modules", "--doctest-glob=README.md"]
@@ -92,7 +95,17 @@ def lowest(session: nox.Session) -> None:
 def slow(session: nox.Session, package: str) -> None:
     """The tests of one package that take minutes, such as "slow(core)"."""
     install(session, package, groups=("test",))
-    session.run("pytest", "-m", "slow", f"packages/hatnet-{package}/tests", *session.posargs, success_codes=[0, 5])
+    paths = [f"packages/hatnet-{package}/tests", f"--ignore={FAULTS}"]
+    session.run("pytest", "-m", "slow", *paths, *session.posargs, success_codes=[0, 5])
+
+
+@nox.session
+@nox.parametrize("form", ["short", "long"], ids=["short", "long"])
+def faults(session: nox.Session, form: str) -> None:
+    """Training runs that are killed, whose disk is full, whose files are damaged; "faults(long)" tries all of it."""
+    install(session, "train", groups=("test",))
+    which = {"short": "not slow", "long": "slow or not slow"}[form]
+    session.run("pytest", "-m", which, FAULTS, *session.posargs)
 
 
 @nox.session
@@ -124,6 +137,6 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure the training's loader, engine and scaling; results go to docs/benchmarks/."""
+    """Measure the training: loader, engine, checkpoints, scaling; results go to docs/benchmarks/."""
     install(session, "train", groups=("bench",))
     session.run("python", "benchmarks/training.py", *(session.posargs or ["--out", "docs/benchmarks"]))

@@ -21,7 +21,7 @@ from training_steps import (
     trainer_seconds,
 )
 
-from hatnet_train.engine import Trainer
+from hatnet_train.trainer import Trainer
 
 OURS, OURS_WHOLE = "our Trainer", "our Trainer, with mixing and average of the weights"
 DEEPSPEED, PYTORCH = "DeepSpeed's own loop", "PyTorch alone"

@@ -1,4 +1,4 @@
-"""Measure training on this machine: data loading, the cost of our loop, scaling to two processes, a GPU.
+"""Measure training on this machine: data loading, the cost of our loop, checkpoints, two processes, a GPU.
 
 Writes OUT/<date>-training.json, a readable .md of the same name and, for the loader, a picture. Close all else that
 runs: the ratios are formed within rounds, but a busy machine still spreads them.
@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import measure_checkpoint
 import measure_engine
 import measure_gpu
 import measure_loader
@@ -25,7 +26,7 @@ import torch
 from results import Measurement
 from training_steps import leave_launch
 
-NAMES = ("loader", "engine", "scaling", "gpu")
+NAMES = ("loader", "engine", "checkpoint", "scaling", "gpu")
 
 PACKAGES = ("hatnet-core", "hatnet-train", "torch", "torchvision", "timm", "deepspeed", "pillow", "scikit-image")
 
@@ -53,6 +54,9 @@ def measurements(report: Report, *, quick: bool) -> dict[str, Callable[[], Measu
     return {
         "loader": lambda: measure_loader.measure(measure_loader.QUICK if quick else measure_loader.Plan(), picture),
         "engine": lambda: measure_engine.measure(measure_engine.QUICK if quick else measure_engine.Plan()),
+        "checkpoint": lambda: measure_checkpoint.measure(
+            measure_checkpoint.QUICK if quick else measure_checkpoint.Plan()
+        ),
         "scaling": lambda: measure_scaling.measure(measure_scaling.QUICK if quick else measure_scaling.Plan()),
         "gpu": lambda: measure_gpu.measure(measure_gpu.QUICK if quick else measure_gpu.Plan()),
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -22,10 +22,11 @@ from hatnet_train.data.augment import normalise
 from hatnet_train.data.loader import Batch
 from hatnet_train.data.mixing import draw_mixing
 from hatnet_train.deepspeed_config import parameter_groups
-from hatnet_train.engine import Trainer
 from hatnet_train.launch import discover, join
 from hatnet_train.monitor import Monitor
 from hatnet_train.recipes import build_config
+from hatnet_train.state import RunState
+from hatnet_train.trainer import Trainer
 from hatnet_train.weights import full_weights, whole_model
 
 TIMEOUT = 600.0
@@ -90,20 +91,23 @@ def make_trainer(config: TrainConfig, out: Path, training: Source) -> Trainer:
         training: the images to train with.
     """
     trainer = Trainer(config, training, training, {})
-    trainer.out, trainer.monitor = out, Monitor(out) if trainer.rank == 0 else None
+    trainer.out, trainer.monitor = out, Monitor(out, [], 0) if trainer.rank == 0 else None
     return trainer
 
 
 def make_trainer_in_memory(config: TrainConfig, out: Path, steps: int) -> Trainer:
     """A Trainer whose epoch has so many steps and whose batches are in memory; :data:`BATCHES` of noise in turn."""
     trainer = make_trainer(config, out, Unread(config.batch_size * steps))
+    trainer.batches.close()
     trainer.batches = cycle(make_batches(config, config.batch_size // trainer.world_size))
     return trainer
 
 
 def train_epoch(trainer: Trainer, epoch: int) -> dict[str, float]:
     """Train one epoch, counted from 0, without evaluation and checkpoint; what the Trainer says of it."""
-    return trainer._train(epoch)
+    trainer.state = RunState(step=epoch * trainer.order.steps)
+    trainer.train_epoch(epoch)
+    return trainer.training_metrics()
 
 
 def make_batches(config: TrainConfig, size: int) -> list[Batch]:
@@ -116,6 +120,7 @@ def make_batches(config: TrainConfig, size: int) -> list[Batch]:
             torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw),
             torch.randint(0, 1000, (size,), generator=draw),
             torch.tensor(mixing) if mixing else torch.empty(0, 5),
+            bad=(),
         )
         for _ in range(BATCHES)
     ]
@@ -124,7 +129,8 @@ def make_batches(config: TrainConfig, size: int) -> list[Batch]:
 def close(*trainers: Trainer) -> None:
     """End what writes to the run folders and what reads the data, so that their folders can be removed."""
     for trainer in trainers:
-        trainer.batches = iter(())  # a loader that nothing refers to ends its workers
+        if isinstance(trainer.batches, Generator):
+            trainer.batches.close()
         if trainer.monitor is not None:
             trainer.monitor.close()
 

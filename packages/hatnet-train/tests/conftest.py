@@ -13,6 +13,7 @@ from hatnet_core import create_model, save_checkpoint
 from hatnet_train.data.augment import MEAN, STD
 from hatnet_train.data.shard_writer import write_shards
 from image_folders import make_image_folder
+from launches import Launch, Warm
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[3]
@@ -53,6 +54,37 @@ def run_command():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """The process that the others are forked from."""
+    process = Warm()
+    yield process
+    process.end()
+
+
+@pytest.fixture(scope="session")
+def launch(warm, tmp_path_factory):
+    """Starts the processes of a launch, at the end of which none is left."""
+    logs = tmp_path_factory.mktemp("logs")
+
+    def start(arguments, *, ranks=2, **kwargs):
+        return Launch(warm, logs, ranks, arguments, **kwargs)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def train(launch):
+    """Runs hatnet-train, or another command of its cli.py, to its end; the text of its ranks."""
+
+    def run(*arguments, ranks=2, expected=0, function="train"):
+        with launch(arguments, ranks=ranks, function=function) as started:
+            assert started.wait() == [expected] * ranks, started.text()
+            return started.text()
 
     return run
 

@@ -66,3 +66,16 @@ def image_of(sample):
     """The one file of a sample of the webdataset library that is an image."""
     (name,) = (name for name in sample if not name.startswith("__") and name != "cls")
     return sample[name]
+
+
+def draw_coloured_images(root, *, classes, train, val):
+    """An ImageNet-layout folder of noise, each class of another colour."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for place in range(classes):
+            folder = root / split / f"class{place}"
+            folder.mkdir(parents=True)
+            colour = np.array([place & 1, place >> 1 & 1, 0]) * 120
+            for i in range(count):
+                pixels = rng.integers(0, 120, (40 + i, 60, 3)) + colour
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.jpg")

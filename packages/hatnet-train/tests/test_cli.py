@@ -85,7 +85,7 @@ def test_a_hostfile_is_looked_up_without_a_launch(tmp_path, capsys):
     file.write_text("localhost slots=4\nno-such-host.invalid slots=4\n")
     assert status(train, ["--check-hostfile", file]) == 1
     line = one_error_line(capsys)
-    assert f"{file}, line 2: host no-such-host.invalid does not resolve" in line
+    assert f"hostfile {file}: host no-such-host.invalid does not resolve" in line
 
 
 def test_the_configuration_is_printed_with_every_field_and_what_was_given(capsys):

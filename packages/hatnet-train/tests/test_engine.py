@@ -1,19 +1,23 @@
-"""Real runs: every way to launch hatnet-train, with real processes, must give the same training."""
+"""Real runs: every way to launch hatnet-train, with real processes, must give the same training.
+
+Where the launcher is not what is tested, the processes are forked from one that has all imports behind it.
+"""
 
 import json
 import math
 import subprocess
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import BIN, ROOT
-from hatnet_core import HATNet, create_model, load_checkpoint, read_metadata, save_checkpoint
+from hatnet_core import create_model, save_checkpoint
 from hatnet_train.classifier import load_classifier
 from hatnet_train.data.folder import Folder
+from image_folders import draw_coloured_images
+from launches import until
 
 MODULE = [BIN / "deepspeed", "--num_accelerators", "2", "--module", "hatnet_train"]
 
@@ -22,7 +26,7 @@ MODULE = [BIN / "deepspeed", "--num_accelerators", "2", "--module", "hatnet_trai
 def images(tmp_path_factory):
     """An ImageNet-layout folder of 4 classes that differ in colour: 120 images to train with, 40 held out."""
     root = tmp_path_factory.mktemp("images")
-    draw_images(root, classes=4, train=30, val=10)
+    draw_coloured_images(root, classes=4, train=30, val=10)
     return root
 
 
@@ -58,19 +62,6 @@ def assert_same_training(out, reference, *, rel, absolute=0.0, weights=1e-3):
     assert difference < weights * sum(t.double().square().sum() for t in one.values()).sqrt()
 
 
-def draw_images(root, *, classes, train, val):
-    """An ImageNet-layout folder of noise, each class of another colour."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", train), ("val", val)):
-        for place in range(classes):
-            folder = root / split / f"class{place}"
-            folder.mkdir(parents=True)
-            colour = np.array([place & 1, place >> 1 & 1, 0]) * 120
-            for i in range(count):
-                pixels = rng.integers(0, 120, (40 + i, 60, 3)) + colour
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.jpg")
-
-
 def test_a_run_learns_and_leaves_everything_it_promises(alone):
     first, last = metrics(alone)
     assert last["eval_loss"] < first["eval_loss"] < math.log(4)
@@ -87,8 +78,8 @@ def test_a_run_learns_and_leaves_everything_it_promises(alone):
     with Image.open(alone / "curves.png") as picture:
         picture.verify()
     assert list((alone / "tensorboard").iterdir())
-    assert (alone / "checkpoints" / "latest").read_text() == "epoch-0002"
-    assert sorted(p.name for p in (alone / "checkpoints").iterdir()) == ["epoch-0002", "latest"]
+    checkpoints = sorted(p.name for p in (alone / "checkpoints").iterdir())
+    assert checkpoints == ["step-0000000005-evaluated", "step-0000000010-evaluated"]
 
 
 def test_the_final_weights_load_and_give_the_reported_accuracy(alone, images):
@@ -101,31 +92,21 @@ def test_the_final_weights_load_and_give_the_reported_accuracy(alone, images):
     assert 100 * right / 40 == pytest.approx(metrics(alone)[-1]["top1"])
 
 
-def test_the_deepspeed_checkpoint_holds_the_final_weights(alone):
-    (file,) = (alone / "checkpoints" / "epoch-0002").glob("*model_states.pt")
-    model = HATNet(**read_metadata(alone / "model.safetensors")["config"])
-    assert load_checkpoint(model, file) == []
-    final = load_file(alone / "model.safetensors")
-    assert all(torch.equal(t, final[name]) for name, t in model.state_dict().items())
-
-
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_zero_stage_trains_to_the_losses_of_one_process(stage, alone, run_command, tmp_path, short):
-    done = run_command(*MODULE, *short, "--zero-stage", stage, "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+def test_every_zero_stage_trains_to_the_losses_of_one_process(stage, alone, train, tmp_path, short):
+    train(*short, "--zero-stage", stage, "--out", tmp_path / "run")
     assert_same_training(tmp_path / "run", alone, rel=1e-4)
-    whole = load_classifier(tmp_path / "run" / "checkpoints")  # of the parts of both processes
+    whole = load_classifier(tmp_path / "run" / "checkpoints" / "step-0000000010-evaluated")
     final = load_file(tmp_path / "run" / "model.safetensors")
     assert whole.classes == [f"class{i}" for i in range(4)]
     assert all(torch.equal(t, final[name]) for name, t in whole.model.state_dict().items())
 
 
 @pytest.fixture(scope="module")
-def in_bf16(run_command, tmp_path_factory, short):
+def in_bf16(train, tmp_path_factory, short):
     """The run in bf16, on two processes without ZeRO."""
     out = tmp_path_factory.mktemp("bf16") / "run"
-    done = run_command(*MODULE, *short, "--precision", "bf16", "--out", out)
-    assert done.returncode == 0, done.stderr
+    train(*short, "--precision", "bf16", "--out", out)
     return out
 
 
@@ -136,27 +117,25 @@ def test_bf16_trains_to_nearly_the_losses_of_fp32(in_bf16, alone):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_zero_stage_trains_in_bf16_as_none_does(stage, in_bf16, run_command, tmp_path, short):
-    done = run_command(*MODULE, *short, "--precision", "bf16", "--zero-stage", stage, "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+def test_every_zero_stage_trains_in_bf16_as_none_does(stage, in_bf16, train, tmp_path, short):
+    train(*short, "--precision", "bf16", "--zero-stage", stage, "--out", tmp_path / "run")
     assert_same_training(tmp_path / "run", in_bf16, rel=0.03, weights=0.03)
 
 
 def test_accumulation_activation_checkpointing_and_a_users_json_leave_the_training_as_it_is(
-    alone, run_command, tmp_path, short
+    alone, train, tmp_path, short
 ):
     (tmp_path / "ds.json").write_text(json.dumps({"train_batch_size": 24, "gradient_accumulation_steps": 3}))
     flags = ["--deepspeed_config", tmp_path / "ds.json", "--activation-checkpointing", "--workers", "1"]
     without_batch = [*short[:6], *short[8:]]
-    done = run_command(BIN / "hatnet-train", *without_batch, *flags, "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+    train(*without_batch, *flags, "--out", tmp_path / "run", ranks=1)
     assert_same_training(tmp_path / "run", alone, rel=1e-4)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["accumulation"] == 3
 
 
-def test_all_that_imagenet_has_runs_on_two_processes_from_shards(run_command, tmp_path):
+def test_all_that_imagenet_has_runs_on_two_processes_from_shards(run_command, train, tmp_path):
     """Mixing, augmentation, repeats, EMA, clipping, bf16, workers, fine-tuning from another head: 2 steps of each."""
-    draw_images(tmp_path / "images", classes=4, train=12, val=5)
+    draw_coloured_images(tmp_path / "images", classes=4, train=12, val=5)
     done = run_command(BIN / "hatnet-shards", tmp_path / "images", tmp_path / "shards", "--resize", "48")
     assert done.returncode == 0, done.stderr
     start = tmp_path / "start.safetensors"
@@ -164,8 +143,7 @@ def test_all_that_imagenet_has_runs_on_two_processes_from_shards(run_command, tm
     small = ["--variant", "hatnet_tiny", "--image-size", "32", "--epochs", "2", "--batch-size", "24", "--workers", "1"]
     flags = [*small, "--ema-decay", "0.5", "--clip-grad", "1", "--zero-stage", "2", "--init", start]
     data = ["--recipe", "imagenet", "--data", tmp_path / "shards"]
-    done = run_command(*MODULE, *data, *flags, "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+    train(*data, *flags, "--out", tmp_path / "run")
     rows = metrics(tmp_path / "run")
     assert [row["epoch"] for row in rows] == [1, 2]
     assert all(0 <= row["ema_top1"] <= 100 and 0 < row["train_loss"] < 5 for row in rows)
@@ -175,10 +153,18 @@ def test_all_that_imagenet_has_runs_on_two_processes_from_shards(run_command, tm
     assert {"hatnet-train", "timm", "torch", "python"} <= record["versions"].keys()
     for name in ("model", "model_ema"):
         checkpoint = tmp_path / "run" / f"{name}.safetensors"
-        flags = ["--data", tmp_path / "shards", "--workers", "0", "--precision", "bf16", "--format", "json"]
-        done = run_command(BIN / "hatnet-eval", "--checkpoint", checkpoint, *flags)
-        assert done.returncode == 0, done.stderr
-        row = json.loads(done.stdout)
+        flags = [
+            "--data",
+            tmp_path / "shards",
+            "--workers",
+            "0",
+            "--precision",
+            "bf16",
+            "--out",
+            tmp_path / "row.json",
+        ]
+        train("--checkpoint", checkpoint, *flags, ranks=1, function="evaluate")
+        row = json.loads((tmp_path / "row.json").read_text())
         assert row["images"] == 20
         assert row["top1"] == pytest.approx(rows[-1]["top1" if name == "model" else "ema_top1"])
 
@@ -190,15 +176,13 @@ def test_a_compiled_model_trains_as_the_plain_one(alone, run_command, tmp_path, 
     assert_same_training(tmp_path / "run", alone, rel=1e-3)
 
 
-def test_held_out_images_are_counted_once_on_any_number_of_processes(alone, images, run_command, tmp_path):
-    result = tmp_path / "row.json"  # the launcher logs to standard output, too
-    flags = ["--checkpoint", alone / "model.safetensors", "--data", images, "--workers", "0", "--out", result]
-    three = [*MODULE[:2], "3", "--no_python", BIN / "hatnet-eval"]
-    rows = []
-    for launch in ([BIN / "hatnet-eval"], three):
-        done = run_command(*launch, *flags, "--batch-size", "6")
-        assert done.returncode == 0, done.stderr
-        rows.append(json.loads(result.read_text()))
+def test_held_out_images_are_counted_once_on_any_number_of_processes(alone, images, run_command, train, tmp_path):
+    one, three = tmp_path / "one.json", tmp_path / "three.json"  # the launcher logs to standard output, too
+    flags = ["--checkpoint", alone / "model.safetensors", "--data", images, "--workers", "0", "--batch-size", "6"]
+    train(*flags, "--out", one, ranks=1, function="evaluate")
+    done = run_command(*MODULE[:2], "3", "--no_python", BIN / "hatnet-eval", *flags, "--out", three)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(result.read_text()) for result in (one, three)]
     assert [row["world_size"] for row in rows] == [1, 3]
     last = metrics(alone)[-1]
     for row in rows:
@@ -211,34 +195,41 @@ def test_held_out_images_are_counted_once_on_any_number_of_processes(alone, imag
     ("flags", "expected"),
     [
         (["--rand-augment", "bogus"], "rand_augment must be a policy of timm such as rand-m9-mstd0.5, got 'bogus'"),
-        (["--init", "nofile.pth"], "no checkpoint at nofile.pth: expected an existing file"),
+        (["--init", "{folder}/no.pth"], "no checkpoint at {folder}/no.pth: expected an existing file"),
         (
-            ["--deepspeed_config", "typo.json"],
+            ["--deepspeed_config", "{folder}/typo.json"],
             "DeepSpeed refuses its configuration: AdamW.__init__() got an unexpected",
         ),
         (["--precision", "fp16", "--zero-stage", "1"], "precision fp16 with zero_stage 1 needs a GPU; on a CPU"),
     ],
 )
-def test_what_a_run_cannot_start_with_is_found_before_its_folder_is_made(
-    flags, expected, run_command, tmp_path, short
-):
+def test_what_a_run_cannot_start_with_is_found_before_its_folder_is_made(flags, expected, train, tmp_path, short):
     (tmp_path / "typo.json").write_text('{"optimizer": {"type": "AdamW", "params": {"typo": 1}}}')
-    done = run_command(BIN / "hatnet-train", *short, *flags, "--out", tmp_path / "run", cwd=tmp_path)
-    assert done.returncode == 1
-    assert f"hatnet-train: error: {expected}" in done.stderr
-    assert "Traceback" not in done.stderr
+    flags = [flag.format(folder=tmp_path) for flag in flags]
+    said = train(*short, *flags, "--out", tmp_path / "run", ranks=1, expected=1)
+    assert f"hatnet-train: error: {expected.format(folder=tmp_path)}" in said
+    assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
 
 
-def test_a_preflight_finds_what_a_run_cannot_start_with(run_command, short):
-    done = run_command(BIN / "hatnet-train", *short, "--preflight", "--rand-augment", "bogus")
-    assert done.returncode == 1
-    assert "hatnet-train: error: rand_augment must be a policy of timm such as rand-m9-mstd0.5" in done.stderr
-    assert done.stdout == ""
+def test_a_preflight_finds_what_a_run_cannot_start_with(train, short):
+    said = train(*short, "--preflight", "--rand-augment", "bogus", ranks=1, expected=1)
+    assert "hatnet-train: error: rand_augment must be a policy of timm such as rand-m9-mstd0.5" in said
+    assert "bandwidth" not in said
 
 
-def test_a_preflight_reports_every_process_and_leaves_no_folder(run_command, tmp_path, short):
-    done = run_command(*MODULE, *short, "--preflight", "--out", tmp_path / "run")
+def test_two_processes_of_a_launcher_train_as_one_does(alone, run_command, tmp_path, short):
+    done = run_command(*MODULE, *short, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["world_size"] == 2
+    assert_same_training(tmp_path / "run", alone, rel=1e-4)
+
+
+@pytest.mark.parametrize(("folder", "name"), [("packages", "hatnet-train"), (".", "packages/hatnet-train")])
+def test_the_folder_of_the_package_is_launched_like_the_module(folder, name, run_command, tmp_path, short):
+    """A preflight, which reports every process and leaves no folder."""
+    launch = [*MODULE[:-2], name, *short, "--preflight", "--out", tmp_path / "run"]
+    done = run_command(*launch, cwd=ROOT / folder)
     assert done.returncode == 0, done.stderr
     assert "processes      2 on 1 host(s)" in done.stdout
     assert "training data  120 images, " in done.stdout
@@ -246,29 +237,26 @@ def test_a_preflight_reports_every_process_and_leaves_no_folder(run_command, tmp
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("launch", "folder"),
-    [
-        (MODULE, "."),
-        ([BIN / "deepspeed", "--num_accelerators", "2", "hatnet-train"], "packages"),
-        ([BIN / "deepspeed", "--num_accelerators", "2", "packages/hatnet-train"], "."),
-    ],
-    ids=["module", "folder from packages", "folder from the root"],
-)
-def test_two_processes_however_launched_train_as_one_does(launch, folder, alone, run_command, tmp_path, short):
-    done = run_command(*launch, *short, "--out", tmp_path / "run", cwd=ROOT / folder)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["world_size"] == 2
-    assert_same_training(tmp_path / "run", alone, rel=1e-4)
+@pytest.fixture
+def refused(launch):
+    """What rank 0 says of a run that it refuses: one line, without the others, as under a launcher that ends them."""
+
+    def refused(*arguments, ranks):
+        with launch(arguments, ranks=ranks) as started:
+            until(lambda: started.poll(0) is not None, 120, started.text)
+            said = started.text()
+            assert started.poll(0) == 1
+            assert said.count("hatnet-train: error: ") == 1
+            assert "Traceback" not in said
+            return said
+
+    return refused
 
 
-@pytest.mark.parametrize("launch", [[BIN / "hatnet-train"], MODULE], ids=["alone", "two processes"])
-def test_a_run_folder_that_holds_a_run_is_refused_and_left_as_it_is(launch, alone, run_command, short):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_folder_that_holds_a_run_is_refused_and_left_as_it_is(ranks, alone, refused, short):
     before = {p: p.stat().st_mtime_ns for p in alone.rglob("*")}
-    done = run_command(*launch, *short, "--out", alone)
-    assert done.returncode != 0
-    assert f"hatnet-train: error: run folder {alone} is not empty" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert f"run folder {alone} is not empty" in refused(*short, "--out", alone, ranks=ranks)
     assert {p: p.stat().st_mtime_ns for p in alone.rglob("*")} == before
 
 
@@ -299,9 +287,6 @@ def test_a_run_folder_that_cannot_be_made_ends_the_launch_with_one_line(run_comm
         (["--batch-size", "1438"], "batch_size must be at most the 1437 training images, got 1438"),
     ],
 )
-def test_a_batch_that_cannot_be_ends_the_launch_with_one_line(arguments, expected, run_command, tmp_path):
-    done = run_command(*MODULE, "--recipe", "digits", *arguments, "--out", tmp_path / "run")
-    assert done.returncode != 0
-    assert done.stderr.count("hatnet-train: error: ") == 1
-    assert expected in done.stderr
+def test_a_batch_that_cannot_be_ends_the_launch_with_one_line(arguments, expected, refused, tmp_path):
+    assert expected in refused("--recipe", "digits", *arguments, "--out", tmp_path / "run", ranks=2)
     assert not (tmp_path / "run").exists()

@@ -13,8 +13,9 @@ import pytest
 from torch.distributed import TCPStore
 
 from conftest import BIN
-from hatnet_train.launch import Launch, compact_ranks, discover, roll_call
+from hatnet_train.launch import Launch, discover, roll_call
 from hatnet_train.preflight import check_hostfile
+from hatnet_train.watch import compact_ranks
 
 LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SLURM_", "OMPI_", "PMI_", "MPI_", "TORCHELASTIC_", "OMP_")
 TORCH = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
@@ -254,10 +255,11 @@ def test_a_hostfile_gives_hosts_and_slots_in_order(tmp_path):
         ("localhost slots=1\nlocalhost 8\n", "hosts, line 2: expected 'NAME slots=NUMBER', got 'localhost 8'"),
         ("localhost slots=0\n", "hosts, line 1: expected 'NAME slots=NUMBER', got 'localhost slots=0'"),
         ("localhost slots=1\n#\nlocalhost slots=2\n", "hosts, line 3: host localhost comes twice"),
-        ("no-such-host.invalid slots=1\n", "hosts, line 1: host no-such-host.invalid does not resolve"),
+        ("no-such-host.invalid slots=1\n", "hostfile .*hosts: host no-such-host.invalid does not resolve"),
+        ("a..b slots=1\n", r"hostfile .*hosts: host a\.\.b does not resolve \(it cannot be a name\)"),
     ],
 )
-def test_a_hostfile_is_refused_by_file_line_and_host(text, expected, tmp_path):
+def test_a_hostfile_is_refused_by_file_and_line_or_host(text, expected, tmp_path):
     if text is not None:
         (tmp_path / "hosts").write_text(text)
     with pytest.raises(ValueError, match=expected):

@@ -41,7 +41,8 @@ def first(count, source, settings, rank=0, world_size=1, first_step=0):
 
 
 def joined(batches):
-    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    assert not any(batch.bad for batch in batches)
+    return [torch.cat(parts) for parts in zip(*[batch[:3] for batch in batches], strict=True)]
 
 
 def equal(ours, theirs):

@@ -14,10 +14,10 @@ def row(epoch):
 
 
 def test_an_epoch_is_a_line_of_metrics_a_picture_and_tensorboard_scalars(tmp_path, capsys):
-    monitor = Monitor(tmp_path)
+    monitor = Monitor(tmp_path, [], 0)
     monitor.train_step(1, 2.5, 1e-4)
-    monitor.epoch(row(1), 3)
-    monitor.epoch({**row(2), "ema_top1": 77.0}, 3)
+    monitor.epoch([row(1)], 3, 5)
+    monitor.epoch([row(1), {**row(2), "ema_top1": 77.0}], 3, 10)
     monitor.close()
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         row(1),
@@ -39,13 +39,29 @@ def test_an_epoch_is_a_line_of_metrics_a_picture_and_tensorboard_scalars(tmp_pat
     assert lines[1].endswith(" s left")
 
 
+def test_a_run_that_goes_on_leaves_out_what_was_reported_of_steps_it_makes_again(tmp_path):
+    before = Monitor(tmp_path, [], 0)
+    for step in (1, 2, 3):
+        before.train_step(step, 9.0, 1e-4)
+    before.epoch([row(1)], 3, 2)
+    before.epoch([row(1), row(2)], 3, 4)
+    before.close()
+    after = Monitor(tmp_path, [row(1)], 2)
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [row(1)]
+    after.train_step(3, 1.0, 1e-4)
+    after.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/step_loss")] == [(1, 9.0), (2, 9.0), (3, 1.0)]
+
+
 def test_without_a_terminal_progress_is_a_whole_line_now_and_then(capsys, monkeypatch):
     monkeypatch.setattr("hatnet_train.monitor.SECONDS_BETWEEN_LINES", 0.05)
-    progress = Progress(2, 90, GlobalOrder(length=100, batch_size=10, seed=0))
+    progress = Progress(2, 90, GlobalOrder(length=100, batch_size=10, seed=0), done=0)
     for _ in range(3):
         progress.step(float("nan"), 0.0)
         time.sleep(0.06)
-    progress.step(1.5, 0.06)
+    progress.step(1.5, 0.33)
     progress.close()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
@@ -53,7 +69,7 @@ def test_without_a_terminal_progress_is_a_whole_line_now_and_then(capsys, monkey
     assert lines[0].startswith("epoch 3/90: step 2/10, ")
     assert "loss" not in lines[0]
     assert ", loss 1.5000, " in lines[-1]
-    assert ", data wait 3" in lines[-1]
+    assert ", data wait 33 %, " in lines[-1]
     assert lines[-1].endswith(" left of the epoch")
 
 

@@ -1,6 +1,7 @@
 """The comparison and measurement before a run, with real processes; the table and the digest without."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -8,48 +9,35 @@ from pathlib import Path
 import pytest
 
 from hatnet_train import preflight
-from hatnet_train.preflight import code_digest, format_report
-
-MEMBER = """
-import json, os, sys
 from hatnet_train.launch import discover, join, leave
-from hatnet_train.preflight import preflight, raise_together
+from hatnet_train.preflight import code_digest, format_report, raise_together
 
-launch = discover(os.environ)
 
-def say(what):  # a line at once: the ranks share the output
-    line = json.dumps({"rank": launch.rank, "pid": os.getpid(), **what}) + "\\n"
-    os.write(1, line.encode())
-
-join(launch, 60)
-if len(sys.argv) > 2:
-    broken = sys.argv[2].split(",")
+def member(arguments):
+    """A process of a launch; its log gets a line of JSON."""
+    launch = discover(os.environ)
+    join(launch, 60)
+    version, *broken = arguments
+    facts = {"data": "d1", "torch": "2.13" if launch.rank not in (1, 2) else version}
     try:
-        raise_together("no data" if str(launch.rank) in broken else None)
+        if broken:
+            raise_together("no data" if str(launch.rank) in broken[0].split(",") else None)
+        result = {"report": preflight.preflight(facts, 4_000_000)}
     except ValueError as error:
-        say({"together": str(error)})
-    sys.exit(leave())
-facts = {"data": "d1", "torch": "2.13" if launch.rank not in (1, 2) else sys.argv[1]}
-try:
-    result = {"report": preflight(facts, 4_000_000)}
-except ValueError as error:
-    result = {"error": str(error)}
-say(result)
-leave()
-"""
+        result = {"error": str(error)}
+    sys.stdout.write(json.dumps({"pid": os.getpid(), **result}) + "\n")
+    leave()
 
 
 @pytest.fixture
-def on_ranks(run_command, tmp_path):
-    """Run the script on some ranks; what each printed, in order."""
+def on_ranks(launch):
+    """Run :func:`member` on some ranks; what each printed, in order."""
 
-    def on_ranks(processes, *arguments):
-        (tmp_path / "member.py").write_text(MEMBER)
-        torchrun = ("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-        done = run_command(sys.executable, "-m", *torchrun, tmp_path / "member.py", *arguments)
-        assert done.returncode == 0, done.stderr
-        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        return sorted(lines, key=lambda line: line["rank"])
+    def on_ranks(ranks, *arguments):
+        with launch(arguments, ranks=ranks, module="test_preflight", function="member") as started:
+            assert set(started.wait()) == {0}, started.text()
+            logs = [started.log(rank) for rank in range(ranks)]
+        return [json.loads(line) for log in logs for line in log.splitlines() if line.startswith("{")]
 
     return on_ranks
 
@@ -72,7 +60,7 @@ def test_equal_processes_get_one_report_with_a_bandwidth_that_fits_its_time(on_r
 
 def test_ranks_that_differ_are_named_on_every_rank_with_both_values(on_ranks):
     lines = on_ranks(3, "2.12")
-    assert [line["rank"] for line in lines] == [0, 1, 2]
+    assert len(lines) == 3
     expected = "torch must be equal on all ranks: 2.13 on rank 0, but 2.12 on ranks 1-2"
     assert {line["error"] for line in lines} == {expected}
 
@@ -80,7 +68,7 @@ def test_ranks_that_differ_are_named_on_every_rank_with_both_values(on_ranks):
 @pytest.mark.parametrize(("broken", "expected"), [("0,1,2", "no data"), ("1,2", "ranks 1-2: no data"), ("none", None)])
 def test_what_stops_some_ranks_stops_all_with_one_message(broken, expected, on_ranks):
     lines = on_ranks(3, "2.13", broken)
-    assert [line["together"] for line in lines] == ([expected] * 3 if expected else [])
+    assert [line.get("error") for line in lines] == [expected] * 3
 
 
 @pytest.mark.parametrize("size", [0, 2, 4_000_001])

@@ -1,69 +1,61 @@
 """What DeepSpeed's stages make of the weights, with real processes."""
 
-import sys
+import os
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from deepspeed import comm as dist
+from safetensors.torch import load_file, save_file
 
 from hatnet_core import create_model
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-
-SCRIPT = """
-import os
-import sys
-
-import torch
-from deepspeed import comm as dist
-from safetensors.torch import save_file
-
 from hatnet_train import build_config
 from hatnet_train.deepspeed_config import deepspeed_config
 from hatnet_train.engine import build_engine
 from hatnet_train.launch import discover, join, leave
 from hatnet_train.weights import Ema, full_weights, whole_model
 
-out, stage, precision = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-join(discover(os.environ), 60)
-config = build_config("digits", {"zero_stage": stage, "precision": precision, "batch_size": 4, "lr": 1e-3})
-user = {"bf16": {"enabled": True}} if precision == "bf16" and stage == 2 else {}
-engine = build_engine(config, deepspeed_config(config, world_size=2, user=user), 10, 3)
-dtype = next(engine.module.parameters()).dtype
-ema, history = Ema(engine, 0.5), []
-for step in range(3):
-    generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
-    images = torch.randn(2, 3, 32, 32, generator=generator).to(dtype)
-    loss = engine(images).float().logsumexp(1).mean()
-    engine.backward(loss)
-    engine.step()
-    ema.update()
-    history.append(full_weights(engine))
-averaged, images = ema.weights(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-engine.eval()
-with torch.no_grad():
-    inside = engine(images.to(dtype)).float()
-    outside = whole_model(engine, history[-1])(images)
-if dist.get_rank() == 0:
-    save_file({f"{i}/{n}": t for i, w in enumerate(history) for n, t in w.items()}, f"{out}/history.safetensors")
-    save_file(averaged, f"{out}/averaged.safetensors")
-    save_file({"inside": inside, "outside": outside}, f"{out}/logits.safetensors")
-leave()
-"""
+
+def three_steps(arguments):
+    """Train three steps in a process of a launch; rank 0 writes the weights after each."""
+    out, stage, precision = Path(arguments[0]), int(arguments[1]), arguments[2]
+    join(discover(os.environ), 60)
+    config = build_config("digits", {"zero_stage": stage, "precision": precision, "batch_size": 4, "lr": 1e-3})
+    user = {"bf16": {"enabled": True}} if precision == "bf16" and stage == 2 else {}
+    engine = build_engine(config, deepspeed_config(config, world_size=2, user=user), 10, 3)
+    dtype = next(engine.module.parameters()).dtype
+    ema, history = Ema(engine, 0.5), []
+    for step in range(3):
+        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+        images = torch.randn(2, 3, 32, 32, generator=generator).to(dtype)
+        loss = engine(images).float().logsumexp(1).mean()
+        engine.backward(loss)
+        engine.step()
+        ema.update()
+        history.append(full_weights(engine))
+    averaged, images = ema.weights(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    engine.eval()
+    with torch.no_grad():
+        inside = engine(images.to(dtype)).float()
+        outside = whole_model(engine, history[-1])(images)
+    if dist.get_rank() == 0:
+        save_file({f"{i}/{n}": t for i, w in enumerate(history) for n, t in w.items()}, out / "history.safetensors")
+        save_file(averaged, out / "averaged.safetensors")
+        save_file({"inside": inside, "outside": outside}, out / "logits.safetensors")
+    leave()
 
 
 @pytest.fixture(scope="module")
-def trained(run_command, tmp_path_factory):
+def trained(launch, tmp_path_factory):
     """Run three steps at a stage; weights after each, their average, and logits inside and outside the engine."""
     folder = tmp_path_factory.mktemp("weights")
-    (folder / "script.py").write_text(SCRIPT)
 
     def run(stage, precision):
         out = folder / f"{stage}{precision}"
         if not out.exists():
             out.mkdir()
-            done = run_command(*TORCHRUN, folder / "script.py", out, stage, precision)
-            assert done.returncode == 0, done.stderr
+            with launch([out, stage, precision], module="test_weights", function="three_steps") as started:
+                assert started.wait() == [0, 0], started.text()
         return [load_file(out / f"{name}.safetensors") for name in ("history", "averaged", "logits")]
 
     return run

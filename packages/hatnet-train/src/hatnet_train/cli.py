@@ -21,8 +21,11 @@ from hatnet_core import list_models
 from hatnet_train.__about__ import __version__
 from hatnet_train.config import TrainConfig
 from hatnet_train.recipes import RECIPES, build_config
+from hatnet_train.signals import REQUEUE, Preempted, Signals, stop_noticing
 
 GRACE_SECONDS = 10.0
+
+PREEMPT_SECONDS = 90.0
 
 TIMEOUT_SECONDS = 600.0
 """How long a process waits for the others, if --timeout does not say."""
@@ -37,10 +40,30 @@ def train(arguments: Sequence[str] | None = None) -> int:
         "examples:\n"
         "  hatnet-train --recipe digits --out runs/digits\n"
         "  deepspeed --num_accelerators 2 --module hatnet_train --recipe digits --out runs/digits\n"
-        "  deepspeed --hostfile hosts --module hatnet_train --recipe imagenet --data shards --out runs/small",
+        "  deepspeed --hostfile hosts --module hatnet_train --recipe imagenet --data shards --out runs/small\n"
+        "  hatnet-train --recipe digits --out runs/digits --resume auto\n"
+        "  hatnet-train --verify runs/digits\n"
+        f"exit status: 0; 1 after an error; {REQUEUE} if SIGTERM or SIGUSR1 ended the run, which can go on",
     )
     parser.add_argument("--recipe", metavar="NAME", help=f"values to start from; needed: {', '.join(RECIPES)}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder, new or empty; needed to train")
+    parser.add_argument(
+        "--resume",
+        default="none",
+        metavar="auto|none|PATH",
+        help="go on from the newest checkpoint in --out, if there is one; or from that of another run folder, or a "
+        "checkpoint itself (default none: a new run)",
+    )
+    parser.add_argument(
+        "--preempt-seconds",
+        type=float,
+        default=PREEMPT_SECONDS,
+        metavar="SECONDS",
+        help=f"after SIGTERM or SIGUSR1, time to save before the process ends (default {PREEMPT_SECONDS:g})",
+    )
+    parser.add_argument(
+        "--verify", type=Path, metavar="RUN", help="do nothing else: check every file of a run folder's checkpoints"
+    )
     parser.add_argument("--preflight", action="store_true", help="do not train: check the processes and their network")
     parser.add_argument("--print-config", action="store_true", help="do not train: print the configuration as JSON")
     parser.add_argument(
@@ -63,6 +86,10 @@ def train(arguments: Sequence[str] | None = None) -> int:
     given = {name: options[name] for name in options if name in TrainConfig.__dataclass_fields__}
     if options["check_hostfile"] is not None:
         return _report_errors("hatnet-train", lambda: _check_hostfile(options["check_hostfile"]))
+    if options["verify"] is not None:
+        return _report_errors("hatnet-train", lambda: _verify(options["verify"]))
+    if not 0 < options["preempt_seconds"] < float("inf"):
+        parser.error(f"--preempt-seconds must be positive, got {options['preempt_seconds']:g}")
     needed = ["recipe"] if options["preflight"] or options["print_config"] else ["recipe", "out"]
     if missing := [f"--{name}" for name in needed if options[name] is None]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
@@ -214,6 +241,22 @@ def _check_hostfile(path: Path) -> None:
     print(f"{path}: {len(hosts)} hosts, {sum(hosts.values())} processes, all names resolve")
 
 
+def _verify(run: Path) -> None:
+    from hatnet_train.verify import check_run
+
+    found = check_run(run)
+    for path, problems in found.items():
+        print(f"{path}: {'damaged' if problems else 'usable'}")
+        for problem in problems:
+            print(f"  {problem}")
+    damaged = [str(path) for path, problems in found.items() if problems]
+    usable = [path for path, problems in found.items() if not problems and path != run]
+    if usable:
+        print(f"--resume auto goes on from {usable[-1]}")
+    if damaged:
+        raise ValueError(f"{len(damaged)} of {len(found)} are damaged: {', '.join(damaged)}")
+
+
 def _train(options: dict[str, Any], given: dict[str, Any]) -> None:
     from hatnet_train.deepspeed_json import fields_of, read_deepspeed_json
 
@@ -233,10 +276,18 @@ def _train(options: dict[str, Any], given: dict[str, Any]) -> None:
         TrainTransform(config)  # timm knows whether its policy is one
         print(json.dumps(dataclasses.asdict(config), indent=2))
         return
+    signals = Signals(options["preempt_seconds"])
     _import_deepspeed()
-    from hatnet_train.engine import train_run
+    from hatnet_train.run import train_run
 
-    train_run(config, None if options["preflight"] else options["out"], user, options["timeout"])
+    train_run(
+        config,
+        None if options["preflight"] else options["out"],
+        user,
+        resume=options["resume"],
+        timeout=options["timeout"],
+        signals=signals,
+    )
 
 
 def _import_deepspeed() -> None:
@@ -277,7 +328,7 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="PATH",
-        help="model.safetensors of a run, a folder below its checkpoints/, or with --variant any file of weights",
+        help="run folder, one of its checkpoints, a .safetensors file of it, or with --variant any file of weights",
     )
     parser.add_argument(
         "--variant",
@@ -343,6 +394,10 @@ def _report_errors(prog: str, run: Callable[[], None]) -> int:
             raise
         _print_error(prog, known)
         return 1
+    except Preempted as end:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{prog}: {end}\n")
+        return REQUEUE
     except KeyboardInterrupt:
         _print_error(prog, "interrupted")
         return 130
@@ -380,5 +435,6 @@ def _print_error(prog: str, message: str) -> None:
     if rank == "0":
         print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
     else:
+        stop_noticing()  # the launcher's SIGTERM is meant
         time.sleep(GRACE_SECONDS)
         print(f"{prog}: error: [rank {rank}] {message}", file=sys.stderr, flush=True)

@@ -17,6 +17,8 @@ MAX_SIZE = 2048
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 
+BAD_IMAGE = ("strict", "replace")
+
 
 def _described(help_text: str, default: Any = dataclasses.MISSING) -> Any:
     """A field with its documentation; without a default, every recipe gives the value."""
@@ -72,6 +74,15 @@ class TrainConfig:
     )
     compile: bool = _described("compile the model with torch.compile", False)
     workers: int = _described("data workers a process; 0: the process itself", 4)
+    checkpoint_steps: int = _described("steps from one checkpoint to the next; 0: one at the end of each epoch", 0)
+    keep_checkpoints: int = _described("newest checkpoints to keep, beside the best", 2)
+    max_skipped_steps: int = _described("steps that may be left out as loss or gradients are not finite", 3)
+    on_bad_image: str = _described(
+        "strict: an image that cannot be read ends the run; replace: the next one takes its place, held out it is not "
+        "counted",
+        "strict",
+    )
+    max_bad_images: int = _described("such images in an epoch; more end the run", 100)
     seed: int = _described("seed of the weights, the order of the images and their augmentation", 0)
 
     def __post_init__(self) -> None:
@@ -117,6 +128,11 @@ class TrainConfig:
             "zero_stage": (self.zero_stage in range(4), "from 0 to 3"),
             "accumulation": (self.accumulation >= 1, "at least 1"),
             "workers": (0 <= self.workers <= 1024, "from 0 to 1024"),
+            "checkpoint_steps": (self.checkpoint_steps >= 0, "0 or positive"),
+            "keep_checkpoints": (self.keep_checkpoints >= 1, "at least 1"),
+            "max_skipped_steps": (self.max_skipped_steps >= 0, "0 or positive"),
+            "on_bad_image": (self.on_bad_image in BAD_IMAGE, f"one of {', '.join(BAD_IMAGE)}"),
+            "max_bad_images": (self.max_bad_images >= 0, "0 or positive"),
             "seed": (0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
         }
 

@@ -29,13 +29,14 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not a JSON object, a section is none, it has a schedule, or another optimizer than AdamW.
+        ValueError: if it is not a JSON object, a section is none, it has a schedule, or another optimizer than AdamW;
+            likewise as :func:`fields_of` does.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no DeepSpeed configuration at {path}: expected a JSON file")
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
@@ -53,6 +54,10 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     kind = value_at(content, ("optimizer", "type"))
     if kind not in (None, "Adam", "AdamW") or value_at(content, ("optimizer", "params", "adam_w_mode")) is False:
         raise ValueError(f"{path}: the optimizer must be AdamW (Sec. 4.1), got {json.dumps(content['optimizer'])}")
+    try:
+        fields_of(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return content
 
 

@@ -21,6 +21,8 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
+    *,
+    between: Callable[[Batch], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Run every model over this rank's batches, which are read once; all ranks have to call it with as many.
 
@@ -31,6 +33,7 @@ def evaluate(
         dtype: what they take.
         mean: of the normalisation, for values in [0, 1].
         std: likewise.
+        between: called with every batch, after it.
 
     Returns:
         Of each model ``eval_loss`` (cross entropy), ``top1`` and ``top5`` (percent), ``eval_images`` (how many were
@@ -46,6 +49,8 @@ def evaluate(
                 loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
                 hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
                 total += torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()])
+            if between is not None:
+                between(batch)
     dist.all_reduce(sums)
     return [
         {"eval_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "eval_images": int(count)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -75,7 +76,8 @@ def evaluation_run(
             world_size=world_size,
         )
         start = time.perf_counter()
-        with torch.autocast(device.type, getattr(torch, dtype or "bfloat16"), enabled=dtype is not None):
+        precise = torch.autocast(device.type, getattr(torch, dtype or "bfloat16"), enabled=dtype is not None)
+        with precise, contextlib.closing(batches):
             models = [classifier.model.to(device)]
             (metrics,) = evaluate(models, batches, device, mean=classifier.mean, std=classifier.std)
         seconds = time.perf_counter() - start

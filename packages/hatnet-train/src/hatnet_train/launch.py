@@ -14,15 +14,23 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from hatnet_train.signals import Preempted
+from hatnet_train.watch import ADVICE, Watch, compact_ranks
+
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torch's launchers tell each process, and :func:`join` the libraries, whatever the launcher."""
+
+LOST_CONTACT = (
+    r"Connection (closed by peer|reset)|Connection refused|NCCL|ProcessGroup|Timed out waiting|gloo|Broken pipe"
+)
+"""What the errors of torch's communication say."""
 
 DEFAULT_PORT = 29500
 """Port of rank 0 where nobody chose one; DeepSpeed's and torchrun's, too."""
@@ -80,7 +88,7 @@ def discover(environ: Mapping[str, str]) -> Launch:
     return _one_process("none")
 
 
-def join(launch: Launch, timeout: float) -> None:
+def join(launch: Launch, timeout: float) -> Watch:
     """Call the roll, start the process group of torch and DeepSpeed, and take this process's device and cores.
 
     LAUNCHER_VARIABLES are set in ``os.environ``, for the libraries that read them.
@@ -88,6 +96,9 @@ def join(launch: Launch, timeout: float) -> None:
     Args:
         launch: this process's place; from :func:`discover`.
         timeout: seconds, both for the roll call and for every later communication of the group.
+
+    Returns:
+        This process's signs of life, which began.
 
     Raises:
         ValueError: if the timeout is not positive, two processes have one place, or there is no accelerator for one.
@@ -98,8 +109,12 @@ def join(launch: Launch, timeout: float) -> None:
         raise ValueError(f"the timeout must be a positive number of seconds, got {timeout}")
     values = (launch.rank, launch.local_rank, launch.world_size, launch.master_addr, launch.master_port)
     os.environ.update(zip(LAUNCHER_VARIABLES, map(str, values), strict=True))
-    _start_group(launch, roll_call(launch, timeout), timeout)
+    store = roll_call(launch, timeout)
+    own_connection = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
+    watch = Watch(own_connection, launch.rank, launch.world_size, _master(launch), timeout)
+    _start_group(launch, store, timeout)
     _share_cores(launch.local_world_size)
+    return watch
 
 
 class AgreedError(ValueError):
@@ -107,16 +122,27 @@ class AgreedError(ValueError):
 
 
 @contextlib.contextmanager
-def joined(launch: Launch, timeout: float) -> Iterator[None]:
-    """:func:`join`, and the end of the process group afterwards: together, unless this rank alone has failed."""
-    join(launch, timeout)
+def joined(launch: Launch, timeout: float) -> Iterator[Watch]:
+    """:func:`join`, and the end of the process group afterwards: together, unless this rank alone has failed.
+
+    Together are those of AgreedError, FloatingPointError and Preempted, which all ranks raise alike, too.
+
+    Raises:
+        ConnectionError: if the communication with another process fails, naming those that are gone or hang.
+    """
+    watch = join(launch, timeout)
     try:
-        yield
+        yield watch
         torch.distributed.barrier()
-    except AgreedError:
+    except (AgreedError, FloatingPointError, Preempted):
         torch.distributed.barrier()
         raise
+    except RuntimeError as error:
+        if not re.search(LOST_CONTACT, str(error)):
+            raise
+        raise ConnectionError(f"{watch.culprits()}; {ADVICE}") from error
     finally:
+        watch.end()
         torch.distributed.destroy_process_group()
 
 
@@ -152,18 +178,6 @@ def roll_call(launch: Launch, timeout: float) -> Store:
             f"rank {launch.rank} on {socket.gethostname()} lost {_master(launch)} while the roll was called; "
             "if rank 0 ended, its own output says why"
         ) from error
-
-
-def compact_ranks(ranks: Iterable[int]) -> str:
-    """Ranks as a short text: "rank 3", "ranks 0-2, 5"."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"rank {text}" if text.isdigit() else f"ranks {text}"
 
 
 def _from_torch_variables(environ: Mapping[str, str]) -> Launch:

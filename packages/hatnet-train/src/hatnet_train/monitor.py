@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
 import resource
 import sys
+import threading
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from hatnet_train.checkpoint import write_file
 from hatnet_train.sampler import GlobalOrder
+
+METRICS = "metrics.jsonl"
 
 SECONDS_BETWEEN_LINES = 30.0
 """How often a run whose output is not a terminal says how far it is."""
@@ -23,34 +29,34 @@ SECONDS_BETWEEN_LINES = 30.0
 class Monitor:
     """Record one row of metrics an epoch in the run folder, as numbers and as a picture.
 
+    A report that cannot be written does not end a run: that is said once, and the next epoch tries again.
+
     Args:
         out: the run folder; ``metrics.jsonl``, ``curves.png`` and ``tensorboard/`` appear in it.
+        rows: of the epochs before, where a run goes on; what the files have beyond them goes.
+        step: steps that are behind it.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, rows: Sequence[dict[str, Any]], step: int) -> None:
         self._out = out
-        self._rows: list[dict[str, Any]] = []
-        self._tensorboard = SummaryWriter(str(out / "tensorboard"))
-        self._start = time.perf_counter()
+        self._start, self._before = time.perf_counter(), len(rows)
+        self._told = False
+        self._tensorboard: SummaryWriter | None = None
+        self._open_tensorboard(step)
+        self._write(rows)
 
     def train_step(self, step: int, loss: float, lr: float) -> None:
         """Send the global loss and the learning rate of an optimizer step, counted from 1, to TensorBoard."""
-        self._tensorboard.add_scalar("train/step_loss", loss, step)
-        self._tensorboard.add_scalar("train/lr", lr, step)
+        self._add(step, {"train/step_loss": loss, "train/lr": lr})
 
-    def epoch(self, row: dict[str, Any], epochs: int) -> None:
-        """Record the metrics of a finished epoch everywhere, and print them; ``row["epoch"]`` counts from 1."""
-        self._rows.append(row)
-        with (self._out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        for name, value in row.items():
-            if name != "epoch":
-                self._tensorboard.add_scalar(f"epoch/{name}", value, row["epoch"])
-        self._tensorboard.flush()
-        draw_curves(self._rows, self._out / "curves.png")
-        left = (time.perf_counter() - self._start) / len(self._rows) * (epochs - row["epoch"])
+    def epoch(self, rows: Sequence[dict[str, Any]], epochs: int, step: int) -> None:
+        """Record the metrics of the epoch that ended at ``step``, the last of ``rows``, everywhere, and print them."""
+        row = rows[-1]
+        self._write(rows)
+        if self._tensorboard is None:
+            self._open_tensorboard(step)
+        self._add(row["epoch"], {f"epoch/{name}": value for name, value in row.items() if name != "epoch"}, flush=True)
+        left = (time.perf_counter() - self._start) / (len(rows) - self._before) * (epochs - row["epoch"])
         ema = f" (average of the weights {row['ema_top1']:.2f} %)" if "ema_top1" in row else ""
         tqdm.write(
             f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, "
@@ -62,7 +68,53 @@ class Monitor:
 
     def close(self) -> None:
         """Flush and close TensorBoard's file."""
-        self._tensorboard.close()
+        if self._tensorboard is not None:
+            with self._tolerant():
+                self._tensorboard.close()
+
+    def _open_tensorboard(self, step: int) -> None:
+        folder = self._out / "tensorboard"
+        with self._tolerant():
+            folder.mkdir(exist_ok=True)  # not the run folder, which TensorBoard would make anew if it has vanished
+            self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def _add(self, step: int, scalars: Mapping[str, float], *, flush: bool = False) -> None:
+        """Send scalars to TensorBoard, which writes in a thread: an error may come to light in a later call."""
+        if self._tensorboard is None:
+            return
+        with self._tolerant():
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+            if flush:
+                self._tensorboard.flush()
+
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+        with self._tolerant():
+            write_file(self._out / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            if rows:
+                draw_curves(rows, self._out / "curves.png")
+            self._told = False
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._tensorboard = None  # its thread has ended
+            if not self._told:
+                self._told = True
+                reason = error.strerror or error
+                warning = f"hatnet-train: warning: cannot report in {self._out}: {reason}; training goes on"
+                tqdm.write(warning, file=sys.stderr)
+
+
+def _leave_to_caller(failed: threading.ExceptHookArgs) -> None:
+    """Say nothing of the errors of TensorBoard's thread, which the caller gets, too."""
+    if not type(failed.thread).__module__.startswith("tensorboard"):
+        _uncaught(failed)
+
+
+_uncaught, threading.excepthook = threading.excepthook, _leave_to_caller
 
 
 class Progress:
@@ -72,29 +124,36 @@ class Progress:
         epoch: counted from 0.
         epochs: of the run.
         order: the order of the images, which knows steps and batch size.
+        done: steps of the epoch that are behind the run.
     """
 
-    def __init__(self, epoch: int, epochs: int, order: GlobalOrder) -> None:
-        self._order, self._name = order, f"epoch {epoch + 1}/{epochs}"
-        self._bar = tqdm(total=order.steps, desc=self._name, leave=False, disable=not sys.stderr.isatty())
+    def __init__(self, epoch: int, epochs: int, order: GlobalOrder, done: int) -> None:
+        self._name, self._total, self._batch_size = f"epoch {epoch + 1}/{epochs}", order.steps, order.batch_size
+        self._bar = tqdm(
+            total=order.steps, initial=done, desc=self._name, leave=False, disable=not sys.stderr.isatty()
+        )
         self._start = self._spoke = time.perf_counter()
-        self._steps = 0
+        self._first = self._done = done
 
-    def step(self, loss: float, waited: float) -> None:
-        """Another step is done; ``waited`` counts the seconds of this epoch that went into waiting for data."""
-        self._steps += 1
+    def step(self, loss: float, data_wait: float) -> None:
+        """Another step is done.
+
+        Args:
+            loss: not a number if the step was left out.
+            data_wait: share of the time that went into waiting for data.
+        """
+        self._done += 1
         now = time.perf_counter()
-        images_per_second = self._steps * self._order.batch_size / (now - self._start)
-        rates = f"{images_per_second:.0f} images/s"
-        known = f"loss {loss:.4f}, {rates}" if loss == loss else rates  # not a number until the ranks' first report
+        seconds = (now - self._start) / (self._done - self._first)
+        rate = f"{self._batch_size / seconds:.0f} images/s"
+        known = f"loss {loss:.4f}, {rate}" if loss == loss else rate  # a step that was left out has none
         self._bar.set_postfix_str(known, refresh=False)
         self._bar.update()
         if self._bar.disable and now - self._spoke > SECONDS_BETWEEN_LINES:
             self._spoke = now
-            left = (now - self._start) / self._steps * (self._order.steps - self._steps)
             tqdm.write(
-                f"{self._name}: step {self._steps}/{self._order.steps}, {known}, "
-                f"data wait {100 * waited / (now - self._start):.0f} %, {_duration(left)} left of the epoch",
+                f"{self._name}: step {self._done}/{self._total}, {known}, data wait {100 * data_wait:.0f} %, "
+                f"{_duration(seconds * (self._total - self._done))} left of the epoch",
                 file=sys.stderr,
             )
 
@@ -116,7 +175,7 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
+def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw losses and held-out accuracies over the epochs; the file is replaced only when complete.
 
     Args:
@@ -140,6 +199,6 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axes.legend()
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    staged = path.with_name(f".{path.name}.tmp")
-    figure.savefig(staged, dpi=130, format="png")
-    staged.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    write_file(path, picture.getvalue())

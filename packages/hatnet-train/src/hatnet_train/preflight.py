@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import reprlib
 import socket
 import statistics
 import time
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hatnet_train.launch import AgreedError, compact_ranks
+from hatnet_train.launch import AgreedError
+from hatnet_train.watch import compact_ranks
 
 ROUNDS = 5
 """Measured all-reduces, and barriers; the median counts, since the first ones after a pause are slow."""
@@ -128,14 +130,33 @@ def format_report(report: dict[str, Any]) -> str:
 def check_hostfile(path: Path | str) -> dict[str, int]:
     """Read a DeepSpeed hostfile and look every host up.
 
+    Returns:
+        As :func:`read_hostfile`.
+
+    Raises:
+        ValueError: as :func:`read_hostfile`; also if a host does not resolve, naming it.
+    """
+    slots = read_hostfile(path)
+    for host in slots:
+        try:
+            socket.getaddrinfo(host, None)
+        except (OSError, UnicodeError) as error:  # the latter for what can be no name, such as "a..b"
+            reason = error.strerror if isinstance(error, OSError) else "it cannot be a name"
+            raise ValueError(f"hostfile {path}: host {host} does not resolve ({reason})") from error
+    return slots
+
+
+def read_hostfile(path: Path | str) -> dict[str, int]:
+    """Read a DeepSpeed hostfile.
+
     A line is ``NAME slots=NUMBER``; empty lines and comments, from ``#`` on, are left out.
 
     Returns:
         Number of slots by host, in the order of the file.
 
     Raises:
-        ValueError: naming the file, and the line or host: a file that cannot be read or names no host, a line of
-            another form, a host that comes twice or does not resolve.
+        ValueError: naming the file, and the line: a file that cannot be read or names no host, a line of another form,
+            a host that comes twice.
     """
     try:
         lines = Path(path).read_text().splitlines()
@@ -145,17 +166,13 @@ def check_hostfile(path: Path | str) -> dict[str, int]:
     slots: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
-        match = re.fullmatch(r"(\S+)\s+slots=([1-9][0-9]*)", text)
+        match = re.fullmatch(r"(\S{1,255})\s+slots=([1-9][0-9]{0,5})", text)
         if match is None:
             if text:
-                raise ValueError(f"{path}, line {number}: expected 'NAME slots=NUMBER', got {text!r}")
+                raise ValueError(f"{path}, line {number}: expected 'NAME slots=NUMBER', got {reprlib.repr(text)}")
             continue
         if match[1] in slots:
             raise ValueError(f"{path}, line {number}: host {match[1]} comes twice; expected one line a host")
-        try:
-            socket.getaddrinfo(match[1], None)
-        except OSError as error:
-            raise ValueError(f"{path}, line {number}: host {match[1]} does not resolve ({error.strerror})") from error
         slots[match[1]] = int(match[2])
     if not slots:
         raise ValueError(f"hostfile {path} names no host; expected lines 'NAME slots=NUMBER'")

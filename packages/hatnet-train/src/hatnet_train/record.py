@@ -3,45 +3,86 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from deepspeed import comm as dist
 
+from hatnet_train import checkpoint
 from hatnet_train.config import TrainConfig
 from hatnet_train.launch import AgreedError
 from hatnet_train.preflight import raise_together
+from hatnet_train.verify import CONFIG, read_config
 
 PACKAGES = ("hatnet-core", "hatnet-train", "deepspeed", "torch", "torchvision", "timm", "numpy", "pillow")
 """Whose versions decide what a run computes."""
 
+LOCK = ".lock"
 
-def open_run_folder(out: Path, record: dict[str, Any]) -> None:
+_LOCKS: list[IO[str]] = []  # open files hold the locks
+
+
+def open_run_folder(out: Path, record: dict[str, Any], *, go_on: bool) -> None:
     """Rank 0 makes the folder and writes config.json; what stops it is raised on every rank.
 
+    Args:
+        out: the run folder.
+        record: of :func:`run_record`.
+        go_on: it holds this run already; what it was started with stays, ``record`` is added under ``resumed``.
+
     Raises:
-        AgreedError: if ``out`` already holds files, cannot be made, or is not the same folder for all ranks.
+        AgreedError: if ``out`` holds files of another run, cannot be made, is in use, or is not the same folder for
+            all ranks.
     """
     problem = None
     if dist.get_rank() == 0:
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            if any(out.iterdir()):
-                problem = f"run folder {out} is not empty; expected a new or empty folder for --out"
-            else:
-                (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+            problem = _prepare(out, record, go_on=go_on)
+        except ValueError as error:
+            problem = str(error)
         except OSError as error:
             problem = f"cannot make run folder {out}: {error.strerror}; expected a writable path for --out"
     problems = [problem]
     dist.broadcast_object_list(problems, src=0)
     if problems[0] is not None:
         raise AgreedError(problems[0])
-    seen = (out / "config.json").is_file()
+    seen = (out / CONFIG).is_file()
     raise_together(None if seen else f"run folder {out} is not that of rank 0; expected storage that all hosts share")
+
+
+def _prepare(out: Path, record: dict[str, Any], *, go_on: bool) -> str | None:
+    """Make or take over the folder; what speaks against it."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / CONFIG
+    holds_files = any(p.name not in (LOCK, checkpoint.staged(path).name) for p in out.iterdir())
+    if holds_files and not go_on:
+        return f"run folder {out} is not empty; expected a new or empty folder for --out, or --resume auto"
+    if holds_files and not path.is_file():
+        return f"{out} holds files, but no {CONFIG}; expected a run folder of hatnet-train, or a new one, for --out"
+    if not _lock(out / LOCK):
+        return f"run folder {out} is in use by another run, which has to end first"
+    if path.is_file():
+        first = read_config(path)
+        record = {**first, "resumed": [*first.get("resumed", []), record]}
+    checkpoint.write_file(path, (json.dumps(record, indent=2) + "\n").encode())
+    return None
+
+
+def _lock(path: Path) -> bool:
+    """Take the folder for this process, until it ends in whatever way; False if another process has it."""
+    lock = path.open("w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data workers would inherit
+    except (BlockingIOError, PermissionError):
+        lock.close()
+        return False
+    _LOCKS.append(lock)
+    return True
 
 
 def run_record(config: TrainConfig, settings: dict[str, Any], world_size: int) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from the seed, the epoch and the place of the image in the global order (``sampl
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +21,13 @@ from hatnet_train.data.augment import TrainTransform, centre_crop, own_generator
 from hatnet_train.data.mixing import draw_mixing
 from hatnet_train.data.source import Source
 from hatnet_train.sampler import GlobalOrder, Share, evaluation_share
+from hatnet_train.signals import ignore_in_worker
 
 MIXING = 1
 """Added to the key of an image's generator for the draws of its pair's mixing."""
+
+TRIES = 16
+"""Images in a row that may be bad where the next one takes the place of a bad one."""
 
 
 class Batch(NamedTuple):
@@ -37,10 +42,20 @@ class Batch(NamedTuple):
     mixing: Tensor
     """[B / 2, 5], float32: of each pair the share of the image itself and the box (``mixing.py``); [0, 5] without."""
 
+    bad: tuple[str, ...]
+    """Of images that could not be read and were replaced or left out, why; empty where that is an error."""
+
 
 def train_batches(
-    source: Source, order: GlobalOrder, config: TrainConfig, *, rank: int, world_size: int, first_step: int = 0
-) -> Iterator[Batch]:
+    source: Source,
+    order: GlobalOrder,
+    config: TrainConfig,
+    *,
+    rank: int,
+    world_size: int,
+    first_step: int = 0,
+    skipped: Collection[int] = (),
+) -> Generator[Batch, None, None]:
     """This rank's micro-batches of all epochs of a run, one after the other, with ``config.workers`` workers.
 
     Args:
@@ -50,10 +65,11 @@ def train_batches(
         rank: this process.
         world_size: number of processes.
         first_step: the step of the whole run to begin with.
+        skipped: steps of the whole run to leave out.
 
     Returns:
         For every step ``config.accumulation`` batches of ``batch_size / world_size / accumulation`` images. The next
-        one raises ValueError, naming the image, if one cannot be read.
+        one raises ValueError, naming the image, if one cannot be read and ``config.on_bad_image`` is strict.
 
     Raises:
         ValueError: if the augmentation is none that timm knows.
@@ -63,15 +79,25 @@ def train_batches(
     def shares() -> Iterator[Share]:
         for epoch in range(first_epoch, config.epochs):
             start = first_step if epoch == first_epoch else 0
-            for share in order.shares(epoch, rank=rank, world_size=world_size, first_step=start):
-                yield from share.split(config.accumulation)
+            shares = order.shares(epoch, rank=rank, world_size=world_size, first_step=start)
+            for step, share in enumerate(shares, epoch * order.steps + start):
+                if step not in skipped:
+                    yield from share.split(config.accumulation)
 
     return _load(_Training(source, config), shares(), config.workers)
 
 
 def evaluation_batches(
-    source: Source, *, size: int, crop_fraction: float, batch_size: int, workers: int, rank: int, world_size: int
-) -> Iterator[Batch]:
+    source: Source,
+    *,
+    size: int,
+    crop_fraction: float,
+    batch_size: int,
+    workers: int,
+    rank: int,
+    world_size: int,
+    leave_out_bad: bool = False,
+) -> Generator[Batch, None, None]:
     """This rank's part of the held-out images in batches; over all ranks every image comes exactly once.
 
     Every rank gets as many batches of as many images, because under ZeRO-3 all take part in every forward pass: what
@@ -85,15 +111,17 @@ def evaluation_batches(
         workers: data workers; 0 for this process itself.
         rank: this process.
         world_size: number of processes.
+        leave_out_bad: do not count images that cannot be read.
 
     Raises:
-        ValueError: naming the image, if one cannot be read.
+        ValueError: naming the image, if one cannot be read and is not to be left out.
     """
     own = evaluation_share(len(source), rank=rank, world_size=world_size)
     batch_size = min(batch_size, -(-len(source) // world_size))
     batches = -(-len(source) // (world_size * batch_size))
     padded = np.concatenate([own, np.full(batches * batch_size - len(own), -1, own.dtype)])
-    yield from _load(_Evaluation(source, size, crop_fraction), iter(padded.reshape(batches, batch_size)), workers)
+    make = _Evaluation(source, size, crop_fraction, leave_out_bad)
+    yield from _load(make, iter(padded.reshape(batches, batch_size)), workers)
 
 
 class _Training:
@@ -106,37 +134,59 @@ class _Training:
 
     def __call__(self, share: Share) -> Batch:
         key = (self.config.seed, share.epoch)
-        images, draws = [], []
+        images, labels, draws = [], [], []
+        bad: list[str] = []
         with own_generators():
             for position, i in zip(share.positions.tolist(), share.images.tolist(), strict=True):
+                image, label = self._read(i, bad)
                 seed_generators(*key, position)
-                images.append(self.transform(self.source.image(i)))
+                images.append(self.transform(image))
+                labels.append(label)
             for position in share.positions[::2].tolist() if self.config.mixes else []:
                 seed_generators(*key, position, MIXING)
                 draws.append(draw_mixing(self.config.image_size, self.config.mixup, self.config.cutmix))
         return Batch(
             default_collate(images),  # in a worker, straight into shared memory
-            torch.from_numpy(self.source.labels[share.images]),
+            torch.tensor(labels),
             torch.tensor(draws).reshape(len(draws), 5),
+            tuple(bad),
         )
+
+    def _read(self, i: int, bad: list[str]) -> tuple[Tensor, int]:
+        """Image ``i`` and its label or, in place of a bad one, those of the next good one, whoever reads them."""
+        for number in range(i, i + TRIES):
+            place = number % len(self.source)
+            try:
+                return self.source.image(place), int(self.source.labels[place])
+            except ValueError as error:
+                if self.config.on_bad_image == "strict":
+                    raise
+                bad.append(str(error))
+        raise ValueError(f"{TRIES} images in a row cannot be read, the last because: {bad[-1]}")
 
 
 class _Evaluation:
     """Makes a batch of centre crops of image numbers."""
 
-    def __init__(self, source: Source, size: int, crop_fraction: float) -> None:
+    def __init__(self, source: Source, size: int, crop_fraction: float, leave_out_bad: bool) -> None:
         self.source = source
         self.size = size
         self.crop_fraction = crop_fraction
+        self.leave_out_bad = leave_out_bad
 
     def __call__(self, numbers: np.ndarray) -> Batch:
         images = torch.zeros(len(numbers), 3, self.size, self.size, dtype=torch.uint8)
         labels = torch.full((len(numbers),), -1)
-        for place, i in enumerate(numbers.tolist()):
-            if i >= 0:
+        bad = []
+        for place, i in [(place, i) for place, i in enumerate(numbers.tolist()) if i >= 0]:
+            try:
                 images[place] = centre_crop(self.source.image(i), self.size, self.crop_fraction)
                 labels[place] = int(self.source.labels[i])
-        return Batch(images, labels, torch.empty(0, 5))
+            except ValueError as error:
+                if not self.leave_out_bad:
+                    raise
+                bad.append(str(error))
+        return Batch(images, labels, torch.empty(0, 5), tuple(bad))
 
 
 class _Batches(Dataset[Any]):
@@ -152,7 +202,7 @@ class _Batches(Dataset[Any]):
             return str(error)
 
 
-def _load(make: Callable[[Any], Batch], items: Iterable[Any], workers: int) -> Iterator[Batch]:
+def _load(make: Callable[[Any], Batch], items: Iterable[Any], workers: int) -> Generator[Batch, None, None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more than there are cores: as asked for
         loader = DataLoader(
@@ -161,7 +211,7 @@ def _load(make: Callable[[Any], Batch], items: Iterable[Any], workers: int) -> I
             num_workers=workers,
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_one_thread,
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else it would draw from the generator of dropout and stochastic depth
         )
         batches = iter(loader)  # warns once more
@@ -175,5 +225,7 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
+    gc.freeze()  # what the process before left to its collector, such as connections with threads, is not to end here
     torch.set_num_threads(1)
+    ignore_in_worker()

@@ -38,6 +38,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
+from hatnet_train.checkpoint import sync_folder
 from hatnet_train.data.folder import Folder
 from hatnet_train.data.images import decode, to_pillow
 from hatnet_train.data.shards import (
@@ -121,9 +122,9 @@ def write_shards(
             written = _write_all(jobs, workers, bar)
         made = {"resize": resize, "quality": None if resize is None else quality, "seed": seed}
         index = _write_index(staging, Index(folders[splits[0]].classes, made, _write_records(staging, written)))
-        _sync_folder(staging)
+        sync_folder(staging)
         staging.rename(out)
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return index
@@ -378,15 +379,6 @@ def _durable(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _free_place(out: Path) -> Path:

@@ -1,0 +1,229 @@
+"""Checkpoints on disk: there as a whole, or not there.
+
+A checkpoint is a folder ``step-0000001250`` below ``checkpoints/``. It is written into a hidden folder beside it,
+every file flushed to the disk and listed with its size and SHA-256 in ``manifest.json``, and renamed only then:
+whatever ends the process, and whenever, a folder with that name is complete. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+VERSION = 1
+"""Of the layout of a checkpoint."""
+
+STAGING, REMOVED = ".staging-", ".removed-"
+"""What the names of folders begin with that are not, or no longer, checkpoints."""
+
+
+def folder_name(step: int, *, evaluated: bool) -> str:
+    """Name of the checkpoint after ``step`` optimizer steps; names sort as the run went."""
+    return f"step-{step:010d}" + "-evaluated" * evaluated
+
+
+def commit(
+    checkpoints: Path, name: str, files: Mapping[str, Callable[[Path], None]], about: Mapping[str, Any]
+) -> Path:
+    """Write a checkpoint so that it is there as a whole or not at all.
+
+    Args:
+        checkpoints: the folder of all checkpoints; made if it is not there, but not the run folder above it.
+        name: of the checkpoint, by :func:`folder_name`; if there already is a whole one, it stays as it is.
+        files: what writes each file.
+        about: further values for the manifest, anything JSON can hold.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: if it cannot be written; then nothing of it is left where that is possible.
+    """
+    final = checkpoints / name
+    if final.exists():
+        if not any(check(final)):
+            return final
+        _take_away(final)
+    checkpoints.mkdir(exist_ok=True)
+    staging = checkpoints / f"{STAGING}{name}"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir()
+        for file, write in files.items():
+            write(staging / file)
+        write_manifest(staging, files, about)
+        staging.rename(final)
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    sync_folder(checkpoints)
+    return final
+
+
+def committed(checkpoints: Path) -> list[Path]:
+    """The checkpoints that are there, the newest first."""
+    if not checkpoints.is_dir():
+        return []
+    found = [p for p in checkpoints.iterdir() if re.fullmatch(r"step-\d{10}(-evaluated)?", p.name)]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        ValueError: if there is none, or not one of this layout, or it names files outside of the folder.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {path}: {_reason(error)}; expected a checkpoint of hatnet-train") from error
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != VERSION:
+        raise ValueError(f"{path} is of layout {version!r}; expected {VERSION}")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
+        raise ValueError(f"{path} does not list files with bytes and sha256; expected a checkpoint of hatnet-train")
+    return manifest
+
+
+def check(folder: Path) -> Iterator[str]:
+    """What is wrong with a checkpoint, a text for each file that is not as the manifest says; none if it is whole."""
+    try:
+        files = read_manifest(folder)["files"]
+    except ValueError as error:
+        yield str(error)
+        return
+    for name, entry in files.items():
+        path = folder / name
+        try:
+            if path.is_symlink() or not path.is_file():
+                yield f"{path} is missing; expected a file of {entry['bytes']} bytes"
+            elif path.stat().st_size != entry["bytes"]:
+                yield f"{path} has {path.stat().st_size} bytes; expected {entry['bytes']}"
+            elif _digest(path) != entry["sha256"]:
+                yield f"{path} has other content than was written: its SHA-256 is not {entry['sha256'][:16]}..."
+        except OSError as error:
+            yield f"cannot read {path}: {_reason(error)}"
+
+
+def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, or None, and what is wrong with those that are newer."""
+    problems: list[str] = []
+    for folder in committed(checkpoints):
+        found = list(check(folder))
+        if not found:
+            return folder, problems
+        problems += found
+    return None, problems
+
+
+def tidy(checkpoints: Path, keep: int) -> None:
+    """Remove what no run needs: all checkpoints but the newest ``keep`` and the best, and what was half-written.
+
+    The best is that of the highest ``top1`` in its manifest; of equal ones the newest. A folder that does not go, for
+    whatever reason, is left for the next time.
+    """
+    folders = committed(checkpoints)
+    accuracies = {folder: _top1(folder) for folder in folders}
+    best = max(folders, key=lambda folder: accuracies[folder], default=None)
+    for folder in folders[keep:]:
+        if folder != best:
+            with contextlib.suppress(OSError):
+                _take_away(folder)
+    for left in [p for p in _entries(checkpoints) if p.name.startswith((STAGING, REMOVED))]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def write_manifest(folder: Path, names: Iterable[str], about: Mapping[str, Any]) -> None:
+    """List files of a folder that are there already in its manifest.
+
+    Raises:
+        OSError: if one cannot be read, or the manifest not be written.
+    """
+    listed = {name: _flush(folder / name) for name in names}
+    content = json.dumps({"version": VERSION, **about, "files": listed}, indent=1)
+    write_file(folder / MANIFEST, content.encode())
+    sync_folder(folder)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace a file by one of this content: readers see the old one or the new one, never a part.
+
+    Raises:
+        OSError: if it cannot be written; the old one stays.
+    """
+    new = staged(path)
+    try:
+        new.write_bytes(content)
+        _flush(new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def staged(path: Path) -> Path:
+    """Where the next content of a file is written."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names in a folder reach the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush(path: Path) -> dict[str, Any]:
+    """Let a file reach the disk; its entry in the manifest."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _take_away(folder: Path) -> None:
+    """Rename what is to be removed: half removed, it must not be taken for a checkpoint."""
+    folder.rename(folder.with_name(f"{REMOVED}{folder.name}-{secrets.token_hex(4)}"))
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    plain = name not in ("", ".", "..", MANIFEST) and not re.search(r"[/\\\0]", name)
+    if not plain or not isinstance(entry, dict):
+        return False
+    size, digest = entry.get("bytes"), entry.get("sha256")
+    return type(size) is int and size >= 0 and isinstance(digest, str) and bool(re.fullmatch("[0-9a-f]{64}", digest))
+
+
+def _top1(folder: Path) -> float:
+    try:
+        top1 = read_manifest(folder).get("top1")
+    except ValueError:
+        return float("-inf")
+    return float(top1) if isinstance(top1, int | float) else float("-inf")
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

@@ -1,0 +1,76 @@
+"""What is written down when a loss or gradient is not finite, so that the cause can be found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+from hatnet_train.data import Source
+from hatnet_train.sampler import Share
+from hatnet_train.sharding import gradients, masters
+
+
+class NonFiniteError(Exception):
+    """All ranks found that one of them has a loss or gradient that is not finite, before the update.
+
+    Attributes:
+        step: of the run, from 0.
+    """
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+def dump(
+    folder: Path,
+    engine: deepspeed.DeepSpeedEngine,
+    share: Share,
+    source: Source,
+    losses: Sequence[float],
+    generators: Mapping[str, Any],
+) -> None:
+    """Write ``rank-0003.json``: this rank's images and labels, losses, generators, statistics of its tensors.
+
+    Args:
+        folder: for this step; made if it is not there. If it cannot be written, the run has other worries.
+        engine: with the gradients of the step.
+        share: the images of this rank at this step.
+        source: where they come from.
+        losses: one a pass.
+        generators: what draws of augmentation, dropout and stochastic depth came from.
+    """
+    images = [
+        {"position": position, "image": source.name(i), "label": source.classes[source.labels[i]]}
+        for position, i in zip(share.positions.tolist(), share.images.tolist(), strict=True)
+    ]
+    record = {
+        "losses": [str(loss) if loss != loss or abs(loss) == float("inf") else loss for loss in losses],
+        "generators": dict(generators),
+        "epoch": share.epoch + 1,
+        "images": images,
+        "gradients": _statistics(list(gradients(engine))),
+        "weights": _statistics(masters(engine)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"rank-{dist.get_rank():04d}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _statistics(tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """How many values are not finite, and of the rest the largest; all over the tensors of this rank."""
+    bad = sum(int((~t.isfinite()).sum()) for t in tensors)
+    finite = [torch.nan_to_num(t.detach().float(), nan=0.0, posinf=0.0, neginf=0.0) for t in tensors]
+    return {
+        "tensors": len(tensors),
+        "values": sum(t.numel() for t in tensors),
+        "not_finite": bad,
+        "largest": max((float(t.abs().max()) for t in finite if t.numel()), default=0.0),
+        "norm": float(torch.stack([t.norm() for t in finite]).norm()) if finite else 0.0,
+    }

@@ -1,0 +1,180 @@
+"""The run of ``hatnet-train``, in every process of a launch: join the others, compare, go on or begin, and train."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+
+from hatnet_train import checkpoint
+from hatnet_train.config import TrainConfig
+from hatnet_train.data import Source, open_split
+from hatnet_train.engine import build_model
+from hatnet_train.launch import discover, joined
+from hatnet_train.preflight import code_digest, compare, format_report, preflight, raise_together
+from hatnet_train.record import versions
+from hatnet_train.signals import Signals
+from hatnet_train.state import Saved, check_same_run, read_saved
+from hatnet_train.trainer import Trainer
+
+
+def train_run(
+    config: TrainConfig,
+    out: Path | None,
+    user: Mapping[str, Any],
+    *,
+    resume: str,
+    timeout: float,
+    signals: Signals,
+) -> None:
+    """Join the other processes, check that all have the same, and train.
+
+    Args:
+        config: the run.
+        out: run folder; None for a preflight, which checks all that a run needs before its first step, measures the
+            network and prints a report.
+        user: a user's own DeepSpeed configuration, empty without.
+        resume: "none" to begin a run; "auto" to go on from the newest checkpoint in ``out`` or, where there is none,
+            to begin; or the path of a run folder or a checkpoint to go on from.
+        timeout: seconds to wait for another process.
+        signals: what this process is sent.
+
+    Raises:
+        ValueError: if processes differ, or as :class:`Trainer` does; likewise FloatingPointError.
+        Preempted: see :meth:`Trainer.run`.
+        ConnectionError: if another process is gone or hangs, naming it.
+    """
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # which DeepSpeed uses
+    os.umask(os.umask(0o022) | 0o002)  # what a run writes is not for everybody to change
+    with joined(discover(os.environ), timeout) as watch:
+        training, held_out = _open_together(config)
+        facts = _facts(config, user, training, held_out)
+        compare({**facts, **_values(config)})
+        data = {name: facts[name] for name in ("training data", "held-out data")}
+        saved = _checkpoint_to_go_on_from(config, out, resume, data) if out is not None else None
+        trainer = Trainer(config, training, held_out, user, data=data, saved=saved, watch=watch, signals=signals)
+        if out is not None:
+            trainer.run(out, go_on=resume == "auto" or (saved is not None and _inside(saved.folder, out)))
+            return
+        gradients = 4 * sum(p.numel() for p in build_model(config, len(training.classes)).parameters())
+        report = preflight(facts, gradients)
+        if dist.get_rank() == 0:
+            sys.stdout.write(format_report(report) + "\n")
+
+
+def _checkpoint_to_go_on_from(config: TrainConfig, out: Path, resume: str, data: Mapping[str, str]) -> Saved | None:
+    """The checkpoint that rank 0 chose, read by all; None to begin."""
+    chosen: list[Path | str | None] = [None]
+    if dist.get_rank() == 0 and resume != "none":
+        try:
+            chosen = [_newest(out) if resume == "auto" else _named(Path(resume), out)]
+        except ValueError as error:
+            chosen = [str(error)]
+    dist.broadcast_object_list(chosen, src=0)
+    raise_together(chosen[0] if isinstance(chosen[0], str) else None)
+    if not isinstance(chosen[0], Path):
+        return None
+    saved, problem = None, None
+    try:
+        saved = read_saved(chosen[0])
+        check_same_run(saved, config, data)
+    except ValueError as error:
+        problem = str(error)
+    raise_together(problem)
+    if dist.get_rank() == 0 and saved is not None:
+        sys.stderr.write(f"hatnet-train: going on from step {saved.state.step}, {saved.folder}\n")
+    return saved
+
+
+def _named(path: Path, out: Path) -> Path:
+    """The checkpoint that a user named, or the newest of the run folder that was named.
+
+    Raises:
+        ValueError: if it is damaged, or the run in ``out`` has gone on since.
+    """
+    if not (path / checkpoint.MANIFEST).is_file() or (path / "checkpoints").is_dir():
+        found = _newest(path)
+        if found is None:
+            raise ValueError(f"cannot go on from {path}: no checkpoint there; expected a run folder or a checkpoint")
+        return found
+    if problems := list(checkpoint.check(path)):
+        raise ValueError(f"cannot go on from {path}: {'; '.join(problems)}")
+    newest, _ = checkpoint.newest(out / "checkpoints")
+    if newest is not None and _inside(path, out) and not newest.samefile(path):
+        raise ValueError(
+            f"cannot go on from {path} in {out}, which holds {newest.name}; expected another --out, or --resume auto"
+        )
+    return path
+
+
+def _newest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder; what is damaged is told.
+
+    Raises:
+        ValueError: if there are only damaged ones.
+    """
+    newest, problems = checkpoint.newest(run / "checkpoints")
+    for problem in problems:
+        sys.stderr.write(f"hatnet-train: warning: {problem}; this checkpoint is not used\n")
+    if newest is None and problems:
+        raise ValueError(f"cannot go on from {run}: all its checkpoints are damaged; begin another run")
+    return newest
+
+
+def _inside(folder: Path, out: Path) -> bool:
+    """Whether a checkpoint belongs to the run in ``out``."""
+    return folder.resolve().parent == (out / "checkpoints").resolve()
+
+
+def open_both(config: TrainConfig) -> tuple[Source, Source]:
+    """Training and held-out images of a run, with the same classes."""
+    training = open_split(config.data, train=True, size=config.image_size)
+    held_out = open_split(config.data, train=False, size=config.image_size, classes=training.classes)
+    return training, held_out
+
+
+def _open_together(config: TrainConfig) -> tuple[Source, Source]:
+    """The data of a run; what is wrong with it on one rank is raised on all."""
+    opened: list[Source] = []
+    problem = None
+    try:
+        opened += open_both(config)
+    except (ValueError, OSError, ImportError) as error:
+        problem = str(error)
+    raise_together(problem)
+    training, held_out = opened
+    return training, held_out
+
+
+def _facts(config: TrainConfig, user: Mapping[str, Any], training: Source, held_out: Source) -> dict[str, str]:
+    """What has to be the same in all processes, in short."""
+    settings = json.dumps([_values(config), user], sort_keys=True)
+    weights = {"weights to start from": _file_digest(Path(config.init))} if config.init else {}
+    return {
+        "code": code_digest()[:16],
+        **versions(),
+        "configuration": hashlib.sha256(settings.encode()).hexdigest()[:16],
+        "training data": f"{len(training)} images, {training.digest()[:16]}",
+        "held-out data": f"{len(held_out)} images, {held_out.digest()[:16]}",
+        **weights,
+    }
+
+
+def _values(config: TrainConfig) -> dict[str, str]:
+    """Every field but the paths, which may differ: what lies there may not."""
+    return {name: str(value) for name, value in dataclasses.asdict(config).items() if name not in ("data", "init")}
+
+
+def _file_digest(path: Path) -> str:
+    if not path.is_file():
+        return "a folder" if path.is_dir() else "not there"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

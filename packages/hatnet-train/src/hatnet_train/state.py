@@ -1,0 +1,308 @@
+"""What a checkpoint holds of a run, on whatever number of processes and ZeRO stage it goes on.
+
+``model.safetensors``      the weights in fp32, a complete checkpoint for every other command
+``model_ema.safetensors``  their moving average, if there is one
+``optimizer.safetensors``  the optimizer's moments, ``MOMENT/PARAMETER``
+``state.json``             the rest: :class:`RunState`, configuration, scalars of optimizer and loss scaling
+
+No generator is in it: what a step draws comes from the seed, the step and the rank (:func:`seed_step`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from hatnet_core import save_checkpoint
+from hatnet_train.config import TrainConfig
+from hatnet_train.sharding import gather, masters, scatter
+from hatnet_train.weights import Ema, full_weights, whole_model
+
+WEIGHTS, AVERAGE, OPTIMIZER, STATE = (
+    "model.safetensors",
+    "model_ema.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+)
+
+FREE = (
+    *("data", "init", "workers", "zero_stage", "accumulation", "activation_checkpointing", "compile"),
+    *("checkpoint_steps", "keep_checkpoints", "max_skipped_steps", "on_bad_image", "max_bad_images"),
+)
+"""Fields that may change where a run goes on: they decide how it is computed, not what."""
+
+
+@dataclass
+class RunState:
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps that are behind it, those that were skipped among them.
+        rows: metrics of the epochs that are trained and evaluated.
+        skipped: steps that are left out because loss or gradients were not finite.
+        bad_images: how often an image of the epoch could not be read and was left out.
+        trained: steps of the epoch that were trained so far; the following are of these steps.
+        loss: sum of their losses.
+        lr: learning rate of the last one.
+        seconds: time they took.
+        waited: share of it that went by waiting for data, in seconds.
+    """
+
+    step: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    bad_images: int = 0
+    trained: int = 0
+    loss: float = 0.0
+    lr: float = 0.0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def begin_epoch(self) -> None:
+        """Forget the sums of the epoch before."""
+        self.bad_images = self.trained = 0
+        self.loss = self.lr = self.seconds = self.waited = 0.0
+
+
+@dataclass
+class Saved:
+    """A checkpoint that was read: all that :func:`restore` and the trainer need."""
+
+    folder: Path
+    state: RunState
+    config: dict[str, Any]
+    data: dict[str, str]
+    engine: dict[str, Any]
+    scalars: dict[str, float]
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed what dropout and stochastic depth draw from: a run that goes on at ``step`` draws what it would have."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
+
+
+def contents(
+    engine: deepspeed.DeepSpeedEngine,
+    ema: Ema | None,
+    state: RunState,
+    config: TrainConfig,
+    *,
+    data: Mapping[str, str],
+    description: Mapping[str, Any],
+) -> dict[str, Callable[[Path], None]]:
+    """What writes each file of a checkpoint; all ranks have to call this, one of them the writers.
+
+    Args:
+        engine: the engine.
+        ema: the average of its weights.
+        state: how far the run is.
+        config: the run.
+        data: what tells its data from others.
+        description: what a classifier needs beside the model.
+    """
+    weights = full_weights(engine)
+    average = ema.weights() if ema is not None else None
+    moments = _moments(engine)
+    record = {
+        **dataclasses.asdict(state),
+        "config": dataclasses.asdict(config),
+        "data": dict(data),
+        "engine": _engine_state(engine),
+        "optimizer": _scalars(engine),
+    }
+    files: dict[str, Callable[[Path], None]] = {
+        WEIGHTS: lambda path: save_checkpoint(whole_model(engine, weights), path, description),
+        OPTIMIZER: lambda path: _write(path, save({name: t.cpu() for name, t in moments.items()})),
+        STATE: lambda path: _write(path, json.dumps(record).encode()),
+    }
+    if average is not None:
+        files[AVERAGE] = lambda path: save_checkpoint(whole_model(engine, average), path, description)
+    return files
+
+
+def read_saved(folder: Path) -> Saved:
+    """Read a checkpoint, whose files were checked before.
+
+    Raises:
+        ValueError: naming the file that is missing or holds something else.
+    """
+    record = _read_state(folder / STATE)
+    fields = {name: record[name] for name in RunState.__dataclass_fields__}
+    return Saved(
+        folder=folder,
+        state=RunState(**fields),
+        config=record["config"],
+        data=record["data"],
+        engine=record["engine"],
+        scalars=record["optimizer"],
+        weights=_read_tensors(folder / WEIGHTS),
+        average=_read_tensors(folder / AVERAGE) if (folder / AVERAGE).exists() else {},
+        moments=_read_tensors(folder / OPTIMIZER),
+    )
+
+
+def check_same_run(saved: Saved, config: TrainConfig, data: Mapping[str, str]) -> None:
+    """What of a run may not change where it goes on.
+
+    Raises:
+        ValueError: naming the fields with the values of then and now, or the data.
+    """
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    changed = [name for name in now if name not in FREE and saved.config.get(name) != now[name]]
+    if changed:
+        listed = "; ".join(
+            f"--{name.replace('_', '-')} was {saved.config.get(name)} and is {now[name]}" for name in changed
+        )
+        raise ValueError(
+            f"cannot go on from {saved.folder}: {listed}; expected the values it was begun with, or another --out "
+            "with --init for the weights alone"
+        )
+    for name, then in saved.data.items():
+        if data.get(name) != then:
+            raise ValueError(f"cannot go on from {saved.folder}: {name} was {then} and is {data.get(name)}")
+
+
+def restore(engine: deepspeed.DeepSpeedEngine, ema: Ema | None, saved: Saved) -> None:
+    """Bring an engine, made with the weights of ``saved``, to where that run was.
+
+    Raises:
+        ValueError: if the optimizer's state is that of another model.
+    """
+    scatter(engine, saved.weights, lambda master: master)  # where the masters are more precise than the model
+    if ema is not None:
+        ema.load(saved.average)
+    _load_moments(engine, saved.moments, saved.scalars)
+    engine.global_steps = saved.engine["global_steps"]
+    engine.skipped_steps = saved.engine["skipped_steps"]
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    engine.global_samples = engine.global_steps * engine.train_batch_size()
+    set_schedule(engine, saved.engine["scheduler_step"])
+    scaler = _scaler(engine)
+    if scaler is not None:
+        if hasattr(scaler, "load_state_dict"):
+            scaler.load_state_dict(dict(saved.engine["loss_scaling"]))
+        else:
+            vars(scaler).update(saved.engine["loss_scaling"])
+
+
+def set_schedule(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
+    """Set the learning rate to that of ``step``."""
+    scheduler = engine.lr_scheduler
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    state = {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    scheduler.load_state_dict(state)
+
+
+def _engine_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
+    scaler = _scaler(engine)
+    values = {} if scaler is None else scaler.state_dict() if hasattr(scaler, "state_dict") else vars(scaler)
+    return {
+        "global_steps": engine.global_steps,
+        "skipped_steps": engine.skipped_steps,
+        "scheduler_step": engine.lr_scheduler.last_epoch,
+        "loss_scaling": {name: value for name, value in values.items() if isinstance(value, int | float)},
+    }
+
+
+def _scaler(engine: deepspeed.DeepSpeedEngine) -> Any:
+    """What scales the loss in fp16: torch's GradScaler, or DeepSpeed's own; None where nothing does."""
+    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    if scaler is None and engine.fp16_enabled():
+        scaler = engine.optimizer.loss_scaler
+    return scaler
+
+
+def _optimizer(engine: deepspeed.DeepSpeedEngine) -> Any:
+    """The optimizer inside of DeepSpeed's, or the only one."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _moments(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
+    """The optimizer's tensors of the parameters' shapes, whole; none before the first step."""
+    states = _optimizer(engine).state
+    names = {
+        name
+        for master in masters(engine)
+        for name, value in states.get(master, {}).items()
+        if torch.is_tensor(value) and value.numel() == master.numel() and value.ndim
+    }
+    moments: dict[str, Tensor] = {}
+    for moment in sorted(names):
+        whole = gather(engine, lambda master: states[master][moment])  # noqa: B023
+        moments |= {f"{moment}/{name}": tensor for name, tensor in whole.items()}
+    return moments
+
+
+def _scalars(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
+    """The optimizer's numbers, which are the same for all parameters."""
+    for state in _optimizer(engine).state.values():
+        numbers = {name: value for name, value in state.items() if not torch.is_tensor(value) or value.ndim == 0}
+        return {name: value.item() if torch.is_tensor(value) else value for name, value in numbers.items()}
+    return {}
+
+
+def _load_moments(
+    engine: deepspeed.DeepSpeedEngine, moments: Mapping[str, Tensor], scalars: Mapping[str, float]
+) -> None:
+    optimizer = _optimizer(engine)
+    own = masters(engine)
+    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for master in own if moments else []:
+        for name, value in scalars.items():  # torch's count of steps is a tensor, DeepSpeed's a number
+            device = master.device if fused else "cpu"
+            optimizer.state[master][name] = torch.tensor(value, device=device) if isinstance(value, float) else value
+    for moment in sorted({name.partition("/")[0] for name in moments}):
+        for master in own:
+            optimizer.state[master][moment] = torch.zeros_like(master)
+        tensors = {name.partition("/")[2]: t for name, t in moments.items() if name.startswith(f"{moment}/")}
+        scatter(engine, tensors, lambda master: optimizer.state[master][moment])  # noqa: B023
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """state.json with all that is needed, of the right kinds."""
+    kinds: dict[str, Any] = {
+        **dict.fromkeys(("config", "data", "engine", "optimizer"), dict),
+        **dict.fromkeys(("step", "bad_images", "trained"), int),
+        **dict.fromkeys(("loss", "lr", "seconds", "waited"), (int, float)),
+        **dict.fromkeys(("rows", "skipped"), list),
+    }
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    wrong = [
+        name for name, kind in kinds.items() if not isinstance(record, dict) or not isinstance(record.get(name), kind)
+    ]
+    if wrong:
+        raise ValueError(f"{path} has no usable {', '.join(wrong)}; expected the state of a run of hatnet-train")
+    missing = {"global_steps", "skipped_steps", "scheduler_step", "loss_scaling"} - record["engine"].keys()
+    if missing:
+        raise ValueError(f"{path} lacks engine's {', '.join(sorted(missing))}")
+    return dict(record)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {path}: {error}; expected a file of hatnet-train") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)

@@ -1,0 +1,120 @@
+"""Signs of life: which process is gone, or hangs, when the others wait for it.
+
+A thread of every process writes a sign of life to the store of the launch every few seconds, with the number of steps
+the process has made. A process whose communication fails, or that makes no step for a long time, reads them all: who
+gives no sign any more is gone, and of those that all do, who has made the fewest steps holds the others up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch._C._distributed_c10d import Store
+
+SILENT_SECONDS = 10.0
+"""After so long without a sign of life, a process is gone: killed, its host down, or its network."""
+
+ADVICE = "its own output may say why; --resume auto goes on from the newest checkpoint"
+
+_EVERY = 2.0  # seconds between two signs
+
+
+class Watch:
+    """This process's signs of life, and its look at those of the others.
+
+    Args:
+        store: of the launch; a connection that nobody else uses.
+        rank: this process.
+        world_size: number of processes.
+        master: rank 0 and its address, for messages.
+        timeout: seconds without a step after which a process looks what holds it up, and ends.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int, master: str, timeout: float) -> None:
+        self._store, self._rank, self._world_size, self._master = store, rank, world_size, master
+        self._timeout = timeout
+        self._signs = self._marks = 0
+        self._marked: float | None = None
+        self._ended = threading.Event()
+        self._me = f"{socket.gethostname()} (process {os.getpid()})"
+        self._thread = threading.Thread(target=self._live, daemon=True)
+        if world_size > 1:
+            self._sign()
+            self._thread.start()
+
+    def mark(self) -> None:
+        """Say that this process got on: it is about to wait for the others, and they do not wait for it."""
+        self._marks += 1
+        self._marked = time.monotonic()
+
+    def end(self) -> None:
+        """Give no more signs."""
+        self._ended.set()
+
+    def culprits(self) -> str:
+        """Who is gone, or holds the others up, in words; takes up to :data:`SILENT_SECONDS` and a little."""
+        self._marked = None  # who looks by itself need not be looked after
+        try:
+            return self._culprits()
+        except torch.distributed.DistError:
+            return f"{self._master} is gone: nothing answers there any more"
+
+    def _culprits(self) -> str:
+        ranks = range(self._world_size)
+        first, start = self._read(ranks), time.monotonic()
+        silent, now = list(ranks), first
+        while silent and time.monotonic() - start < SILENT_SECONDS:
+            time.sleep(_EVERY / 2)
+            now = self._read(ranks)
+            silent = [rank for rank in silent if now[rank][0] == first[rank][0]]
+        if silent:
+            hosts = "; ".join(f"rank {rank} on {now[rank][2]}" for rank in silent)
+            return f"no sign of life from {compact_ranks(silent)} for {SILENT_SECONDS:g} s ({hosts})"
+        fewest = min(marks for _, marks, _ in now)
+        slow = [rank for rank in ranks if now[rank][1] == fewest]
+        hosts = "; ".join(f"rank {rank} on {now[rank][2]}" for rank in slow)
+        return f"all processes live; {compact_ranks(slow)} got least far ({hosts})"
+
+    def _read(self, ranks: Sequence[int]) -> list[tuple[int, int, str]]:
+        """Signs, marks and place of every rank."""
+        keys = [f"life/{rank}" for rank in ranks]
+        return [tuple(json.loads(value)) for value in self._store.multi_get(keys)]
+
+    def _live(self) -> None:
+        while not self._ended.wait(_EVERY):
+            try:
+                self._sign()
+            except torch.distributed.DistError:
+                return  # rank 0 is gone: what this process is in will fail, and find out
+            if self._marked is not None and time.monotonic() - self._marked > self._timeout + 5 * _EVERY:
+                threading.Thread(target=self._end_process, daemon=True).start()
+
+    def _sign(self) -> None:
+        self._signs += 1
+        self._store.set(f"life/{self._rank}", json.dumps([self._signs, self._marks, self._me]))
+
+    def _end_process(self) -> None:
+        """The communication has not ended this process, as its own time limit should: NCCL may hang for ever."""
+        message = f"no step for {self._timeout:g} s; {self.culprits()}; {ADVICE}"
+        os.write(sys.stderr.fileno(), f"hatnet-train: error: [rank {self._rank}] {message}\n".encode())
+        time.sleep(SILENT_SECONDS)  # the others look at the same time, and should not find this one gone
+        os._exit(1)
+
+
+def compact_ranks(ranks: Iterable[int]) -> str:
+    """Ranks as a short text: "rank 3", "ranks 0-2, 5"."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"rank {text}" if text.isdigit() else f"ranks {text}"

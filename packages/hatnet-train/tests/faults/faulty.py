@@ -1,0 +1,112 @@
+"""hatnet-train with a fault inside of one of its processes, for what no signal and no file can bring about."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+
+import torch
+
+from hatnet_train import checkpoint, state, trainer
+from hatnet_train.cli import train
+from hatnet_train.sharding import gradients
+
+NOT_A_NUMBER, INFINITE = 4, 7
+"""Steps, from 0, at which rank 1 has images that are not numbers, and rank 0 an infinite gradient."""
+
+OPENING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "half written"}
+"""Audit events at which :func:`die_while_saving` may kill its process."""
+
+
+def not_finite(arguments):
+    """hatnet-train whose ranks meet values that are not finite."""
+    whole_pass, normalise = trainer.Trainer._pass, trainer.normalise
+
+    def poisoned(self, batch):
+        hit = self.state.step == NOT_A_NUMBER and self.rank == 1
+        trainer.normalise = lambda images: normalise(images) * (torch.nan if hit else 1.0)
+        loss = whole_pass(self, batch)
+        if self.state.step == INFINITE and self.rank == 0:
+            next(gradients(self.engine)).view(-1)[0] = torch.inf
+        return loss
+
+    trainer.Trainer._pass = poisoned
+    return train(arguments)
+
+
+def without_those_steps(arguments):
+    """hatnet-train that leaves these steps out from the beginning."""
+    trainer.RunState = lambda: state.RunState(skipped=[NOT_A_NUMBER, INFINITE])
+    return train(arguments)
+
+
+def open_to_all(arguments):
+    """hatnet-train started where new files are for everybody to change."""
+    os.umask(0)
+    return train(arguments)
+
+
+def die_while_saving(arguments):
+    """Commit and tidy checkpoints, and die by SIGKILL at the given event; 0 if there are not so many."""
+    folder, last = arguments
+    left = int(last)
+
+    def count(event, _):
+        nonlocal left
+        if event in OPENING:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), 9)
+
+    sys.addaudithook(count)
+    save(checkpoint.Path(folder), 2)
+    left = 0
+    return 0
+
+
+def save(folder, step):
+    """Commit a checkpoint of two files, and keep no other."""
+
+    def write(path):
+        with path.open("wb") as file:
+            file.write(b"a" * 5000)
+            file.flush()
+            sys.audit("half written")
+            file.write(b"b" * step)
+
+    checkpoint.commit(folder, checkpoint.folder_name(step, evaluated=False), {"one": write, "two": write}, {})
+    checkpoint.tidy(folder, keep=1)
+
+
+def hang(arguments):
+    """hatnet-train whose rank 1 does not come back from a step."""
+    step = trainer.Trainer._step
+
+    def stuck(self):
+        while self.state.step == NOT_A_NUMBER and self.rank == 1:
+            time.sleep(1)
+        return step(self)
+
+    trainer.Trainer._step = stuck
+    return train(arguments)
+
+
+def full_at_the_end(arguments):
+    """hatnet-train whose disk gets full just before the final weights are written."""
+    finish = trainer.Trainer.finish
+
+    def without_space(self):
+        if self.rank == 0:
+            with contextlib.suppress(OSError), (self.out / "ballast").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1_000_000))
+        finish(self)
+
+    trainer.Trainer.finish = without_space
+    return train(arguments)
+
+
+def command(arguments):
+    """Any command."""
+    return subprocess.run(arguments, check=False).returncode

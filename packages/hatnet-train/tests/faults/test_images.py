@@ -1,0 +1,50 @@
+"""Images that cannot be read: the run ends with their path, or another one takes their place."""
+
+import shutil
+
+import pytest
+from runs import rows
+
+
+@pytest.fixture(scope="module")
+def damaged(images, tmp_path_factory):
+    """The images with damage: two of those to train with, one of those held out."""
+    root = tmp_path_factory.mktemp("damaged") / "images"
+    shutil.copytree(images, root)
+    for name in ("train/class1/3.jpg", "val/class2/1.jpg"):
+        (root / name).write_bytes((root / name).read_bytes()[:500])
+    (root / "train/class2/7.jpg").write_bytes(b"")
+    return root
+
+
+@pytest.fixture
+def flags(everything, damaged):
+    """Arguments of a run of an epoch over the damaged images."""
+    return [*everything, "--drop-rate", "0", "--drop-path-rate", "0", "--data", damaged, "--epochs", "1"]
+
+
+def test_a_damaged_image_ends_the_run_with_its_path(train, flags, damaged, tmp_path):
+    said = train(*flags, "--out", tmp_path / "run", ranks=1, expected=1)
+    assert "hatnet-train: error: " in said
+    assert any(str(damaged / name) in said for name in ("train/class1/3.jpg", "train/class2/7.jpg"))
+    assert "Traceback" not in said
+
+
+def test_damaged_images_are_replaced_and_counted_alike_on_any_number_of_processes(train, flags, damaged, tmp_path):
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        said = train(*flags, "--on-bad-image", "replace", "--workers", 2 - ranks, "--out", out, ranks=ranks)
+        for name in ("train/class1/3.jpg", "train/class2/7.jpg", "val/class2/1.jpg"):
+            assert said.count(f"hatnet-train: warning: left out: cannot read {damaged / name}") == 1
+    (one,), (two,) = rows(tmp_path / "1"), rows(tmp_path / "2")
+    assert one["bad_images"] == two["bad_images"] == 3
+    assert one["eval_images"] == two["eval_images"] == 11
+    assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_more_damaged_images_than_allowed_end_the_run(train, flags, tmp_path):
+    bound = ["--on-bad-image", "replace", "--max-bad-images", "2", "--out", tmp_path / "run"]
+    said = train(*flags, *bound, expected=1)
+    assert "error: 3 images of epoch 1 could not be read by step 3; max_bad_images is 2" in said
+    assert "Traceback" not in said

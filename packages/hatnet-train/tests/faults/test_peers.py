@@ -1,0 +1,50 @@
+"""A process that is gone or hangs: the others end, in the time that was promised, and name it."""
+
+import signal
+import time
+
+import pytest
+from launches import until
+from runs import assert_same_bits, steps
+
+from hatnet_train.watch import SILENT_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("gone", "number", "expected"),
+    [
+        (1, signal.SIGKILL, f"no sign of life from rank 1 for {SILENT_SECONDS:g} s (rank 1 on "),
+        pytest.param(0, signal.SIGKILL, "rank 0 at 127.0.0.1:", marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, "no sign of life from rank 1 for ", marks=pytest.mark.slow),
+    ],
+)
+def test_the_other_processes_end_and_name_the_one_that_is_gone_or_hangs(
+    gone, number, expected, launch, train, everything, whole, tmp_path, record_property
+):
+    out, timeout = tmp_path / "run", 10
+    command = [*everything, "--zero-stage", "1", "--out", out, "--timeout", timeout, "--checkpoint-steps", "2"]
+    with launch(command) as started:
+        until(lambda: max(steps(out), default=0) >= 2, 120, started.text)
+        started.send(gone, number)
+        begin = time.monotonic()
+        until(lambda: started.poll(1 - gone) is not None, timeout + SILENT_SECONDS + 15, started.text)
+        took = time.monotonic() - begin
+        assert started.poll(1 - gone) == 1
+        (said,) = [line for line in started.log(1 - gone).splitlines() if "error: " in line]
+        assert expected in said
+        assert said.endswith("--resume auto goes on from the newest checkpoint")
+        assert "Traceback" not in started.log(1 - gone)
+    record_property("the other process ended after seconds", round(took))
+    if (gone, number) != (1, signal.SIGKILL):  # that is among the kills of test_killed
+        train(*everything, "--zero-stage", "1", "--out", out, "--resume", "auto")
+        assert_same_bits(out, whole(1))
+
+
+@pytest.mark.slow
+def test_a_process_that_lives_but_makes_no_step_is_named(launch, everything, tmp_path):
+    out = tmp_path / "run"
+    command = [*everything, "--out", out, "--timeout", "10"]
+    with launch(command, module="faulty", function="hang") as started:
+        until(lambda: started.poll(0) is not None, 120, started.text)
+        assert "all processes live; rank 1 got least far (rank 1 on " in started.log(0)
+        assert started.wait(60) == [1, 1]

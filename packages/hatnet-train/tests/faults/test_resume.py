@@ -1,0 +1,146 @@
+"""A run that was interrupted goes on bit for bit, or on other processes nearly so; else it says why not."""
+
+import json
+import signal
+import stat
+import time
+
+import pytest
+from runs import assert_same_bits, distance, rows, steps
+
+from hatnet_train.checkpoint import committed
+from launches import until
+
+
+@pytest.fixture
+def interrupted(launch, everything, tmp_path):
+    """Starts a run and sends one of its ranks a signal in the middle of the second epoch; its folder."""
+
+    def start(*flags, number=signal.SIGTERM, ranks=2, name="run", **kwargs):
+        out = tmp_path / name
+        with launch([*everything, "--checkpoint-steps", "4", *flags, "--out", out], ranks=ranks, **kwargs) as started:
+            until(lambda: max(steps(out), default=0) >= 4, 120, started.text)
+            started.send(ranks - 1, number)
+            assert started.wait(60) == [75] * ranks, started.text()
+            assert f"hatnet-train: saved at step {steps(out)[0]} as SIGTERM or SIGUSR1 asked for" in started.log(0)
+        assert 4 < steps(out)[0] < 9
+        assert not (out / "model.safetensors").exists()
+        return out
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        pytest.param(0, signal.SIGTERM, marks=pytest.mark.slow),
+        (1, signal.SIGUSR1),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(3, signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_was_asked_to_end_goes_on_bit_for_bit_at_every_zero_stage(
+    stage, number, interrupted, whole, train, everything
+):
+    out = interrupted("--zero-stage", stage, number=number)
+    said = train(*everything, "--zero-stage", stage, "--out", out, "--resume", "auto")
+    assert "hatnet-train: going on from step " in said
+    assert_same_bits(out, whole(stage))
+    record = json.loads((out / "config.json").read_text())
+    assert len(record["resumed"]) == 1
+    assert record["resumed"][0]["config"]["checkpoint_steps"] == 0
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), pytest.param(3, 2, marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_another_number_of_processes_and_zero_stage(
+    ranks, stage, train, everything, still, tmp_path
+):
+    """Without dropout and stochastic depth, whose draws are those of a process."""
+    moved = tmp_path / "moved"
+    said = train(
+        *[*everything, "--drop-rate", "0", "--drop-path-rate", "0"],
+        *["--zero-stage", stage, "--out", moved, "--resume", still / "checkpoints" / "step-0000000005"],
+        ranks=ranks,
+    )
+    assert "going on from step 5, " in said
+    assert distance(moved, still) < 1e-3
+    for ours, theirs in zip(rows(moved), rows(still), strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+        assert ours["lr"] == theirs["lr"]
+
+
+@pytest.mark.slow
+def test_what_a_run_cannot_go_on_with_is_refused_with_the_reason(train, everything, still, images, tmp_path):
+    flags = ["--drop-rate", "0", "--drop-path-rate", "0", "--out", tmp_path / "run"]
+    older = still / "checkpoints" / "step-0000000005"
+    for other, expected, ranks in (
+        (["--lr", "1e-3"], f"cannot go on from {older}: --lr was 0.0003 and is 0.001; expected the values it was", 1),
+        ([], "batch_size must be a multiple of 10 (a share for each of 5 processes × accumulation 2", 5),
+        (["--data", "digits"], f"cannot go on from {older}: training data was 72 images, ", 1),
+    ):
+        said = train(*everything, *flags, *other, "--resume", older, ranks=ranks, expected=1)
+        assert f"hatnet-train: error: {expected}" in said
+        assert "Traceback" not in said
+        assert not (tmp_path / "run").exists()
+    said = train(*everything, *flags[:4], "--out", still, "--resume", older, ranks=1, expected=1)
+    assert f"cannot go on from {older} in {still}, which holds step-0000000009-evaluated; expected another" in said
+    said = train(*everything, *flags, "--resume", tmp_path, ranks=1, expected=1)
+    assert f"cannot go on from {tmp_path}: no checkpoint there; expected a run folder or a checkpoint" in said
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_evaluation_saves_what_was_trained(launch, train, everything, images, tmp_path):
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "train").symlink_to(images / "train")
+    for image in (images / "val").glob("*/*"):
+        folder = tmp_path / "many" / "val" / image.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(200):
+            (folder / f"{number}-{image.name}").hardlink_to(image)
+    command = [*everything, "--data", tmp_path / "many", "--epochs", "1", "--checkpoint-steps", "2"]
+    out = tmp_path / "run"
+    with launch([*command, "--out", out]) as started:
+        until(lambda: steps(out)[:1] == [2], 120, started.text)
+        time.sleep(2)  # the third step takes less, and the evaluation of 2400 images more
+        started.send(0, signal.SIGTERM, to_all=True)
+        assert started.wait(60) == [75, 75], started.text()
+    assert next(folder.name for folder in committed(out / "checkpoints")) == "step-0000000003"
+    assert rows(out) == []
+    train(*command, "--out", out, "--resume", "auto")
+    train(*command, "--out", tmp_path / "whole")
+    assert_same_bits(out, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_save_in_time_ends_all_the_same(launch, everything, tmp_path):
+    out = tmp_path / "run"
+    with launch([*everything, "--out", out, "--preempt-seconds", "0.01", "--checkpoint-steps", "2"]) as started:
+        until(lambda: max(steps(out), default=0) >= 2, 120, started.text)
+        for rank in (0, 1):
+            started.send(rank, signal.SIGTERM)
+        assert started.wait(60) == [75, 75], started.text()
+        assert "not saved within the 0.01 s of --preempt-seconds; --resume auto goes on from" in started.text()
+    assert steps(out)[0] >= 2
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_a_hanging_one_ends_in_that_time_too(launch, everything, tmp_path):
+    """While a process waits in torch, Python runs no handlers."""
+    out = tmp_path / "run"
+    command = [*everything, "--out", out, "--preempt-seconds", "2", "--checkpoint-steps", "2"]
+    with launch(command, module="faulty", function="hang") as started:
+        until(lambda: max(steps(out), default=0) >= 4, 120, started.text)
+        time.sleep(1)
+        started.send(0, signal.SIGTERM)
+        begin = time.monotonic()
+        until(lambda: started.poll(0) is not None, 30, started.text)
+        assert time.monotonic() - begin < 5
+        assert started.poll(0) == 75
+        assert "not saved within the 2 s of --preempt-seconds" in started.log(0)
+
+
+def test_nothing_of_a_run_is_for_everybody_to_change(whole):
+    """The run was started where new files are."""
+    found = [p for p in whole(1).rglob("*") if not p.is_symlink()]
+    assert len(found) > 10
+    assert [p for p in found if p.stat().st_mode & stat.S_IWOTH] == []

@@ -1,0 +1,61 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from hatnet_train.recipes import build_config
+from hatnet_train.state import FREE, RunState, Saved, check_same_run, seed_step
+
+CONFIG = build_config("digits", {"clip_grad": 1.0})
+DATA = {"training data": "72 images, 0123", "held-out data": "12 images, 4567"}
+SAVED = Saved(
+    folder=Path("run/checkpoints/step-0000000005"),
+    state=RunState(step=5),
+    config=dataclasses.asdict(CONFIG),
+    data=DATA,
+    **{name: {} for name in ("engine", "scalars", "weights", "average", "moments")},
+)
+
+
+def other(value):
+    """Another value that the field may have."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return {"strict": "replace"}.get(value, "other")
+    return value + 1
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_how_a_run_is_computed_may_change_where_it_goes_on(name):
+    changed = dataclasses.replace(CONFIG, **{name: other(getattr(CONFIG, name)) if name != "zero_stage" else 3})
+    check_same_run(SAVED, changed, DATA)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", 0.1), ("batch_size", 64), ("precision", "bf16"), ("seed", 5), ("grid_sizes", (4, 4, 4))]
+)
+def test_what_a_run_computes_may_not_change(name, value):
+    before = getattr(CONFIG, name)
+    assert value != before
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(
+        ValueError, match=rf"cannot go on from .*5: {flag} was .* and is .*; expected the values it was"
+    ):
+        check_same_run(SAVED, dataclasses.replace(CONFIG, **{name: value}), DATA)
+
+
+def test_neither_may_the_images():
+    moved = {**DATA, "held-out data": "13 images, 89ab"}
+    with pytest.raises(ValueError, match="held-out data was 12 images, 4567 and is 13 images, 89ab"):
+        check_same_run(SAVED, CONFIG, moved)
+
+
+def test_what_a_step_draws_depends_on_seed_step_and_rank():
+    drawn = {}
+    for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)]:
+        seed_step(*key)
+        values = torch.rand(4)
+        assert torch.equal(drawn.setdefault(key, values), values)
+    assert len({tuple(values.tolist()) for values in drawn.values()}) == 4
