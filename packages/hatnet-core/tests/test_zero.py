@@ -134,10 +134,10 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
         load_checkpoint(create_model("hatnet_tiny"), tmp_path)
 
 
-@pytest.mark.parametrize("tag", ["../elsewhere", "/etc", "a/b"])
+@pytest.mark.parametrize("tag", ["../elsewhere", "/etc", "a/b", "..", ".", "x" * 5000])
 def test_latest_does_not_lead_out_of_its_folder(tag, tmp_path):
     (tmp_path / "latest").write_text(tag)
-    with pytest.raises(ValueError, match=f"latest must name a folder beside it, got '{tag}'"):
+    with pytest.raises(ValueError, match=f"latest must name a folder beside it, got '{tag[:80]}'"):
         load_checkpoint(create_model("hatnet_tiny"), tmp_path)
 
 

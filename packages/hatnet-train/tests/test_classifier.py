@@ -20,6 +20,12 @@ def test_a_checkpoint_of_a_run_says_all_that_is_needed(checkpoint):
     assert (tuple(classifier.mean), tuple(classifier.std)) == (MEAN, STD)
 
 
+def test_what_a_checkpoint_says_of_itself_counts_also_where_its_variant_is_named(checkpoint):
+    assert load_classifier(checkpoint, "hatnet_tiny").image_size == 32
+    with pytest.raises(ValueError, match=r"model\.safetensors holds hatnet_tiny, got hatnet_small: leave the variant"):
+        load_classifier(checkpoint, "hatnet_small")
+
+
 def test_weights_alone_need_the_variant_and_are_prepared_as_in_the_paper(tmp_path):
     model = create_model("hatnet_tiny", num_classes=7)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pth")

@@ -126,3 +126,23 @@ def test_another_micro_batch_is_refused(written):
     user = written({"train_micro_batch_size_per_gpu": 4})
     with pytest.raises(ValueError, match=r"train_micro_batch_size_per_gpu is 4, but batch_size 32 .* gives 16"):
         deepspeed_config(build_config("digits", {}), world_size=2, user=user)
+
+
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
+def test_states_elsewhere_than_on_the_devices_are_refused(name, written):
+    with pytest.raises(ValueError, match=rf"ds\.json: zero_optimization\.{name} must be left out"):
+        written({"zero_optimization": {"stage": 2, name: {"device": "cpu"}}})
+    written({"zero_optimization": {"stage": 2, name: {"device": "none"}}})
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_a_section_of_half_precision_needs_zero(name, written):
+    user = written({name: {"enabled": True}})
+    with pytest.raises(ValueError, match=f"a section {name} needs zero_stage 1 to 3, got 0"):
+        deepspeed_config(build_config("digits", fields_of(user)), world_size=2, user=user)
+
+
+def test_deepspeeds_own_optimizer_is_not_given_what_only_torchs_knows(written):
+    user = written({"optimizer": {"type": "AdamW", "params": {"torch_adam": False}}})
+    settings = deepspeed_config(build_config("digits", fields_of(user)), world_size=1, user=user)
+    assert "fused" not in settings["optimizer"]["params"]

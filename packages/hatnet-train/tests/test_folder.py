@@ -60,6 +60,13 @@ def test_the_digest_changes_with_names_and_classes_but_not_with_the_place(imagen
     assert Folder(imagenet / "elsewhere").digest() != before
 
 
+def test_an_unsorted_validation_folder_in_a_folder_is_recognised_too(tmp_path):
+    (tmp_path / "val" / "images").mkdir(parents=True)
+    (tmp_path / "val" / "images" / "ILSVRC2012_val_00000001.JPEG").touch()
+    with pytest.raises(ValueError, match=r"val/images holds images of all classes; the ILS"):
+        Folder(tmp_path / "val", SYNSETS)
+
+
 def test_an_unsorted_validation_folder_is_recognised_and_explained(tmp_path):
     (tmp_path / "val").mkdir()
     for i in range(1, 4):

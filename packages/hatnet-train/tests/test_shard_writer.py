@@ -326,10 +326,12 @@ def test_a_worker_that_is_killed_ends_the_work_with_a_reason(many, tmp_path):
 
 
 WRITE = """
+import signal
 import sys
 from pathlib import Path
 from hatnet_train.data.shard_writer import write_shards
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is not set if the tests run in the background
 try:
     write_shards(Path(sys.argv[1]), Path(sys.argv[2]), splits=("train",), resize=64, shard_megabytes=0.1, workers=1)
 except KeyboardInterrupt:

@@ -41,7 +41,7 @@ def test_what_a_run_computes_may_not_change(name, value):
     assert value != before
     flag = "--" + name.replace("_", "-")
     with pytest.raises(
-        ValueError, match=rf"cannot go on from .*5: {flag} was .* and is .*; expected the values it was"
+        ValueError, match=rf"cannot go on from .*5: {flag} was .* and is .*; expected what it was begun"
     ):
         check_same_run(SAVED, dataclasses.replace(CONFIG, **{name: value}), DATA)
 

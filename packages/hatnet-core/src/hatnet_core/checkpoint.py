@@ -225,7 +225,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     try:
         record = json.loads(header.get("hatnet", "null"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise ValueError(f"{path} holds no HAT-Net configuration; expected a file of save_checkpoint")

@@ -231,8 +231,8 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--checkpoint",
         type=Path,
-        help="weights: a file of save_checkpoint, the folder of a DeepSpeed checkpoint of hatnet-train, or another "
-        "file together with --model",
+        help="weights: a run folder of hatnet-train or a checkpoint in it, a file of save_checkpoint, the folder of a "
+        "DeepSpeed checkpoint, or another file together with --model",
     )
     source.add_argument(
         "--model",

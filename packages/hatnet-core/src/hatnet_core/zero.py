@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,9 +33,9 @@ def checkpoint_folder(path: Path) -> Path:
     """
     latest = path / "latest"
     if latest.is_file():
-        tag = latest.read_text().strip()
-        if Path(tag).name != tag:  # a name with separators could lead elsewhere
-            raise ValueError(f"{latest} must name a folder beside it, got {tag!r}")
+        tag = latest.read_bytes()[:1000].decode(errors="replace").strip()
+        if not re.fullmatch(r"[\w.+=-]{1,200}", tag) or tag in (".", ".."):  # another name could lead elsewhere
+            raise ValueError(f"{latest} must name a folder beside it, got {tag[:80]!r}")
         path = path / tag
     if not any(path.glob(MODEL_STATES)):
         raise ValueError(f"{path} holds no DeepSpeed checkpoint: expected {MODEL_STATES} or a file latest in it")
@@ -52,7 +53,7 @@ def read_record(path: Path) -> dict[str, Any]:
         record = json.loads(file.read_text())
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not describe its model: expected {RECORD} of hatnet-train in it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise ValueError(f"{file} holds no HAT-Net configuration; expected a file of hatnet-train")

@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 VERSION = 1
 """Of the layout of a checkpoint."""
 
-STAGING, REMOVED = ".staging-", ".removed-"
+STAGING, REMOVED, DAMAGED = ".staging-", ".removed-", "damaged-"
 """What the names of folders begin with that are not, or no longer, checkpoints."""
 
 
@@ -54,7 +54,9 @@ def commit(
         if not any(check(final)):
             return final
         _take_away(final)
-    checkpoints.mkdir(exist_ok=True)
+    if not checkpoints.is_dir():
+        checkpoints.mkdir()
+        sync_folder(checkpoints.parent)
     staging = checkpoints / f"{STAGING}{name}"
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -93,7 +95,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if version != VERSION:
         raise ValueError(f"{path} is of layout {version!r}; expected {VERSION}")
     files = manifest.get("files")
-    if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
+    if not files or not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
         raise ValueError(f"{path} does not list files with bytes and sha256; expected a checkpoint of hatnet-train")
     return manifest
 
@@ -129,17 +131,36 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def tidy(checkpoints: Path, keep: int) -> None:
+def set_aside(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """:func:`newest`, and other names for those that are newer, so that no checkpoint has to go in their favour.
+
+    They are called ``damaged-step-…`` then, and stay; one that cannot be renamed is left as it is.
+    """
+    good, problems = newest(checkpoints)
+    for folder in committed(checkpoints):
+        if folder == good:
+            break
+        with contextlib.suppress(OSError):
+            folder.rename(folder.with_name(f"{DAMAGED}{folder.name}-{secrets.token_hex(4)}"))
+    return good, problems
+
+
+def tidy(checkpoints: Path, keep: int, written: Path) -> None:
     """Remove what no run needs: all checkpoints but the newest ``keep`` and the best, and what was half-written.
 
     The best is that of the highest ``top1`` in its manifest; of equal ones the newest. A folder that does not go, for
     whatever reason, is left for the next time.
+
+    Args:
+        checkpoints: the folder of all checkpoints.
+        keep: how many of the newest stay.
+        written: the one that was written just now, and stays in any case.
     """
     folders = committed(checkpoints)
     accuracies = {folder: _top1(folder) for folder in folders}
     best = max(folders, key=lambda folder: accuracies[folder], default=None)
     for folder in folders[keep:]:
-        if folder != best:
+        if folder not in (best, written):
             with contextlib.suppress(OSError):
                 _take_away(folder)
     for left in [p for p in _entries(checkpoints) if p.name.startswith((STAGING, REMOVED))]:
@@ -155,7 +176,6 @@ def write_manifest(folder: Path, names: Iterable[str], about: Mapping[str, Any])
     listed = {name: _flush(folder / name) for name in names}
     content = json.dumps({"version": VERSION, **about, "files": listed}, indent=1)
     write_file(folder / MANIFEST, content.encode())
-    sync_folder(folder)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -171,6 +191,7 @@ def write_file(path: Path, content: bytes) -> None:
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def staged(path: Path) -> Path:
@@ -222,7 +243,9 @@ def _top1(folder: Path) -> float:
 
 
 def _entries(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+    with contextlib.suppress(OSError):
+        return list(folder.iterdir())
+    return []
 
 
 def _reason(error: Exception) -> str:

@@ -47,15 +47,21 @@ def load_classifier(checkpoint: Path, variant: str | None = None) -> Classifier:
     """Read a checkpoint of hatnet-train, or any other of a HAT-Net.
 
     Args:
-        checkpoint: a ``.safetensors`` of hatnet-train, the folder of a DeepSpeed checkpoint of it, or, together with
+        checkpoint: a run folder of hatnet-train, a checkpoint or a ``.safetensors`` of it, or, together with
             ``variant``, any file that :func:`hatnet_core.load_checkpoint` reads, such as the released weights. For
             those, preprocessing is that of the paper: ImageNet's mean and deviation, 224 of 256 pixels.
-        variant: the model; for files that do not say what they hold.
+        variant: the model; for files that do not say what they hold. Those that do must not contradict it.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: if it cannot be read, does not describe its model, or not how images are preprocessed.
+        ValueError: if it cannot be read, does not describe its model, or not how images are preprocessed; if it is of
+            another variant.
     """
+    described = _record_of(checkpoint) if variant is not None else None
+    if described is not None and "image_size" in described:
+        if described.get("variant") != variant:
+            raise ValueError(f"{checkpoint} holds {described.get('variant')}, got {variant}: leave the variant out")
+        variant = None
     if variant is None and not has_metadata(checkpoint):
         if not checkpoint.exists():
             raise FileNotFoundError(f"no checkpoint at {checkpoint}: expected an existing file or folder")
@@ -79,6 +85,14 @@ def load_classifier(checkpoint: Path, variant: str | None = None) -> Classifier:
         mean=record["mean"],
         std=record["std"],
     )
+
+
+def _record_of(checkpoint: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of itself, None if nothing."""
+    try:
+        return read_metadata(checkpoint) if has_metadata(checkpoint) else None
+    except ValueError:
+        return None
 
 
 def pick_device(name: str) -> torch.device:

@@ -242,11 +242,12 @@ def _check_hostfile(path: Path) -> None:
 
 
 def _verify(run: Path) -> None:
-    from hatnet_train.verify import check_run
+    from hatnet_train.verify import check_run, is_done
 
     found = check_run(run)
     for path, problems in found.items():
-        print(f"{path}: {'damaged' if problems else 'usable'}")
+        sound = "usable" if path != run or is_done(run) else "not done, without final weights to check"
+        print(f"{path}: {'damaged' if problems else sound}")
         for problem in problems:
             print(f"  {problem}")
     damaged = [str(path) for path, problems in found.items() if problems]

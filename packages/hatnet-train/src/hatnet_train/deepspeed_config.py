@@ -23,8 +23,8 @@ def deepspeed_config(config: TrainConfig, *, world_size: int, user: Mapping[str,
             went into it. What only it says is taken over.
 
     Raises:
-        ValueError: if the processes cannot share the batch evenly, or ``user`` has another micro-batch or switches the
-            precision off.
+        ValueError: if the processes cannot share the batch evenly, or ``user`` has another micro-batch, switches the
+            precision off, or has a section of half precision without ZeRO.
     """
     parts = world_size * config.accumulation
     per_part = "an even share for each" if config.mixes else "a share for each"
@@ -46,6 +46,14 @@ def deepspeed_config(config: TrainConfig, *, world_size: int, user: Mapping[str,
         },
     }
     user = user or {}
+    if user.get("optimizer", {}).get("params", {}).get("torch_adam") is False:
+        del ours["optimizer"]["params"]["fused"]  # DeepSpeed's own AdamW does not know it
+    for name in AUTOCAST_DTYPES:
+        if enabled(user, name) and config.zero_stage == 0:
+            raise ValueError(
+                f"a section {name} needs zero_stage 1 to 3, got 0, where DeepSpeed keeps the fp32 weights out of "
+                f"sight; expected --precision {name} or torch_autocast instead"
+            )
     if not any(enabled(user, name) for name in (*AUTOCAST_DTYPES, "torch_autocast")):
         ours |= _precision(config)
     _check_user(ours, user, config)

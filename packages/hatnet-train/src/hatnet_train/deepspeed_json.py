@@ -54,6 +54,12 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     kind = value_at(content, ("optimizer", "type"))
     if kind not in (None, "Adam", "AdamW") or value_at(content, ("optimizer", "params", "adam_w_mode")) is False:
         raise ValueError(f"{path}: the optimizer must be AdamW (Sec. 4.1), got {json.dumps(content['optimizer'])}")
+    for name in ("offload_optimizer", "offload_param"):
+        if value_at(content, ("zero_optimization", name, "device")) not in (None, "none"):
+            raise ValueError(
+                f"{path}: zero_optimization.{name} must be left out: the states of HAT-Net fit on its devices, and "
+                "checkpoints do not look for them elsewhere"
+            )
     try:
         fields_of(content)
     except ValueError as error:

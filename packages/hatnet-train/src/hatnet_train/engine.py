@@ -57,7 +57,7 @@ def build_engine(
             lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
             config=settings,
         )
-    except (TypeError, ValueError, AssertionError, DeepSpeedConfigError) as error:
+    except (TypeError, ValueError, AssertionError, LookupError, NotImplementedError, DeepSpeedConfigError) as error:
         raise ValueError(f"DeepSpeed refuses its configuration: {' '.join(str(error).split())}") from error
     if config.compile:
         engine.compile()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hatnet_train.data.augment import MEAN, STD, normalise
 from hatnet_train.data.loader import Batch
+from hatnet_train.launch import AgreedError
 
 
 def evaluate(
@@ -38,6 +39,9 @@ def evaluate(
     Returns:
         Of each model ``eval_loss`` (cross entropy), ``top1`` and ``top5`` (percent), ``eval_images`` (how many were
         counted), the same on every rank.
+
+    Raises:
+        AgreedError: if not one image could be counted.
     """
     sums = torch.zeros(len(models), 4, dtype=torch.float64, device=device)
     with torch.no_grad():
@@ -52,6 +56,8 @@ def evaluate(
             if between is not None:
                 between(batch)
     dist.all_reduce(sums)
+    if not sums[0, 3]:
+        raise AgreedError("none of the held-out images could be read; expected one at least")
     return [
         {"eval_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "eval_images": int(count)}
         for loss, top1, top5, count in sums.tolist()

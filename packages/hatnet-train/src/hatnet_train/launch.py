@@ -137,10 +137,11 @@ def joined(launch: Launch, timeout: float) -> Iterator[Watch]:
     except (AgreedError, FloatingPointError, Preempted):
         torch.distributed.barrier()
         raise
-    except RuntimeError as error:
-        if not re.search(LOST_CONTACT, str(error)):
-            raise
-        raise ConnectionError(f"{watch.culprits()}; {ADVICE}") from error
+    except Exception as error:
+        if isinstance(error, RuntimeError) and re.search(LOST_CONTACT, str(error)):
+            raise ConnectionError(f"{watch.culprits()}; {ADVICE}") from error
+        watch.tell(str(error).partition("\n")[0])
+        raise
     finally:
         watch.end()
         torch.distributed.destroy_process_group()

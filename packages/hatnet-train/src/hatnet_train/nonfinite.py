@@ -59,7 +59,8 @@ def dump(
         "gradients": _statistics(list(gradients(engine))),
         "weights": _statistics(masters(engine)),
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(exist_ok=True)  # but not the run folder above it, should that have vanished
+    folder.mkdir(exist_ok=True)
     (folder / f"rank-{dist.get_rank():04d}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

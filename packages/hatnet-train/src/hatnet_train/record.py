@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +19,7 @@ from hatnet_train import checkpoint
 from hatnet_train.config import TrainConfig
 from hatnet_train.launch import AgreedError
 from hatnet_train.preflight import raise_together
+from hatnet_train.state import differences
 from hatnet_train.verify import CONFIG, read_config
 
 PACKAGES = ("hatnet-core", "hatnet-train", "deepspeed", "torch", "torchvision", "timm", "numpy", "pillow")
@@ -68,9 +71,21 @@ def _prepare(out: Path, record: dict[str, Any], *, go_on: bool) -> str | None:
         return f"run folder {out} is in use by another run, which has to end first"
     if path.is_file():
         first = read_config(path)
+        if not checkpoint.committed(out / "checkpoints") and (problem := _not_begun_alike(out, first, record)):
+            return problem
         record = {**first, "resumed": [*first.get("resumed", []), record]}
+    for left in (checkpoint.MANIFEST, *(p.name for p in out.glob(".model*.tmp"))):  # the run is not done any more
+        (out / left).unlink(missing_ok=True)
     checkpoint.write_file(path, (json.dumps(record, indent=2) + "\n").encode())
     return None
+
+
+def _not_begun_alike(out: Path, first: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Why a run that left no checkpoint cannot be begun anew in its folder."""
+    if (out / checkpoint.MANIFEST).exists():
+        return f"{out} holds a run that is done, without checkpoints to go on from; expected another --out"
+    changes = differences(first["config"], first.get("data", {}), now["config"], now["data"])
+    return f"cannot go on in {out}: {changes}; expected what it was begun with, or another --out" if changes else None
 
 
 def _lock(path: Path) -> bool:
@@ -78,23 +93,29 @@ def _lock(path: Path) -> bool:
     lock = path.open("w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data workers would inherit
-    except (BlockingIOError, PermissionError):
-        lock.close()
-        return False
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            lock.close()
+            return False
+        sys.stderr.write(f"hatnet-train: warning: cannot lock {path}: {error.strerror}; let no other run use it\n")
     _LOCKS.append(lock)
     return True
 
 
-def run_record(config: TrainConfig, settings: dict[str, Any], world_size: int) -> dict[str, Any]:
+def run_record(
+    config: TrainConfig, settings: dict[str, Any], world_size: int, data: Mapping[str, str]
+) -> dict[str, Any]:
     """What config.json holds.
 
     Args:
         config: the run, with its seed.
         settings: DeepSpeed's configuration, a user's own in it.
         world_size: number of processes.
+        data: what tells its data from others.
     """
     return {
         "config": dataclasses.asdict(config),
+        "data": dict(data),
         "deepspeed_config": settings,
         "world_size": world_size,
         "command": sys.argv,

@@ -52,7 +52,9 @@ def train_run(
         Preempted: see :meth:`Trainer.run`.
         ConnectionError: if another process is gone or hangs, naming it.
     """
-    warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # which DeepSpeed uses
+    warnings.filterwarnings(
+        "ignore", ".*(all_gather_into_tensor|reduce_scatter_tensor)", FutureWarning
+    )  # which DeepSpeed uses
     os.umask(os.umask(0o022) | 0o002)  # what a run writes is not for everybody to change
     with joined(discover(os.environ), timeout) as watch:
         training, held_out = _open_together(config)
@@ -60,9 +62,11 @@ def train_run(
         compare({**facts, **_values(config)})
         data = {name: facts[name] for name in ("training data", "held-out data")}
         saved = _checkpoint_to_go_on_from(config, out, resume, data) if out is not None else None
+        go_on = out is not None and (resume == "auto" or (saved is not None and _inside(saved.folder, out)))
         trainer = Trainer(config, training, held_out, user, data=data, saved=saved, watch=watch, signals=signals)
+        del saved  # the engine has it now
         if out is not None:
-            trainer.run(out, go_on=resume == "auto" or (saved is not None and _inside(saved.folder, out)))
+            trainer.run(out, go_on=go_on)
             return
         gradients = 4 * sum(p.numel() for p in build_model(config, len(training.classes)).parameters())
         report = preflight(facts, gradients)
@@ -75,8 +79,8 @@ def _checkpoint_to_go_on_from(config: TrainConfig, out: Path, resume: str, data:
     chosen: list[Path | str | None] = [None]
     if dist.get_rank() == 0 and resume != "none":
         try:
-            chosen = [_newest(out) if resume == "auto" else _named(Path(resume), out)]
-        except ValueError as error:
+            chosen = [_newest_of_own(out) if resume == "auto" else _named(Path(resume), out)]
+        except (ValueError, OSError) as error:
             chosen = [str(error)]
     dist.broadcast_object_list(chosen, src=0)
     raise_together(chosen[0] if isinstance(chosen[0], str) else None)
@@ -115,6 +119,13 @@ def _named(path: Path, out: Path) -> Path:
     return path
 
 
+def _newest_of_own(out: Path) -> Path | None:
+    """:func:`_newest` of the run that goes on; what is damaged is set aside."""
+    newest = _newest(out)
+    checkpoint.set_aside(out / "checkpoints")
+    return newest
+
+
 def _newest(run: Path) -> Path | None:
     """The newest whole checkpoint of a run folder; what is damaged is told.
 
@@ -151,6 +162,10 @@ def _open_together(config: TrainConfig) -> tuple[Source, Source]:
         problem = str(error)
     raise_together(problem)
     training, held_out = opened
+    missing = sorted(set(range(len(training.classes))) - set(held_out.labels.tolist()))
+    if missing and dist.get_rank() == 0:
+        names = ", ".join(training.classes[place] for place in missing[:5])
+        sys.stderr.write(f"hatnet-train: warning: no held-out images of {len(missing)} classes, such as {names}\n")
     return training, held_out
 
 

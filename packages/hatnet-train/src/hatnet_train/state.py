@@ -161,27 +161,36 @@ def check_same_run(saved: Saved, config: TrainConfig, data: Mapping[str, str]) -
     Raises:
         ValueError: naming the fields with the values of then and now, or the data.
     """
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
-    changed = [name for name in now if name not in FREE and saved.config.get(name) != now[name]]
-    if changed:
-        listed = "; ".join(
-            f"--{name.replace('_', '-')} was {saved.config.get(name)} and is {now[name]}" for name in changed
-        )
+    if changes := differences(saved.config, saved.data, dataclasses.asdict(config), data):
         raise ValueError(
-            f"cannot go on from {saved.folder}: {listed}; expected the values it was begun with, or another --out "
-            "with --init for the weights alone"
+            f"cannot go on from {saved.folder}: {changes}; expected what it was begun with, or another --out with "
+            "--init for the weights alone"
         )
-    for name, then in saved.data.items():
-        if data.get(name) != then:
-            raise ValueError(f"cannot go on from {saved.folder}: {name} was {then} and is {data.get(name)}")
+
+
+def differences(
+    config_then: Mapping[str, Any], data_then: Mapping[str, str], config: Mapping[str, Any], data: Mapping[str, str]
+) -> str:
+    """What a run computed with other values then than it would now, in words; empty if it goes on as it began."""
+    now = json.loads(json.dumps(config))  # with lists for tuples
+    changed = [
+        f"--{name.replace('_', '-')} was {config_then.get(name)} and is {value}"
+        for name, value in now.items()
+        if name not in FREE and config_then.get(name) != value
+    ]
+    changed += [
+        f"{name} was {then} and is {data.get(name)}" for name, then in data_then.items() if data.get(name) != then
+    ]
+    return "; ".join(changed)
 
 
 def restore(engine: deepspeed.DeepSpeedEngine, ema: Ema | None, saved: Saved) -> None:
     """Bring an engine, made with the weights of ``saved``, to where that run was.
 
     Raises:
-        ValueError: if the optimizer's state is that of another model.
+        ValueError: if average or moments are those of another model, or there are none.
     """
+    _check_shapes(saved, averaged=ema is not None)
     scatter(engine, saved.weights, lambda master: master)  # where the masters are more precise than the model
     if ema is not None:
         ema.load(saved.average)
@@ -197,6 +206,21 @@ def restore(engine: deepspeed.DeepSpeedEngine, ema: Ema | None, saved: Saved) ->
             scaler.load_state_dict(dict(saved.engine["loss_scaling"]))
         else:
             vars(scaler).update(saved.engine["loss_scaling"])
+
+
+def _check_shapes(saved: Saved, *, averaged: bool) -> None:
+    """See that every tensor that will be restored is there and of its parameter's shape."""
+    expected = {name: tensor.shape for name, tensor in saved.weights.items()}  # which the model has taken
+    moments: dict[str, dict[str, torch.Size]] = {}
+    for key, tensor in saved.moments.items():
+        moment, _, name = key.partition("/")
+        moments.setdefault(moment, {})[name] = tensor.shape
+    if any(shapes != expected for shapes in moments.values()) or (
+        not moments and saved.engine["global_steps"] > saved.engine["skipped_steps"]
+    ):
+        raise ValueError(f"{saved.folder / OPTIMIZER} does not hold moments of every weight, of its shape")
+    if averaged and {name: tensor.shape for name, tensor in saved.average.items()} != expected:
+        raise ValueError(f"{saved.folder / AVERAGE} does not hold an average of every weight, of its shape")
 
 
 def set_schedule(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
@@ -242,6 +266,8 @@ def _moments(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
         for name, value in states.get(master, {}).items()
         if torch.is_tensor(value) and value.numel() == master.numel() and value.ndim
     }
+    if not names and engine.global_steps > engine.skipped_steps:
+        raise RuntimeError("the optimizer steps on other tensors than sharding.masters knows: its moments were lost")
     moments: dict[str, Tensor] = {}
     for moment in sorted(names):
         whole = gather(engine, lambda master: states[master][moment])  # noqa: B023
@@ -291,9 +317,14 @@ def _read_state(path: Path) -> dict[str, Any]:
     ]
     if wrong:
         raise ValueError(f"{path} has no usable {', '.join(wrong)}; expected the state of a run of hatnet-train")
-    missing = {"global_steps", "skipped_steps", "scheduler_step", "loss_scaling"} - record["engine"].keys()
-    if missing:
-        raise ValueError(f"{path} lacks engine's {', '.join(sorted(missing))}")
+    counts = {name: record["engine"].get(name) for name in ("global_steps", "skipped_steps", "scheduler_step")}
+    counts |= {name: record[name] for name in ("step", "bad_images", "trained")}
+    wrong = [name for name, value in counts.items() if type(value) is not int or value < 0]
+    wrong += [name for name in ("rows",) if not all(isinstance(row, dict) for row in record[name])]
+    wrong += [name for name in ("skipped",) if not all(type(step) is int for step in record[name])]
+    wrong += [name for name in ("optimizer",) if not all(type(v) in (int, float) for v in record[name].values())]
+    if wrong or not isinstance(record["engine"].get("loss_scaling"), dict):
+        raise ValueError(f"{path} has no usable {', '.join(wrong or ['loss_scaling'])}; expected numbers of a run")
     return dict(record)
 
 

@@ -169,7 +169,7 @@ class Trainer:
             FloatingPointError: if more steps than ``max_skipped_steps`` have a loss or gradients that are not finite.
             Preempted: after SIGTERM or SIGUSR1, when the state is saved.
         """
-        record = run_record(self.config, self.settings, self.world_size)
+        record = run_record(self.config, self.settings, self.world_size, self.data)
         open_run_folder(out, record, go_on=go_on)
         self.out = out
         try:
@@ -191,6 +191,10 @@ class Trainer:
         state = self.state
         row = {"epoch": epoch + 1, **self.training_metrics(), **self._evaluation_metrics()}
         row["bad_images"] = state.bad_images  # of both
+        if not all(math.isfinite(row[name]) for name in row if name.endswith("eval_loss")):
+            raise FloatingPointError(
+                f"held-out loss {row['eval_loss']} after epoch {epoch + 1} is not finite; a lower --lr may help"
+            )
         state.rows.append(row)
         state.begin_epoch()
         if self.monitor is not None:
@@ -220,9 +224,10 @@ class Trainer:
     def finish(self) -> None:
         """Write the final weights, with what is needed to use them, and the manifest of the run folder."""
         row = self.state.rows[-1]
-        final = {WEIGHTS: (full_weights(self.engine), row["top1"])}
+        final = {}
         if self.ema is not None:
             final[AVERAGE] = (self.ema.weights(), row["ema_top1"])
+        final[WEIGHTS] = (full_weights(self.engine), row["top1"])
         problem = None
         if self.monitor is not None:
             self.monitor.close()
@@ -257,10 +262,13 @@ class Trainer:
         if self.rank == 0:
             folder = self.out / "checkpoints"
             try:
-                checkpoint.commit(folder, checkpoint.folder_name(state.step, evaluated=evaluated), files, about)
-                checkpoint.tidy(folder, self.config.keep_checkpoints)
+                written = checkpoint.commit(
+                    folder, checkpoint.folder_name(state.step, evaluated=evaluated), files, about
+                )
             except OSError as error:
                 problem = f"cannot save step {state.step} in {folder}: {error.strerror or error}"
+            else:
+                checkpoint.tidy(folder, self.config.keep_checkpoints, written)
         problem = self._told_by_rank_0(problem)
         self._failed_saves = self._failed_saves + 1 if problem else 0
         if problem and (last or self._failed_saves == FAILED_SAVES):
@@ -380,7 +388,7 @@ class Trainer:
                 f"{error}; {len(skipped) - 1} steps were skipped before, max_skipped_steps is "
                 f"{self.config.max_skipped_steps}; a lower --lr may help"
             )
-        newest = checkpoint.newest(self.out / "checkpoints")[0] if self.rank == 0 else None
+        newest = checkpoint.set_aside(self.out / "checkpoints")[0] if self.rank == 0 else None
         folder = self._told_by_rank_0(newest or self._origin)
         saved = read_saved(folder) if folder is not None else None
         back = saved.state.step if saved is not None else 0

@@ -28,12 +28,17 @@ def check_run(run: Path) -> dict[Path, list[str]]:
     if not folders and not (run / CONFIG).exists():
         raise ValueError(f"neither {CONFIG} nor checkpoints in {run}; expected a run folder of hatnet-train")
     found = {folder: list(checkpoint.check(folder)) for folder in folders}
-    own = list(checkpoint.check(run)) if (run / checkpoint.MANIFEST).exists() else []
+    own = list(checkpoint.check(run)) if is_done(run) else []
     try:
         read_config(run / CONFIG)
     except ValueError as error:
         own.append(str(error))
     return {**found, run: own}
+
+
+def is_done(run: Path) -> bool:
+    """Whether a run came to its end: its manifest is written last, and removed when it goes on."""
+    return (run / checkpoint.MANIFEST).exists()
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ gives no sign any more is gone, and of those that all do, who has made the fewes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -21,9 +22,15 @@ from torch._C._distributed_c10d import Store
 SILENT_SECONDS = 10.0
 """After so long without a sign of life, a process is gone: killed, its host down, or its network."""
 
+PATIENCE_SECONDS = 6 * SILENT_SECONDS
+"""After so long without a sign of the next rank, a process looks for itself, and ends; its own communication should
+have failed before that."""
+
 ADVICE = "its own output may say why; --resume auto goes on from the newest checkpoint"
 
 _EVERY = 2.0  # seconds between two signs
+
+_REASON = "life/reason"
 
 
 class Watch:
@@ -42,6 +49,7 @@ class Watch:
         self._timeout = timeout
         self._signs = self._marks = 0
         self._marked: float | None = None
+        self._looking = False
         self._ended = threading.Event()
         self._me = f"{socket.gethostname()} (process {os.getpid()})"
         self._thread = threading.Thread(target=self._live, daemon=True)
@@ -58,15 +66,22 @@ class Watch:
         """Give no more signs."""
         self._ended.set()
 
+    def tell(self, reason: str) -> None:
+        """Leave the others the reason why this process alone ends."""
+        with contextlib.suppress(torch.distributed.DistError):
+            self._store.set(_REASON, f"rank {self._rank} on {self._me} has ended: {reason}")
+
     def culprits(self) -> str:
         """Who is gone, or holds the others up, in words; takes up to :data:`SILENT_SECONDS` and a little."""
-        self._marked = None  # who looks by itself need not be looked after
+        self._looking = True  # who looks need not be looked after
         try:
             return self._culprits()
         except torch.distributed.DistError:
             return f"{self._master} is gone: nothing answers there any more"
 
     def _culprits(self) -> str:
+        if self._store.check([_REASON]):
+            return self._store.get(_REASON).decode()
         ranks = range(self._world_size)
         first, start = self._read(ranks), time.monotonic()
         silent, now = list(ranks), first
@@ -74,6 +89,8 @@ class Watch:
             time.sleep(_EVERY / 2)
             now = self._read(ranks)
             silent = [rank for rank in silent if now[rank][0] == first[rank][0]]
+            if self._store.check([_REASON]):
+                return self._store.get(_REASON).decode()
         if silent:
             hosts = "; ".join(f"rank {rank} on {now[rank][2]}" for rank in silent)
             return f"no sign of life from {compact_ranks(silent)} for {SILENT_SECONDS:g} s ({hosts})"
@@ -88,21 +105,34 @@ class Watch:
         return [tuple(json.loads(value)) for value in self._store.multi_get(keys)]
 
     def _live(self) -> None:
+        """Sign, and look whether the next rank does, and whether this process gets on."""
+        neighbour = (self._rank + 1) % self._world_size
+        signs, heard = b"", time.monotonic()
         while not self._ended.wait(_EVERY):
-            try:
+            now = time.monotonic()
+            with contextlib.suppress(torch.distributed.DistError):  # rank 0 is gone, or ends as this one is about to
                 self._sign()
-            except torch.distributed.DistError:
-                return  # rank 0 is gone: what this process is in will fail, and find out
-            if self._marked is not None and time.monotonic() - self._marked > self._timeout + 5 * _EVERY:
-                threading.Thread(target=self._end_process, daemon=True).start()
+                if self._store.check([f"life/{neighbour}"]):
+                    before, signs = signs, self._store.get(f"life/{neighbour}")
+                    heard = heard if signs == before else now
+            if self._looking:
+                continue
+            if now - heard > PATIENCE_SECONDS:
+                self._end_process(f"{compact_ranks([neighbour])} or rank 0 gave no sign for {PATIENCE_SECONDS:g} s")
+            elif self._marked is not None and now - self._marked > self._timeout + 5 * _EVERY:
+                self._end_process(f"no step for {self._timeout:g} s")
 
     def _sign(self) -> None:
         self._signs += 1
         self._store.set(f"life/{self._rank}", json.dumps([self._signs, self._marks, self._me]))
 
-    def _end_process(self) -> None:
-        """The communication has not ended this process, as its own time limit should: NCCL may hang for ever."""
-        message = f"no step for {self._timeout:g} s; {self.culprits()}; {ADVICE}"
+    def _end_process(self, why: str) -> None:
+        """End, in a thread, so that the signs go on: communication has not failed as it should; NCCL may hang."""
+        self._looking = True
+        threading.Thread(target=self._look_and_end, args=(why,), daemon=True).start()
+
+    def _look_and_end(self, why: str) -> None:
+        message = f"{why}; {self.culprits()}; {ADVICE}"
         os.write(sys.stderr.fileno(), f"hatnet-train: error: [rank {self._rank}] {message}\n".encode())
         time.sleep(SILENT_SECONDS)  # the others look at the same time, and should not find this one gone
         os._exit(1)

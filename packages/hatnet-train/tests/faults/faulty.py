@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import islice
 
 import torch
 
@@ -28,7 +29,8 @@ def not_finite(arguments):
         trainer.normalise = lambda images: normalise(images) * (torch.nan if hit else 1.0)
         loss = whole_pass(self, batch)
         if self.state.step == INFINITE and self.rank == 0:
-            next(gradients(self.engine)).view(-1)[0] = torch.inf
+            for gradient in islice(gradients(self.engine), 1):  # under ZeRO there are none before the last pass
+                gradient.view(-1)[0] = torch.inf
         return loss
 
     trainer.Trainer._pass = poisoned
@@ -75,20 +77,37 @@ def save(folder, step):
             sys.audit("half written")
             file.write(b"b" * step)
 
-    checkpoint.commit(folder, checkpoint.folder_name(step, evaluated=False), {"one": write, "two": write}, {})
-    checkpoint.tidy(folder, keep=1)
+    name = checkpoint.folder_name(step, evaluated=False)
+    checkpoint.tidy(folder, 1, checkpoint.commit(folder, name, {"one": write, "two": write}, {}))
 
 
-def hang(arguments):
-    """hatnet-train whose rank 1 does not come back from a step."""
+def hang(arguments, hanging=1):
+    """hatnet-train one rank of which does not come back from a step."""
     step = trainer.Trainer._step
 
     def stuck(self):
-        while self.state.step == NOT_A_NUMBER and self.rank == 1:
+        while self.state.step == NOT_A_NUMBER and self.rank == hanging:
             time.sleep(1)
         return step(self)
 
     trainer.Trainer._step = stuck
+    return train(arguments)
+
+
+def hang_first(arguments):
+    """:func:`hang`, rank 0."""
+    return hang(arguments, hanging=0)
+
+
+def show_evaluation(arguments):
+    """hatnet-train that leaves a file ``evaluating`` when it has begun to."""
+    between = trainer.Trainer._between
+
+    def shown(self, batch):
+        (self.out / "evaluating").touch()
+        between(self, batch)
+
+    trainer.Trainer._between = shown
     return train(arguments)
 
 

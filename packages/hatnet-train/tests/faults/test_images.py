@@ -30,6 +30,30 @@ def test_a_damaged_image_ends_the_run_with_its_path(train, flags, damaged, tmp_p
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
+def test_the_other_process_says_which_image_it_was(launch, flags, damaged, tmp_path):
+    """With two processes, the images of rank 1 are among those that cannot be read."""
+    only = tmp_path / "images"
+    shutil.copytree(damaged, only)
+    for image in (only / "train").glob("*/*"):
+        image.write_bytes(b"no image")
+    with launch([*flags, "--data", only, "--out", tmp_path / "run"]) as started:
+        assert started.wait() == [1, 1], started.text()
+        assert "Traceback" not in started.text()
+        for rank in (0, 1):
+            assert f"cannot read {only}" in started.log(rank)
+            assert "no sign of life" not in started.log(rank)
+
+
+def test_no_held_out_image_that_can_be_read_is_said(train, flags, damaged, tmp_path):
+    only = tmp_path / "images"
+    shutil.copytree(damaged, only)
+    for image in (only / "val").glob("*/*"):
+        image.write_bytes(b"no image")
+    said = train(*flags, "--data", only, "--on-bad-image", "replace", "--out", tmp_path / "run", ranks=1, expected=1)
+    assert "hatnet-train: error: none of the held-out images could be read; expected one at least" in said
+
+
 def test_damaged_images_are_replaced_and_counted_alike_on_any_number_of_processes(train, flags, damaged, tmp_path):
     for ranks in (1, 2):
         out = tmp_path / str(ranks)

@@ -10,6 +10,7 @@ import pytest
 from runs import assert_all_whole, assert_same_bits, steps
 
 from hatnet_train.checkpoint import STAGING, check, newest
+from launches import until
 
 SECONDS = 12.0
 """Longest time from the start of the processes to a kill; the run of the tests takes about as long."""
@@ -38,19 +39,34 @@ def test_a_process_that_is_killed_at_any_point_of_a_save_leaves_a_whole_checkpoi
     assert set(found) == {"step-0000000001", "step-0000000002"}
 
 
+def saving(out):
+    """Whether a checkpoint is being written."""
+    return any(p.name.startswith(STAGING) for p in (out / "checkpoints").glob(".*"))
+
+
+def wait_for_a_save(started, out):
+    """Until a save begins, or the run is at its end."""
+    until(lambda: saving(out) or started.poll(0) is not None, 120, started.text)
+
+
 @pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     kills, whole, launch, train, everything, tmp_path, record_property
 ):
+    """Every other kill comes at a random time, the others soon after a save began, the first of them at once."""
     draw = random.Random(kills)
     count = midst = runs = 0
     out = tmp_path / "0"
     while count < kills:
         command = [*everything, "--zero-stage", "1", "--checkpoint-steps", "1", "--out", out, "--resume", "auto"]
         with launch(command) as started:
-            time.sleep(draw.uniform(0, SECONDS))
+            if count % 2:
+                wait_for_a_save(started, out)
+                time.sleep(draw.uniform(0, 1) if midst else 0)
+            else:
+                time.sleep(draw.uniform(0, SECONDS))
             if all(started.poll(rank) is None for rank in (0, 1)):
-                midst += any(p.name.startswith(STAGING) for p in (out / "checkpoints").glob(".*"))
+                midst += saving(out)
                 started.send(draw.randrange(2), signal.SIGKILL, to_all=draw.random() < 0.5)
                 time.sleep(draw.uniform(0, 0.5))  # for the other one to make what it can of it
                 count += 1
@@ -63,6 +79,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
             assert_all_whole(out)
     train(*everything, "--zero-stage", "1", "--out", out, "--resume", "auto")
     assert_same_bits(out, whole(1))
+    assert midst > 0
     record_property("of them in the middle of a save", midst)
     record_property("runs that ended, bit for bit alike", runs + 1)
 

@@ -4,10 +4,10 @@ import signal
 import time
 
 import pytest
-from launches import until
 from runs import assert_same_bits, steps
 
-from hatnet_train.watch import SILENT_SECONDS
+from hatnet_train.watch import PATIENCE_SECONDS, SILENT_SECONDS
+from launches import until
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_the_other_processes_end_and_name_the_one_that_is_gone_or_hangs(
         until(lambda: max(steps(out), default=0) >= 2, 120, started.text)
         started.send(gone, number)
         begin = time.monotonic()
-        until(lambda: started.poll(1 - gone) is not None, timeout + SILENT_SECONDS + 15, started.text)
+        until(lambda: started.poll(1 - gone) is not None, timeout + 3 * SILENT_SECONDS + 15, started.text)
         took = time.monotonic() - begin
         assert started.poll(1 - gone) == 1
         (said,) = [line for line in started.log(1 - gone).splitlines() if "error: " in line]
@@ -38,6 +38,23 @@ def test_the_other_processes_end_and_name_the_one_that_is_gone_or_hangs(
     if (gone, number) != (1, signal.SIGKILL):  # that is among the kills of test_killed
         train(*everything, "--zero-stage", "1", "--out", out, "--resume", "auto")
         assert_same_bits(out, whole(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gone", "function"), [(0, "hang"), (1, "hang_first")])
+def test_a_process_whose_communication_does_not_fail_ends_all_the_same(gone, function, launch, everything, tmp_path):
+    """As NCCL may wait for ever: here, the process that is left does not communicate."""
+    out = tmp_path / "run"
+    command = [*everything, "--out", out, "--checkpoint-steps", "4"]
+    with launch(command, module="faulty", function=function) as started:
+        until(lambda: steps(out)[:1] == [4], 120, started.text)
+        time.sleep(3)  # for both to hear that it is saved
+        started.send(gone, signal.SIGKILL)
+        until(lambda: started.poll(1 - gone) is not None, PATIENCE_SECONDS + 2 * SILENT_SECONDS + 20, started.text)
+        assert started.poll(1 - gone) == 1
+        (said,) = [line for line in started.log(1 - gone).splitlines() if "hatnet-train: error: " in line]
+        assert f"rank {gone} or rank 0 gave no sign for {PATIENCE_SECONDS:g} s; " in said
+        assert ("rank 0 at 127.0.0.1:" if gone == 0 else "no sign of life from rank 1 ") in said
 
 
 @pytest.mark.slow

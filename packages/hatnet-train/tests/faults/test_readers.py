@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save as save_tensors
 
 from hatnet_core import create_model, load_checkpoint, read_metadata, save_checkpoint
+from hatnet_core.zero import RECORD, checkpoint_folder, read_record
 from hatnet_train.checkpoint import (
     MANIFEST,
     VERSION,
@@ -29,8 +31,8 @@ from hatnet_train.state import OPTIMIZER, STATE, WEIGHTS, read_saved
 from hatnet_train.verify import CONFIG, check_run, read_config
 from image_folders import make_image_folder
 
-RUNS = 1250
-"""Inputs of each of the eight readers."""
+RUNS = 1000
+"""Inputs of each of the eleven readers."""
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -95,9 +97,7 @@ def saved(tmp_path_factory):
 
 def write_tensors(tensors, path):
     """Write a safetensors file."""
-    from safetensors.torch import save
-
-    path.write_bytes(save(tensors))
+    path.write_bytes(save_tensors(tensors))
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,14 @@ def shards(tmp_path_factory):
     return root / "shards"
 
 
+def read_metadata_of(path):
+    """As every command reads what stands beside the weights; the file holds that alone."""
+    weights = path.with_name("metadata.safetensors")
+    header = path.read_bytes().decode("utf-8", "replace")
+    weights.write_bytes(save_tensors({"a": torch.zeros(1)}, {"hatnet": header}))
+    return read_metadata(weights)
+
+
 def read_config_of_a_run(path):
     """As --verify and --resume read it."""
     return read_config(path), check_run(path.parent)
@@ -117,7 +125,10 @@ def read_config_of_a_run(path):
 READERS = {
     "manifest": (MANIFEST, lambda path: (read_manifest(path.parent), list(check(path.parent)))),
     "state of a run": (STATE, lambda path: read_saved(path.parent)),
-    "metadata of weights": (WEIGHTS, read_metadata),
+    "weights": (WEIGHTS, read_metadata),
+    "metadata of weights": ("metadata.json", read_metadata_of),
+    "metadata of a DeepSpeed folder": (RECORD, lambda path: read_record(path.parent)),
+    "the newest of DeepSpeed's folders": ("latest", lambda path: checkpoint_folder(path.parent)),
     "moments": (OPTIMIZER, lambda path: read_saved(path.parent)),
     "configuration of a run": (CONFIG, read_config_of_a_run),
     "DeepSpeed's configuration": ("ds.json", lambda path: fields_of(read_deepspeed_json(path))),
@@ -134,6 +145,10 @@ def content_of(name, saved):
         return b"localhost slots=4\n# a comment\n127.0.0.1 slots=2\n"
     if name == CONFIG:
         return json.dumps({"config": {"seed": 1}, "versions": {"torch": "2"}, "resumed": [{"config": {}}]}).encode()
+    if name == "latest":
+        return b"global_step12"
+    if name in ("metadata.json", RECORD):
+        return json.dumps(read_metadata(saved / WEIGHTS)).encode()
     return (saved / name).read_bytes()
 
 
@@ -154,6 +169,8 @@ def test_readers_of_run_folders_answer_whatever_is_in_their_files(reader, saved,
     name, read = READERS[reader]
     folder = tmp_path / "step-0000000003"
     shutil.copytree(saved, folder)
+    if name == RECORD:
+        (folder / "mp_rank_00_model_states.pt").touch()
 
     @settings(max_examples=RUNS, deadline=5000, suppress_health_check=list(HealthCheck), database=None)
     @given(damaged(content_of(name, saved)))
@@ -175,10 +192,14 @@ def test_the_reader_of_shards_answers_whatever_is_in_their_index(shards, tmp_pat
     @settings(max_examples=RUNS, deadline=5000, suppress_health_check=list(HealthCheck), database=None)
     @given(damaged((shards / "index.json").read_bytes()))
     def check_all(content):
+        nonlocal tried
+        tried += 1
         (copy / "index.json").write_bytes(content)
         assert_answers(lambda path: (read_index(path.parent), Shards(path.parent, "train")), copy / "index.json")
 
+    tried = 0
     check_all()
+    assert tried >= RUNS
 
 
 class Harm:

@@ -1,6 +1,7 @@
 """A run that was interrupted goes on bit for bit, or on other processes nearly so; else it says why not."""
 
 import json
+import shutil
 import signal
 import stat
 import time
@@ -51,6 +52,25 @@ def test_a_run_that_was_asked_to_end_goes_on_bit_for_bit_at_every_zero_stage(
     assert record["resumed"][0]["config"]["checkpoint_steps"] == 0
 
 
+@pytest.mark.slow
+def test_a_run_in_bf16_goes_on_bit_for_bit(interrupted, train, everything, tmp_path):
+    flags = ["--precision", "bf16", "--zero-stage", "2"]
+    out = interrupted(*flags)
+    train(*everything, *flags, "--out", out, "--resume", "auto")
+    train(*everything, *flags, "--out", tmp_path / "whole")
+    assert_same_bits(out, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_folder_that_a_run_is_writing_to_is_refused(launch, train, everything, tmp_path):
+    out = tmp_path / "run"
+    with launch([*everything, "--out", out], ranks=1) as started:
+        until((out / "config.json").exists, 120, started.text)
+        said = train(*everything, "--out", out, "--resume", "auto", ranks=1, expected=1)
+        assert f"run folder {out} is in use by another run, which has to end first" in said
+        assert started.wait() == [0], started.text()
+
+
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_processes_and_zero_stage(
     ranks, stage, train, everything, still, tmp_path
@@ -74,8 +94,12 @@ def test_what_a_run_cannot_go_on_with_is_refused_with_the_reason(train, everythi
     flags = ["--drop-rate", "0", "--drop-path-rate", "0", "--out", tmp_path / "run"]
     older = still / "checkpoints" / "step-0000000005"
     for other, expected, ranks in (
-        (["--lr", "1e-3"], f"cannot go on from {older}: --lr was 0.0003 and is 0.001; expected the values it was", 1),
-        ([], "batch_size must be a multiple of 10 (a share for each of 5 processes × accumulation 2", 5),
+        (["--lr", "1e-3"], f"cannot go on from {older}: --lr was 0.0003 and is 0.001; expected what it was", 1),
+        (
+            [],
+            "batch_size must be a multiple of 20 (an even share for each of 5 processes × accumulation 2), got 24",
+            5,
+        ),
         (["--data", "digits"], f"cannot go on from {older}: training data was 72 images, ", 1),
     ):
         said = train(*everything, *flags, *other, "--resume", older, ranks=ranks, expected=1)
@@ -84,6 +108,13 @@ def test_what_a_run_cannot_go_on_with_is_refused_with_the_reason(train, everythi
         assert not (tmp_path / "run").exists()
     said = train(*everything, *flags[:4], "--out", still, "--resume", older, ranks=1, expected=1)
     assert f"cannot go on from {older} in {still}, which holds step-0000000009-evaluated; expected another" in said
+    bare = shutil.copytree(still, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints"))
+    auto = [*everything, *flags[:4], "--out", bare, "--resume", "auto"]
+    said = train(*auto, ranks=1, expected=1)
+    assert f"{bare} holds a run that is done, without checkpoints to go on from; expected another --out" in said
+    (bare / "manifest.json").unlink()
+    said = train(*auto, "--lr", "1", ranks=1, expected=1)
+    assert f"cannot go on in {bare}: --lr was 0.0003 and is 1.0; expected what it was begun with" in said
     said = train(*everything, *flags, "--resume", tmp_path, ranks=1, expected=1)
     assert f"cannot go on from {tmp_path}: no checkpoint there; expected a run folder or a checkpoint" in said
 
@@ -99,9 +130,8 @@ def test_a_signal_during_the_evaluation_saves_what_was_trained(launch, train, ev
             (folder / f"{number}-{image.name}").hardlink_to(image)
     command = [*everything, "--data", tmp_path / "many", "--epochs", "1", "--checkpoint-steps", "2"]
     out = tmp_path / "run"
-    with launch([*command, "--out", out]) as started:
-        until(lambda: steps(out)[:1] == [2], 120, started.text)
-        time.sleep(2)  # the third step takes less, and the evaluation of 2400 images more
+    with launch([*command, "--out", out], module="faulty", function="show_evaluation") as started:
+        until((out / "evaluating").exists, 120, started.text)
         started.send(0, signal.SIGTERM, to_all=True)
         assert started.wait(60) == [75, 75], started.text()
     assert next(folder.name for folder in committed(out / "checkpoints")) == "step-0000000003"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ class Folder:
         self.classes = tuple(folders if classes is None else classes)
         unknown = sorted(set(folders) - set(self.classes))
         if unknown:
+            if any(re.match("ILSVRC2012_val_", entry.name) for entry in (root / unknown[0]).iterdir()):
+                raise ValueError(f"{root / unknown[0]} holds images of all classes; {UNSORTED}")
             raise ValueError(
                 f"{root} has class folders that the training data has not: {_some(unknown)}; expected the same names"
             )

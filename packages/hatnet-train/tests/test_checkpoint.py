@@ -1,0 +1,98 @@
+"""Checkpoints on disk: in which order they are written, and which of them stay."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from hatnet_train.checkpoint import (
+    DAMAGED,
+    MANIFEST,
+    check,
+    commit,
+    committed,
+    folder_name,
+    read_manifest,
+    set_aside,
+    tidy,
+)
+
+
+def save(folder, step, top1=None, keep=2):
+    """A checkpoint of one file, after which the others are tidied."""
+    about = {} if top1 is None else {"top1": top1}
+    files = {"weights": lambda path: path.write_bytes(bytes(100) + step.to_bytes(2, "big"))}
+    written = commit(folder, folder_name(step, evaluated=top1 is not None), files, about)
+    tidy(folder, keep, written)
+
+
+def steps(folder):
+    return [int(path.name.split("-")[1]) for path in committed(folder)]
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[50] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_newest_and_the_best_stay(tmp_path):
+    for step, top1 in ((1, 10.0), (2, 50.0), (3, 40.0), (4, 50.0), (5, 20.0), (6, 30.0)):
+        save(tmp_path, step, top1)
+    assert steps(tmp_path) == [6, 5, 4]  # of equal ones the newer
+    save(tmp_path, 7, None, keep=1)
+    assert steps(tmp_path) == [7, 4]
+    assert [problem for folder in committed(tmp_path) for problem in check(folder)] == []
+
+
+def test_no_checkpoint_goes_in_favour_of_a_damaged_one(tmp_path):
+    for step in (3, 6, 9):
+        save(tmp_path, step, 10.0 * step)
+    flip(tmp_path / folder_name(9, evaluated=True) / "weights")
+    good, (problem,) = set_aside(tmp_path)
+    assert (good.name, problem.split(" ")[0]) == (
+        folder_name(6, evaluated=True),
+        str(tmp_path / folder_name(9, evaluated=True) / "weights"),
+    )
+    save(tmp_path, 7, keep=1)
+    assert steps(tmp_path) == [7, 6]
+    assert len([p for p in tmp_path.iterdir() if p.name.startswith(f"{DAMAGED}step-0000000009")]) == 1
+
+
+def test_what_was_written_just_now_stays_whatever_stands_beside_it(tmp_path):
+    for step in (6, 9):
+        save(tmp_path, step, keep=1)
+    save(tmp_path, 7, keep=1)
+    assert 7 in steps(tmp_path)
+
+
+def test_all_files_reach_the_disk_before_the_folder_gets_its_name_and_the_name_after(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_sync(descriptor):
+        events.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        fsync(descriptor)
+
+    def note_rename(self, target):
+        events.append(("rename", target.name))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    folder = tmp_path / "checkpoints"
+    name = folder_name(1, evaluated=False)
+    commit(folder, name, dict.fromkeys(["a", "b"], lambda path: path.write_text("x")), {})
+    assert events == [
+        ("sync", tmp_path.name),
+        *[("sync", "a"), ("sync", "b"), ("sync", f".{MANIFEST}.tmp"), ("sync", f".staging-{name}")],
+        ("rename", name),
+        ("sync", "checkpoints"),
+    ]
+
+
+def test_a_manifest_that_lists_nothing_is_none(tmp_path):
+    (tmp_path / MANIFEST).write_text(json.dumps({"version": 1, "files": {}}))
+    with pytest.raises(ValueError, match="does not list files"):
+        read_manifest(tmp_path)
