@@ -46,7 +46,12 @@ def train(arguments: Sequence[str] | None = None) -> int:
         f"exit status: 0; 1 after an error; {REQUEUE} if SIGTERM or SIGUSR1 ended the run, which can go on",
     )
     parser.add_argument("--recipe", metavar="NAME", help=f"values to start from; needed: {', '.join(RECIPES)}")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder, new or empty; needed to train")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="run folder, needed to train: new, empty, or with --resume that run's own",
+    )
     parser.add_argument(
         "--resume",
         default="none",
