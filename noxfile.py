@@ -16,6 +16,12 @@ nox.options.error_on_missing_interpreters = False
 nox.options.download_python = "never"
 
 PACKAGES = ["core", "train", "dense", "analysis"]
+GROUPS = {"dense": ("test", "photographs")}
+"""Dependency groups of a package's tests, where they are more than ``test``."""
+
+FORKS = ["onedl-mmengine==0.10.12", "onedl-mmcv==2.3.6", "onedl-mmdetection==3.5.1", "onedl-mmsegmentation==1.4.2"]
+"""MMDetection and MMSegmentation as the community carries them on, under the same import names."""
+
 FAULTS = "packages/hatnet-train/tests/faults"
 """Tests that break things; in a session of their own."""
 
@@ -67,7 +73,7 @@ def typing(session: nox.Session) -> None:
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def tests(session: nox.Session, package: str) -> None:
     """Tests of one package, such as "tests(core)"; arguments after -- go to pytest."""
-    install(session, package, groups=("test",))
+    install(session, package, groups=GROUPS.get(package, ("test",)))
     paths = [f"packages/hatnet-{package}/tests", f"--ignore={FAULTS}"]
     if package != "train":  # examples in docstrings and README are run; those of train would start DeepSpeed
         examples = [f"packages/hatnet-{package}/src", f"packages/hatnet-{package}/README.md"]
@@ -94,7 +100,7 @@ def lowest(session: nox.Session) -> None:
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def slow(session: nox.Session, package: str) -> None:
     """The tests of one package that take minutes, such as "slow(core)"."""
-    install(session, package, groups=("test",))
+    install(session, package, groups=GROUPS.get(package, ("test",)))
     paths = [f"packages/hatnet-{package}/tests", f"--ignore={FAULTS}"]
     session.run("pytest", "-m", "slow", *paths, *session.posargs, success_codes=[0, 5])
 
@@ -106,6 +112,23 @@ def faults(session: nox.Session, form: str) -> None:
     install(session, "train", groups=("test",))
     which = {"short": "not slow", "long": "slow or not slow"}[form]
     session.run("pytest", "-m", which, FAULTS, *session.posargs)
+
+
+@nox.session
+def forks(session: nox.Session) -> None:
+    """Tests of hatnet-dense on the community's forks of MMDetection and MMSegmentation."""
+    groups = [f"--group={group}" for group in GROUPS["dense"]]
+    here = ["-e", "packages/hatnet-core", "-e", "packages/hatnet-dense[deepspeed]"]
+    session.install("-c", "constraints.txt", *FORKS, "ftfy", "regex", *groups, *here)
+    session.run("hatnet-dense", "doctor")
+    session.run("pytest", "packages/hatnet-dense/tests", *session.posargs)
+
+
+@nox.session
+def dense_training(session: nox.Session) -> None:
+    """Train Mask R-CNN, RetinaNet and Semantic FPN from scratch on drawn shapes, to figures that have to be met."""
+    install(session, "dense", groups=("photographs",))
+    session.run("python", "benchmarks/dense.py", "shapes", *(session.posargs or ["--out", "docs/benchmarks"]))
 
 
 @nox.session
@@ -136,7 +159,8 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
-def bench(session: nox.Session) -> None:
-    """Measure the training: loader, engine, checkpoints, scaling; results go to docs/benchmarks/."""
-    install(session, "train", groups=("bench",))
-    session.run("python", "benchmarks/training.py", *(session.posargs or ["--out", "docs/benchmarks"]))
+@nox.parametrize("subject", ["training", "dense"], ids=["training", "dense"])
+def bench(session: nox.Session, subject: str) -> None:
+    """Measure; "bench(training)" is loader, engine, checkpoints and scaling, "bench(dense)" shapes and detectors."""
+    install(session, {"training": "train", "dense": "dense"}[subject], groups=("photographs",))
+    session.run("python", f"benchmarks/{subject}.py", *(session.posargs or ["--out", "docs/benchmarks"]))

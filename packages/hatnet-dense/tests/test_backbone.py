@@ -3,9 +3,11 @@ import logging
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, Registry
 
 from hatnet_core import HATNet, create_model, list_models, save_checkpoint
+from hatnet_core.pretrained import RELEASED_URL
 from hatnet_dense import HATNetBackbone
 
 CHANNELS = {
@@ -77,6 +79,103 @@ def test_every_parameter_gets_a_gradient_whatever_is_returned(out_indices):
     assert without == []
 
 
+@pytest.mark.parametrize(
+    ("frozen_stages", "stem", "stages"), [(-1, False, 0), (0, True, 0), (2, True, 2), (4, True, 4)]
+)
+def test_frozen_stages_do_not_train_and_are_in_evaluation_mode(frozen_stages, stem, stages):
+    backbone = build(frozen_stages=frozen_stages, drop_path_rate=0.5).train()
+    frozen = {name for name, p in backbone.named_parameters() if not p.requires_grad}
+    before = ["model.stem."] * stem + [f"model.stages.{i}." for i in range(stages)]
+    assert frozen == {name for name, _ in backbone.named_parameters() if name.startswith(tuple(before))}
+    assert backbone.model.stem.training != stem
+    assert [stage.training for stage in backbone.model.stages] == [i >= stages for i in range(4)]
+    assert all(module.training != (i < stages) for i in range(4) for module in backbone.model.stages[i].modules())
+
+
+def test_stages_behind_frozen_ones_still_train():
+    backbone = build(frozen_stages=2, with_cp=True).train()
+    sum(f.square().mean() for f in backbone(torch.randn(1, 3, 96, 96))).backward()
+    trained = {name for name, p in backbone.named_parameters() if p.grad is not None}
+    assert trained == {
+        name for name, _ in backbone.named_parameters() if name.startswith(("model.stages.2", "model.stages.3"))
+    }
+
+
+def test_norm_eval_keeps_the_statistics_of_batch_norms_that_were_put_in():
+    for norm_eval in (False, True):
+        backbone = build(norm_eval=norm_eval)
+        backbone.model.stem.norm = torch.nn.BatchNorm2d(16)
+        backbone.train()
+        assert backbone.model.stem.norm.training != norm_eval
+        assert backbone.model.stages.training
+
+
+def test_recomputing_the_blocks_gives_the_same_gradients():
+    gradients = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        backbone = build(with_cp=with_cp).train()
+        sum(f.square().mean() for f in backbone(torch.randn(1, 3, 64, 64))).backward()
+        gradients.append([p.grad for p in backbone.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize("size", [(1333, 800), (800, 1333), (799, 33), (65, 1001)])
+def test_g1_and_g2_cope_with_the_sizes_of_detection(size):
+    with torch.device("meta"):
+        maps = build()(torch.empty(1, 3, *size))
+    assert [tuple(f.shape[-2:]) for f in maps] == [tuple(-(-side // r) for side in size) for r in (4, 8, 16, 32)]
+
+
+def test_an_image_gives_the_same_maps_alone_and_among_others():
+    backbone = build().eval()
+    image = torch.randn(1, 3, 70, 90)
+    with torch.no_grad():
+        alone = backbone(image)
+        among = backbone(torch.cat([image, torch.randn(2, 3, 70, 90)]))
+    for one, first in zip(alone, among, strict=True):
+        torch.testing.assert_close(first[:1], one, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_folder_of_hatnet_train_stands_for_its_weights_and_the_log_says_how_many(tmp_path, caplog):
+    save_checkpoint(create_model("hatnet_tiny", num_classes=10), tmp_path / "model.safetensors")
+    backbone = build(init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path)})
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO):
+            backbone.init_weights()
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert f"all {len(backbone.state_dict())} tensors loaded from {tmp_path}" in caplog.text
+
+
+def test_a_checkpoint_without_a_name_of_the_model_is_refused_loudly(tmp_path):
+    torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    backbone = build(init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / "other.pth")})
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    with pytest.raises(ValueError, match="holds no HAT-Net; expected hatnet_tiny"):
+        backbone.init_weights()
+    for name, value in backbone.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_the_address_of_the_released_file_stands_for_it_and_no_other_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    model = create_model("hatnet_tiny")
+    torch.save(model.state_dict(), tmp_path / "checkpoints" / "HAT-Net_Tiny.pth")  # as if downloaded
+    backbone = build(init_cfg={"type": "Pretrained", "checkpoint": f"{RELEASED_URL}/HAT-Net_Tiny.pth"})
+    backbone.init_weights()
+    torch.testing.assert_close(backbone.model.stem.conv1.weight, model.stem.conv1.weight, rtol=0, atol=0)
+    for address in ("https://example.org/model.pth", f"{RELEASED_URL}/HAT-Net_Small.pth"):
+        other = build(init_cfg={"type": "Pretrained", "checkpoint": address})
+        with pytest.raises(ValueError, match="is not downloaded: expected a path, or the released file") as error:
+            other.init_weights()
+        assert address in str(error.value)
+
+
 def test_the_arguments_reach_the_model():
     backbone = build(grid_sizes=(8, 7, 7), pool_sizes=(8, 4, 2), in_chans=5, drop_path_rate=0.25)
     assert backbone.model.config["grid_sizes"] == (8, 7, 7)
@@ -130,6 +229,13 @@ def test_a_checkpoint_that_is_missing_or_of_another_model_is_refused(tmp_path):
     absent = build(init_cfg={"type": "Pretrained", "checkpoint": "absent.pth"})
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at absent\.pth"):
         absent.init_weights()
+
+
+@pytest.mark.parametrize("frozen_stages", [-2, 5, 1.0, True, None])
+def test_frozen_stages_out_of_range_are_refused_with_their_value(frozen_stages):
+    with pytest.raises(ValueError, match=r"frozen_stages must be a whole number from -1 \(none\) to 4") as error:
+        build(frozen_stages=frozen_stages)
+    assert repr(frozen_stages) in str(error.value)
 
 
 @pytest.mark.parametrize("out_indices", [(4,), (0, -1), (), 3, (0, 1.0), ("0",)])

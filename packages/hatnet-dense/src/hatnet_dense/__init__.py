@@ -1,6 +1,32 @@
-"""HAT-Net as a backbone for MMDetection and MMSegmentation; importing this registers ``HATNetBackbone``."""
+"""HAT-Net in MMDetection and MMSegmentation; importing this registers what a config of theirs names.
+
+In MMEngine's root registries, which those of both libraries fall back to: ``HATNetBackbone``, the optimizer
+constructor ``LayerDecayConstructor`` and the hooks ``PlainCheckpointHook`` and ``DataCheckHook``.
+"""
+
+import contextlib
+import sys
+from typing import Any
 
 from hatnet_dense.__about__ import __version__
-from hatnet_dense.backbone import HATNetBackbone
 
-__all__ = ["HATNetBackbone", "__version__"]
+_CLASSES = ("HATNetBackbone", "LayerDecayConstructor", "PlainCheckpointHook", "DataCheckHook")
+
+try:
+    # MMEngine imports DeepSpeed where it is installed, which logs to whatever stdout is then: not into our JSON
+    with contextlib.redirect_stdout(sys.stderr):
+        from hatnet_dense.backbone import HATNetBackbone
+        from hatnet_dense.data_check import DataCheckHook
+        from hatnet_dense.layer_decay import LayerDecayConstructor
+        from hatnet_dense.plain_checkpoint import PlainCheckpointHook
+except ImportError as error:  # `hatnet-dense doctor` has to run where MMEngine is absent or broken
+    _reason = error
+
+    def __getattr__(name: str) -> Any:
+        if name in _CLASSES:
+            message = f"hatnet_dense.{name} needs MMEngine: {_reason}; 'hatnet-dense doctor' says what mends it"
+            raise ImportError(message) from _reason
+        raise AttributeError(f"module 'hatnet_dense' has no attribute {name!r}")
+
+
+__all__ = ["DataCheckHook", "HATNetBackbone", "LayerDecayConstructor", "PlainCheckpointHook", "__version__"]

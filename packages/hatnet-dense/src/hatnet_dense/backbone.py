@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hatnet_core import create_model, load_checkpoint
+from hatnet_core.pretrained import RELEASED_FILES, RELEASED_URL, released_file
 
 
 @MODELS.register_module()
@@ -29,10 +32,17 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
         grid_sizes: G1 of the paper's stages 2-4.
         pool_sizes: G2 of the paper's stages 2-4.
         out_indices: the stages to return, out of 0-3 (reductions 4, 8, 16 and 32), first ones first.
+        frozen_stages: -1 to train everything, n to keep the stem and the first n of the four stages as they are,
+            in evaluation mode.
+        norm_eval: as in the backbones of MMDetection, whether batch norms keep the statistics they were loaded
+            with. HAT-Net's own norms (one group, Sec. 3.3) have none, so that it only matters to layers put in.
+        with_cp: recompute every block in the backward pass, for less memory.
         in_chans: channels of the input image.
         drop_path_rate: stochastic depth of the last of all blocks; rises linearly from 0 at the first.
-        init_cfg: ``dict(type="Pretrained", checkpoint=PATH)`` to start from classification weights, a file that
-            ``hatnet_core.load_checkpoint`` reads, when ``init_weights`` is called; None keeps the random ones.
+        init_cfg: ``dict(type="Pretrained", checkpoint=PATH)`` to start from trained weights when ``init_weights``
+            is called, strictly: anything that ``hatnet_core.load_checkpoint`` reads, such as our safetensors, a
+            released ``.pth``, or a run folder of hatnet-train. The address of the variant's released file stands
+            for that file, downloaded once. None keeps the random weights.
 
     Raises:
         ValueError: naming the argument and its value, if it is out of range.
@@ -44,6 +54,9 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
         grid_sizes: Sequence[int] = (8, 8, 8),
         pool_sizes: Sequence[int] = (16, 8, 4),
         out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
         in_chans: int = 3,
         drop_path_rate: float = 0.0,
         init_cfg: Mapping[str, Any] | None = None,
@@ -51,6 +64,8 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
         super().__init__(_check_init_cfg(init_cfg))
         self.variant = variant
         self.out_indices = _check_out_indices(out_indices)
+        self.frozen_stages = _check_frozen_stages(frozen_stages)
+        self.norm_eval = norm_eval
         self.model = create_model(
             variant,
             num_classes=0,
@@ -61,6 +76,9 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
         )
         # parameters that never get a gradient would stop distributed training
         self.model.prune_intermediate_layers(self.out_indices)
+        self.model.set_grad_checkpointing(with_cp)
+        for part in self._frozen():
+            part.requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images [B, in_chans, H, W] → for each of ``out_indices`` a map [B, C, ⌈H/r⌉, ⌈W/r⌉], r = 4·2^index.
@@ -70,25 +88,44 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
         """
         return tuple(self.model.forward_intermediates(x, self.out_indices))
 
+    def train(self, mode: bool = True) -> HATNetBackbone:
+        """Training mode, but for frozen stages and, if ``norm_eval``, batch norms."""
+        super().train(mode)
+        for part in self._frozen():
+            part.eval()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
     def init_weights(self) -> None:
         """Load the checkpoint of ``init_cfg``, if there is one and it is not loaded yet.
 
         Raises:
             FileNotFoundError: if there is no such file.
+            OSError: if a released file cannot be downloaded.
             ValueError: if it cannot be read, or holds another variant.
         """
         if self.init_cfg is None or self.is_init:
             super().init_weights()
             return
-        self._load_pretrained(Path(self.init_cfg["checkpoint"]))
+        self._load_pretrained(self.init_cfg["checkpoint"])
 
-    def _load_pretrained(self, path: Path) -> None:
-        """Read ``path`` into a complete model, strictly, and take over the parameters that exist here."""
+    def _load_pretrained(self, checkpoint: str | Path) -> None:
+        """Read ``checkpoint`` into a complete model, strictly, and take over the parameters that exist here."""
+        path = _local(checkpoint, self.variant)
         complete = create_model(self.variant, num_classes=0, in_chans=self.model.in_chans)
         load_checkpoint(complete, path, drop_head=True)
         weights = complete.state_dict()
         self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
         self.is_init = True
+        print_log(f"HATNetBackbone: all {len(self.model.state_dict())} tensors loaded from {path}", "current")
+
+    def _frozen(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        return [self.model.stem, *list(self.model.stages)[: self.frozen_stages]]
 
 
 def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
@@ -96,6 +133,23 @@ def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
     if not valid or not out_indices:
         raise ValueError(f"out_indices must name stages out of 0, 1, 2, 3, got {out_indices!r}")
     return tuple(out_indices)
+
+
+def _check_frozen_stages(frozen_stages: int) -> int:
+    if isinstance(frozen_stages, bool) or not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= 4:
+        raise ValueError(f"frozen_stages must be a whole number from -1 (none) to 4 (all), got {frozen_stages!r}")
+    return frozen_stages
+
+
+def _local(checkpoint: str | Path, variant: str) -> Path:
+    """Where ``checkpoint`` lies on this machine; of all addresses only that of the released file is fetched."""
+    address = str(checkpoint)
+    if not address.startswith(("http://", "https://")):
+        return Path(checkpoint)
+    released = f"{RELEASED_URL}/{RELEASED_FILES[variant]}" if variant in RELEASED_FILES else "none for this variant"
+    if address != released:
+        raise ValueError(f"checkpoint {address} is not downloaded: expected a path, or the released file ({released})")
+    return released_file(variant)
 
 
 def _check_init_cfg(init_cfg: Mapping[str, Any] | None) -> dict[str, Any] | None:

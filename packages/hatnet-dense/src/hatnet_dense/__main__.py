@@ -1,0 +1,7 @@
+"""``python -m hatnet_dense`` is ``hatnet-dense``."""
+
+import sys
+
+from hatnet_dense.cli import main
+
+sys.exit(main())

@@ -1,0 +1,108 @@
+"""Parameters and FLOPs of a whole detector or segmenter, in the two conventions of hatnet-analysis.
+
+One multiply-add is one FLOP in both: ``paper`` counts convolutions, linear layers and normalisations, ``complete`` the
+two matrix products of every attention as well. MMEngine counts, by running the model on one image: the network
+without post-processing; a two-stage detector includes its heads on the proposals of its first stage, of which there
+are as many as the config keeps (1000 in those of COCO).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import torch
+from mmengine.analysis import FlopAnalyzer
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
+
+ATTENTION = "aten::scaled_dot_product_attention"
+
+
+def build_model(config: Config) -> Any:
+    """The model of a config with random weights, in evaluation mode."""
+    init_default_scope(config.default_scope)
+    description = config.model.copy()
+    if "init_cfg" in description.get("backbone", {}):
+        description.backbone.init_cfg = None
+    registry = import_module(f"{config.default_scope}.registry").MODELS
+    return revert_sync_batchnorm(registry.build(description)).eval()
+
+
+def count(config: Config, height: int, width: int) -> dict[str, Any]:
+    """Count parameters and FLOPs.
+
+    Args:
+        config: of :func:`hatnet_dense.config.load_config`.
+        height: H of the image in pixels.
+        width: W, likewise.
+
+    Returns:
+        ``params``, ``flops_paper`` and ``flops_complete`` of the model, and, after ``backbone_``, of its backbone;
+        ``uncounted_ops``, the operators that neither convention counts, most of them elementwise. An operator of
+        MMCV's own, such as deformable attention, is among them.
+    """
+    model = build_model(config)
+    analysis = FlopAnalyzer(_Tensors(model, config.default_scope), torch.zeros(1, 3, height, width))
+    analysis.set_op_handle(ATTENTION, _attention_products)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the tracer, about what the libraries do with shapes
+        whole, backbone = analysis.by_operator("model"), analysis.by_operator("model.backbone")
+    return {
+        "params": _params(model),
+        **_conventions("flops", whole),
+        "backbone_params": _params(model.backbone),
+        **_conventions("backbone_flops", backbone),
+        "uncounted_ops": sorted(analysis.unsupported_ops("model")),
+    }
+
+
+class _Tensors(nn.Module):
+    """The model as the tracer wants it: tensors in, tensors out."""
+
+    def __init__(self, model: nn.Module, library: str) -> None:
+        super().__init__()
+        self.model = model
+        self.library = library
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        shape = tuple(images.shape[-2:])
+        meta: dict[str, Any] = {"img_shape": shape, "ori_shape": shape, "pad_shape": shape, "batch_input_shape": shape}
+        meta["scale_factor"] = (1.0, 1.0)
+        name = "DetDataSample" if self.library == "mmdet" else "SegDataSample"
+        sample = getattr(import_module(f"{self.library}.structures"), name)(metainfo=meta)
+        return tuple(_tensors(self.model(images, [sample], mode="tensor")))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _conventions(name: str, operators: Counter[str]) -> dict[str, int]:
+    complete = sum(operators.values())
+    return {f"{name}_paper": int(complete - operators["attention"]), f"{name}_complete": int(complete)}
+
+
+def _params(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _attention_products(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Q·Kᵀ and its product with V, of queries [..., n, d], keys [..., m, d] and values [..., m, e]."""
+    q, k, v = (value.type().sizes() for value in inputs[:3])
+    scores = math.prod(q[:-1]) * k[-2]
+    return Counter({"attention": scores * q[-1] + scores * v[-1]})

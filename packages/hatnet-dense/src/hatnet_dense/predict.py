@@ -1,0 +1,199 @@
+"""Predictions on image files: pictures to look at, and JSON and label images for programs.
+
+Detectors give ``predictions.json`` in COCO's format, and a picture of boxes and masks for each image. Segmenters give
+for each image a label image, an indexed PNG whose values are the classes and whose palette is that of the dataset,
+and an overlay; their ``predictions.json`` says which class is which value.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+import torch
+from mmengine.config import Config
+from PIL import Image
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
+
+from hatnet_dense.flops import build_model
+from hatnet_dense.plain_checkpoint import check_weights
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Files of a folder that are taken for images."""
+
+OPACITY = 0.6
+"""Of the classes over the image, in the overlay of a segmenter."""
+
+
+def predict(
+    config: Config,
+    checkpoint: Path,
+    images: Sequence[Path],
+    out: Path,
+    score_threshold: float = 0.3,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Predict images, and write what came out into a folder.
+
+    Args:
+        config: of :func:`hatnet_dense.config.load_config`.
+        checkpoint: a file of MMEngine.
+        images: files, and folders whose images are taken, not those of folders inside.
+        out: folder for the results, made if need be; it must not be the one of an image.
+        score_threshold: of the boxes in the pictures; the JSON holds all that the config keeps.
+        device: such as ``cpu`` or ``cuda:0``; ``auto`` takes a GPU if there is one.
+
+    Returns:
+        What stands in ``predictions.json``.
+
+    Raises:
+        FileNotFoundError: if an image or the checkpoint is not there.
+        ValueError: if an image cannot be read, two have the same name, or the checkpoint is of another model.
+    """
+    if not 0 <= score_threshold <= 1:
+        raise ValueError(f"the score threshold must be from 0 to 1, got {score_threshold}")
+    files = _files(images, out)
+    model = load_model(config, checkpoint, device)
+    draws = _Detections(model, score_threshold) if config.default_scope == "mmdet" else _Labels(model)
+    out.mkdir(parents=True, exist_ok=True)
+    for file in tqdm(files, desc="predicting", unit="image", delay=2):
+        draws.add(file, _read(file), out)
+    staged = out / ".predictions.json.tmp"
+    staged.write_text(json.dumps(draws.record, indent=1) + "\n")
+    staged.replace(out / "predictions.json")
+    return draws.record
+
+
+def load_model(config: Config, checkpoint: Path, device: str = "auto") -> Any:
+    """The model of a config with the weights of a checkpoint, strictly, ready to predict.
+
+    Raises:
+        FileNotFoundError: if the checkpoint is not there.
+        ValueError: if it cannot be read, or is of another model.
+    """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"no checkpoint at {checkpoint}: expected an existing file")
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        weights = content["state_dict"]
+    except Exception as error:  # the file may hold anything
+        reason = "it holds no state_dict of tensors and plain values, as PlainCheckpointHook writes it"
+        raise ValueError(f"cannot read {checkpoint} as a checkpoint of MMEngine: {reason}") from error
+    if device == "auto":
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    apis = import_module(f"{config.default_scope}.apis")
+    load = apis.init_detector if config.default_scope == "mmdet" else apis.init_model
+    check_weights(build_model(config).state_dict(), weights, strict=True)
+    return load(config, str(checkpoint), device=device)
+
+
+class _Detections:
+    """Boxes, and masks if there are, in COCO's format."""
+
+    def __init__(self, model: Any, score_threshold: float) -> None:
+        self._model = model
+        self._threshold = score_threshold
+        self._infer = import_module("mmdet.apis").inference_detector
+        self._visualizer = import_module("mmdet.visualization").DetLocalVisualizer()
+        self._visualizer.dataset_meta = model.dataset_meta
+        names = model.dataset_meta["classes"]
+        self.record: dict[str, Any] = {
+            "images": [],
+            "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)],
+            "annotations": [],
+        }
+
+    def add(self, file: Path, image: np.ndarray[Any, Any], out: Path) -> None:
+        sample = self._infer(self._model, image)
+        image_id = len(self.record["images"]) + 1
+        height, width = image.shape[:2]
+        self.record["images"].append({"id": image_id, "file_name": file.name, "height": height, "width": width})
+        found = sample.pred_instances.cpu()
+        for i in range(len(found)):
+            x1, y1, x2, y2 = found.bboxes[i].tolist()
+            annotation = {
+                "id": len(self.record["annotations"]) + 1,
+                "image_id": image_id,
+                "category_id": int(found.labels[i]) + 1,
+                "score": float(found.scores[i]),
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": (x2 - x1) * (y2 - y1),
+                "iscrowd": 0,
+            }
+            if "masks" in found:
+                run_lengths = coco_mask.encode(np.asfortranarray(found.masks[i].numpy().astype(np.uint8)))
+                annotation["segmentation"] = {"size": [height, width], "counts": run_lengths["counts"].decode()}
+                annotation["area"] = int(coco_mask.area(run_lengths))
+            self.record["annotations"].append(annotation)
+        self._visualizer.add_datasample(
+            file.name,
+            image[..., ::-1],
+            sample,
+            draw_gt=False,
+            pred_score_thr=self._threshold,
+            out_file=str(out / f"{file.stem}.png"),
+        )
+
+
+class _Labels:
+    """A class for every pixel, in the colours of the dataset."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._infer = import_module("mmseg.apis").inference_model
+        meta = model.dataset_meta
+        self._palette = np.array(meta["palette"], dtype=np.uint8)
+        classes = [
+            {"value": i, "name": name, "color": color}
+            for i, (name, color) in enumerate(zip(meta["classes"], self._palette.tolist(), strict=True))
+        ]
+        self.record: dict[str, Any] = {"classes": classes, "images": []}
+
+    def add(self, file: Path, image: np.ndarray[Any, Any], out: Path) -> None:
+        labels = self._infer(self._model, image).pred_sem_seg.data[0].cpu().numpy().astype(np.uint8)
+        picture = Image.fromarray(labels, mode="P")
+        picture.putpalette(self._palette.tobytes())
+        picture.save(out / f"{file.stem}_labels.png")
+        overlay = (1 - OPACITY) * image[..., ::-1] + OPACITY * self._palette[labels]
+        Image.fromarray(overlay.astype(np.uint8)).save(out / f"{file.stem}.png")
+        values, counts = np.unique(labels, return_counts=True)
+        self.record["images"].append(
+            {
+                "file_name": file.name,
+                "labels": f"{file.stem}_labels.png",
+                "height": labels.shape[0],
+                "width": labels.shape[1],
+                "pixels": {str(value): int(n) for value, n in zip(values, counts, strict=True)},
+            }
+        )
+
+
+def _files(images: Sequence[Path], out: Path) -> list[Path]:
+    files: list[Path] = []
+    for path in images:
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not inside:
+            raise ValueError(f"no images in {path}: expected files that end in {', '.join(SUFFIXES)}")
+        files += inside
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"no image at {missing[0]}: expected a file or a folder of images")
+    stems = [file.stem for file in files]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise ValueError(f"two images are called {twice[0]}, and would overwrite each other's results")
+    if any(file.parent.resolve() == out.resolve() for file in files):
+        raise ValueError(f"{out} holds images to predict: expected another folder for the results")
+    return files
+
+
+def _read(file: Path) -> np.ndarray[Any, Any]:
+    """[H, W, 3], uint8, BGR, as MMCV's pipelines load it."""
+    image = mmcv.imread(str(file), channel_order="bgr")
+    if image is None:
+        raise ValueError(f"cannot read {file}: expected an image")
+    return image

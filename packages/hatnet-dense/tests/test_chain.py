@@ -1,0 +1,247 @@
+"""Real training, testing and predicting on drawn shapes, for a few dozen steps: the loss falls, nothing is lost.
+
+What this reaches when it is trained to the end is in docs/benchmarks; nox -s dense_training repeats it.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.utils import get_installed_path
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from hatnet_dense.cli import main
+
+SHAPES = Path(__file__).parent / "shapes"
+STEPS = {  # 20 steps: 5 rounds of 16 images, 4 a step
+    "mask-rcnn": ["train_cfg.max_epochs=5", "train_cfg.val_interval=5"],
+    "retinanet": ["train_cfg.max_epochs=5", "train_cfg.val_interval=5"],
+    "semfpn": [
+        "train_cfg.max_iters=20",
+        "train_cfg.val_interval=20",
+        "default_hooks.checkpoint.interval=10",
+        "train_dataloader.batch_size=4",
+    ],
+}
+QUICK = [
+    "default_hooks.logger.interval=1",
+    "optim_wrapper.optimizer.lr=2e-4",
+    "param_scheduler=[]",
+    "default_hooks.checkpoint.max_keep_ckpts=-1",
+]
+DETECTORS = ["train_dataloader.dataset.pipeline.2.scale=(96,96)", "val_dataloader.dataset.pipeline.1.scale=(96,96)"]
+DETECTORS += ["test_dataloader.dataset.pipeline.1.scale=(96,96)", "test_pipeline.1.scale=(96,96)"]
+METRIC = {"mask-rcnn": "coco/bbox_mAP", "retinanet": "coco/bbox_mAP", "semfpn": "mIoU"}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("shapes")
+    command = [sys.executable, str(SHAPES / "draw.py"), str(out), "--train", "16", "--val", "4"]
+    subprocess.run(command, check=True)
+    os.environ["SHAPES"] = str(out)  # the configs name it
+    yield out
+    del os.environ["SHAPES"]
+
+
+def options(head, *more):
+    return ["--cfg-options", *QUICK, *STEPS[head], *(DETECTORS if head != "semfpn" else []), *more]
+
+
+def scalars(work_dir):
+    (log, *_) = sorted(Path(work_dir).glob("*/vis_data/scalars.json"))
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def losses(work_dir):
+    return [row["loss"] for row in scalars(work_dir) if "loss" in row]
+
+
+def check_fallen(values):
+    assert len(values) == 20
+    assert np.isfinite(values).all()
+    assert np.mean(values[-5:]) < 0.8 * np.mean(values[:5]), values
+
+
+@pytest.fixture(scope="module")
+def run_of(shapes, tmp_path_factory):
+    """Trains the model of a config when it is first asked for; the folder of its run."""
+
+    @functools.cache
+    def run(head):
+        folder = tmp_path_factory.mktemp(head)
+        command = ["train", str(SHAPES / f"{head}.py"), "--work-dir", str(folder)]
+        assert main([*command, *options(head)]) == 0
+        return folder
+
+    return run
+
+
+def last_checkpoint(folder):
+    return (folder / "last_checkpoint").read_text()
+
+
+@pytest.mark.parametrize("head", ["retinanet", "semfpn"])
+def test_training_lowers_the_loss(head, run_of):
+    check_fallen(losses(run_of(head)))
+
+
+@pytest.mark.parametrize(("head", "middle", "done"), [("retinanet", "epoch_3.pth", 12), ("semfpn", "iter_10.pth", 10)])
+def test_a_resumed_run_goes_on_where_it_stopped(head, middle, done, run_of, tmp_path):
+    whole = run_of(head)
+    command = ["train", str(SHAPES / f"{head}.py"), "--work-dir", str(tmp_path), "--resume", str(whole / middle)]
+    assert main([*command, *options(head)]) == 0
+    assert len(losses(tmp_path)) == 20 - done
+    assert losses(tmp_path)[0] < np.mean(losses(whole)[:3])
+    content = torch.load(last_checkpoint(tmp_path), weights_only=True)
+    assert content["meta"]["iter"] == 20
+    (history, *_) = content["message_hub"]["log_scalars"]["train/loss"].values()
+    assert len(history[0]) == 20  # those before the checkpoint, too
+
+
+@pytest.mark.parametrize("head", ["retinanet", "semfpn"])
+def test_the_checkpoint_repeats_the_figures_of_its_training(head, run_of, tmp_path):
+    out = tmp_path / "metrics.json"
+    command = ["test", str(SHAPES / f"{head}.py"), last_checkpoint(run_of(head)), "--work-dir", str(tmp_path)]
+    command += ["--out", str(out), "--show-dir", str(tmp_path / "drawn")]
+    assert main([*command, *options(head)]) == 0
+    metrics = json.loads(out.read_text())
+    trained = scalars(run_of(head))[-1]
+    names = {name for name in metrics if not name.endswith("time")}
+    assert METRIC[head] in names
+    assert {name: metrics[name] for name in names} == {name: trained[name] for name in names}
+    assert len([path for path in (tmp_path / "drawn").rglob("*") if path.suffix in (".png", ".jpg")]) == 4
+
+
+def predicted(head, shapes, checkpoint, out):
+    images = {"semfpn": shapes / "images" / "validation"}.get(head, shapes / "val2017")
+    command = ["predict", str(SHAPES / f"{head}.py"), checkpoint, str(images), "--out", str(out)]
+    assert main([*command, *options(head)]) == 0
+    for i in range(1, 5):
+        with Image.open(out / f"{i:06}.png") as drawn, Image.open(images / f"{i:06}.jpg") as image:
+            assert drawn.size == image.size
+    return json.loads((out / "predictions.json").read_text())
+
+
+def check_coco(record, shapes, kind, expected, tmp_path):
+    """The library's own figure, by pycocotools on the JSON of predict."""
+    (tmp_path / "results.json").write_text(json.dumps(record["annotations"]))
+    truth = COCO(shapes / "annotations" / "instances_val2017.json")
+    assert [image["file_name"] for image in record["images"]] == [i["file_name"] for i in truth.dataset["images"]]
+    evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), kind)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[1] == pytest.approx(expected, abs=6e-4)  # it rounds to three digits
+
+
+def test_the_boxes_of_predict_are_those_that_were_tested(shapes, run_of, tmp_path):
+    record = predicted("retinanet", shapes, last_checkpoint(run_of("retinanet")), tmp_path / "out")
+    assert [category["name"] for category in record["categories"]] == ["disk", "square", "triangle"]
+    assert record["annotations"]
+    check_coco(record, shapes, "bbox", scalars(run_of("retinanet"))[-1]["coco/bbox_mAP_50"], tmp_path)
+
+
+def test_the_label_images_of_predict_have_the_mean_iou_that_was_tested(shapes, run_of, tmp_path):
+    record = predicted("semfpn", shapes, last_checkpoint(run_of("semfpn")), tmp_path / "out")
+    meet, join = np.zeros(4), np.zeros(4)
+    for entry in record["images"]:
+        with Image.open(tmp_path / "out" / entry["labels"]) as image:
+            assert image.mode == "P"
+            labels = np.array(image)
+        truth = np.array(Image.open(shapes / "annotations" / "validation" / f"{Path(entry['file_name']).stem}.png"))
+        assert entry["pixels"] == {str(v): int((labels == v).sum()) for v in np.unique(labels)}
+        for k in range(4):
+            given, found = truth == k + 1, (labels == k) & (truth > 0)
+            meet[k] += (given & found).sum()
+            join[k] += (given | found).sum()
+    assert 100 * np.nanmean(meet / join) == pytest.approx(scalars(run_of("semfpn"))[-1]["mIoU"], abs=0.01)
+
+
+def test_mask_rcnn_trains_and_is_tested_with_the_librarys_own_tools(shapes, tmp_path):
+    tools = Path(get_installed_path("mmdet")) / ".mim" / "tools"
+    config = str(SHAPES / "mask-rcnn.py")
+
+    def run(tool, *arguments):
+        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        command = [sys.executable, str(tools / tool), config, *arguments, *options("mask-rcnn")]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    trained = run("train.py", "--work-dir", str(tmp_path / "run"))
+    assert trained.returncode == 0, trained.stderr
+    check_fallen(losses(tmp_path / "run"))
+    tested = run("test.py", last_checkpoint(tmp_path / "run"), "--work-dir", str(tmp_path / "test"))
+    assert tested.returncode == 0, tested.stderr
+    (metrics,) = [json.loads(path.read_text()) for path in (tmp_path / "test").glob("*/*.json")]
+    last = scalars(tmp_path / "run")[-1]
+    for name in ("coco/bbox_mAP_50", "coco/segm_mAP_50"):
+        assert metrics[name] == last[name]
+    record = predicted("mask-rcnn", shapes, last_checkpoint(tmp_path / "run"), tmp_path / "out")
+    check_coco(record, shapes, "segm", last["coco/segm_mAP_50"], tmp_path)
+
+
+def refused(capsys, *arguments):
+    """The one line that the command ends with."""
+    assert main(list(arguments)) == 1
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("hatnet-dense: error: ")]
+    return line
+
+
+def test_a_checkpoint_of_another_variant_is_refused(shapes, run_of, tmp_path, capsys):
+    checkpoint = last_checkpoint(run_of("retinanet"))
+    small = ["model.backbone.variant=hatnet_small", "model.neck.in_channels=[64,128,320,512]"]
+    config, message = str(SHAPES / "retinanet.py"), "the checkpoint does not fit the model of the config: backbone."
+    at = ["--work-dir", str(tmp_path)]
+    assert message in refused(capsys, "test", config, checkpoint, *at, *options("retinanet", *small))
+    assert message in refused(capsys, "train", config, "--resume", checkpoint, *at, *options("retinanet", *small))
+    from_it = f"load_from={checkpoint}"
+    assert message in refused(capsys, "train", config, *at, *options("retinanet", *small, from_it))
+    images = [str(shapes / "val2017"), "--out", str(tmp_path / "out")]
+    assert message in refused(capsys, "predict", config, checkpoint, *images, *options("retinanet", *small))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_new_run_may_start_from_a_checkpoint_with_other_classes(shapes, run_of, tmp_path):
+    checkpoint = last_checkpoint(run_of("retinanet"))
+    more = ["model.bbox_head.num_classes=5", f"load_from={checkpoint}", "train_cfg.max_epochs=1", "val_cfg=None"]
+    more += ["val_dataloader=None", "val_evaluator=None"]
+    command = ["train", str(SHAPES / "retinanet.py"), "--work-dir", str(tmp_path)]
+    assert main([*command, *options("retinanet", *more)]) == 0
+    before = torch.load(checkpoint, weights_only=True)["state_dict"]
+    (log,) = tmp_path.glob("*/*.log")
+    assert "not taken from the checkpoint: bbox_head.retina_cls.weight is" in log.read_text()
+    assert before["backbone.model.stem.conv1.weight"].shape == (16, 3, 3, 3)
+
+
+def test_data_that_cannot_be_used_ends_training_before_its_first_step(shapes, tmp_path, capsys):
+    retinanet, semfpn = str(SHAPES / "retinanet.py"), str(SHAPES / "semfpn.py")
+    at = ["--work-dir", str(tmp_path / "run")]
+    absent = "train_dataloader.dataset.ann_file=annotations/absent.json"
+    line = refused(capsys, "train", retinanet, *at, *options("retinanet", absent))
+    assert "annotations/absent.json" in line
+    line = refused(capsys, "train", retinanet, *at, *options("retinanet", "train_dataloader=None"))
+    assert "no train_dataloader" in line
+    (shapes / "train2017" / "000003.jpg").rename(tmp_path / "000003.jpg")
+    try:
+        line = refused(capsys, "train", retinanet, *at, *options("retinanet"))
+    finally:
+        (tmp_path / "000003.jpg").rename(shapes / "train2017" / "000003.jpg")
+    assert "training data: 1 of 16 records cannot be used: " in line
+    assert "train2017/000003.jpg is missing" in line
+    labels = shapes / "annotations" / "training" / "000005.png"
+    content = labels.read_bytes()
+    Image.fromarray(np.ones((50, 60), dtype=np.uint8)).save(labels)
+    try:
+        line = refused(capsys, "train", semfpn, *at, *options("semfpn"))
+    finally:
+        labels.write_bytes(content)
+    assert f"{labels} is 60×50, its image" in line
+    assert not list((tmp_path / "run").glob("*.pth"))

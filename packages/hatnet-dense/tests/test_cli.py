@@ -1,0 +1,115 @@
+"""The command: help, lists, and wrong command lines."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hatnet_dense.cli import main
+from hatnet_dense.config import CONFIGS, config_names
+
+
+def status(arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return ended.value.code
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["test"], ["predict"], ["flops"], ["configs"], ["doctor"]])
+def test_every_command_has_a_help(command, capsys):
+    assert status([*command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: hatnet-dense")
+    assert max(map(len, text.splitlines())) < 130
+
+
+def test_configs_lists_the_names_and_gives_the_path_of_one(capsys):
+    assert main(["configs"]) == 0
+    assert capsys.readouterr().out.split() == config_names()
+    assert main(["configs", "retinanet_hatnet-t_fpn_1x_coco"]) == 0
+    assert capsys.readouterr().out.strip() == str(CONFIGS / "retinanet_hatnet-t_fpn_1x_coco.py")
+
+
+def test_flops_as_table_and_as_json(capsys):
+    command = ["flops", "retinanet_hatnet-t_fpn_1x_coco", "--size", "64", "96"]
+    assert main(command) == 0
+    table = capsys.readouterr().out
+    assert main([*command, "--format", "json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["params"] == 22158772
+    assert f"{row['params'] / 1e6:.2f} M parameters" in table
+    assert f"{row['flops_complete'] / 1e9:.1f} GFLOPs" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["train"], "the following arguments are required: CONFIG"),
+        (["predict", "c", "d", "e"], "the following arguments are required: --out"),
+        (["train", "c", "--launcher", "magic"], "invalid choice: 'magic'"),
+        (["flops", "c", "--size", "31", "x"], "'31' is not a whole number of pixels from 32 up"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_line_with_status_2(arguments, message, capsys):
+    assert status(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hatnet-dense")
+    assert message in line
+
+
+CONFIG = "retinanet_hatnet-t_fpn_1x_coco"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "absent"], "no config absent: expected a file, or a name that 'hatnet-dense configs' lists"),
+        (["train", CONFIG, "--work-dir", "OUT", "--cfg-options", "x"], "--cfg-options must be KEY=VALUE, got 'x'"),
+        (["train", CONFIG, "--work-dir", "OUT", "--amp"], "--amp float16 needs a GPU"),
+        (["train", CONFIG, "--work-dir", "OUT", "--launcher", "mpi"], "launcher must be none or pytorch, got mpi"),
+        (["train", CONFIG, "--work-dir", "OUT", "--resume", "absent.pth"], "no checkpoint at absent.pth"),
+        (
+            ["test", CONFIG, "absent.pth", "--work-dir", "OUT"],
+            "no checkpoint at absent.pth: expected an existing file",
+        ),
+        (["test", CONFIG, "absent.pth", "--out", "absent/m.json"], "--out must be a file in a folder that exists"),
+        (["predict", CONFIG, "absent.pth", "absent.jpg", "--out", "OUT"], "no image at absent.jpg"),
+        (["predict", CONFIG, "absent.pth", "EMPTY", "--out", "OUT"], "no images in "),
+        (["predict", CONFIG, "absent.pth", "EMPTY", "--out", "OUT", "--score-threshold", "2"], "from 0 to 1, got 2"),
+    ],
+)
+def test_bad_input_ends_in_one_line_with_status_1(arguments, message, tmp_path, monkeypatch, capsys):
+    if "--amp" in arguments or "mpi" in arguments:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "empty").mkdir()
+    places = {"OUT": str(tmp_path / "out"), "EMPTY": str(tmp_path / "empty")}
+    assert main([places.get(text, text) for text in arguments]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list((tmp_path / "out").glob("*.pth"))
+
+
+def test_the_dataset_that_is_not_there_is_named(tmp_path, capsys):
+    options = [
+        "--cfg-options",
+        f"train_dataloader.dataset.data_root={tmp_path}/absent/",
+        "model.backbone.init_cfg=None",
+    ]
+    assert main(["train", CONFIG, "--work-dir", str(tmp_path / "out"), *options]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("hatnet-dense: error: ")
+    assert f"{tmp_path}/absent/annotations/instances_train2017.json" in line
+
+
+def test_the_module_is_the_command():
+    run = subprocess.run(
+        [sys.executable, "-m", "hatnet_dense", "--version"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith("hatnet-dense ")
+
+
+def test_the_files_of_the_configs_are_part_of_the_package():
+    assert Path(CONFIGS / "_base_" / "hatnet.py").is_file()

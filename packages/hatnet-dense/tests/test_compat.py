@@ -1,0 +1,120 @@
+"""The doctor: what it finds in installations that are broken as they are found broken."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from hatnet_dense.compat import MMCV, OPENCV, PARTS, SETUPTOOLS, examine, require, usable
+
+
+def doctor(folder, *arguments):
+    """``hatnet-dense doctor`` where what lies in ``folder`` is found before what is installed."""
+    return subprocess.run(
+        [sys.executable, "-m", "hatnet_dense", *(arguments or ("doctor", "--format", "json"))],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def findings(folder, *arguments):
+    result = doctor(folder, *arguments)
+    return result.returncode, {finding["name"]: finding for finding in json.loads(result.stdout)}
+
+
+def test_what_the_tests_run_on_is_found_to_be_ready():
+    found = {finding.name: finding for finding in examine()}
+    assert {found[name].state for name in ("torch", "pkg_resources", "cv2", "mmengine", "mmcv", "mmdet", "mmseg")} == {
+        "ok"
+    }
+    assert found["mmcv"].distribution == "mmcv 2.1.0"
+    assert usable(list(found.values()))
+    require("mmdet")
+    require("mmseg")
+
+
+def test_a_setuptools_without_pkg_resources_is_named_with_the_version_that_has_it(tmp_path):
+    (tmp_path / "pkg_resources.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'pkg_resources'\", name='pkg_resources')"
+    )
+    status, found = findings(tmp_path)
+    assert status == 1
+    assert found["pkg_resources"]["state"] == "broken"
+    assert found["pkg_resources"]["command"] == SETUPTOOLS
+    assert found["mmengine"]["command"] == SETUPTOOLS  # its reason, too
+
+
+def test_an_mmcv_without_its_operators_is_named_with_the_command_that_compiles_them(tmp_path):
+    installed = Path(find_spec("mmcv").submodule_search_locations[0])
+    (tmp_path / "mmcv").mkdir()
+    for path in installed.iterdir():
+        if not path.name.startswith("_ext"):
+            (tmp_path / "mmcv" / path.name).symlink_to(path)
+    status, found = findings(tmp_path)
+    assert status == 1
+    assert found["mmcv"]["state"] == "broken"
+    assert "its compiled operators do not load" in found["mmcv"]["reason"]
+    assert found["mmcv"]["command"] == MMCV
+    refused = doctor(tmp_path, "flops", "retinanet_hatnet-t_fpn_1x_coco")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("hatnet-dense: error: mmcv 2.1.0 cannot be used: its compiled")
+
+
+@pytest.mark.parametrize("version", ["2.2.0", "1.7.2"])
+def test_an_mmcv_that_mmdetection_refuses_is_named_with_both_versions(version, tmp_path):
+    (tmp_path / "mmcv").mkdir()
+    (tmp_path / "mmcv" / "__init__.py").write_text(f"__version__ = '{version}'")
+    status, found = findings(tmp_path)
+    assert status == 1
+    assert found["mmcv"]["reason"] == f"mmcv {version} is not from 2.0.0rc4 to below 2.2.0, as mmdet and mmseg demand"
+    assert found["mmdet"]["state"] == "broken"
+    assert found["mmdet"]["command"] == MMCV  # where the cause lies
+
+
+def test_a_torchvision_of_another_build_of_torch_is_named(tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    status, found = findings(tmp_path)
+    assert status == 1
+    assert found["torchvision"]["reason"] == "operator torchvision::nms does not exist"
+    assert "torch torchvision" in found["torchvision"]["command"]
+
+
+def test_an_opencv_with_graphical_libraries_that_are_missing_is_named(tmp_path):
+    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
+    status, found = findings(tmp_path)
+    assert status == 1
+    assert found["cv2"]["command"] == OPENCV
+
+
+def test_without_mmengine_the_doctor_runs_and_all_else_says_that_it_is_missing(tmp_path):
+    (tmp_path / "mmengine.py").write_text("raise ModuleNotFoundError(\"No module named 'mmengine'\", name='mmengine')")
+    status, found = findings(tmp_path)
+    assert status == 1
+    assert found["mmengine"]["state"] == "broken"
+    refused = doctor(tmp_path, "train", "retinanet_hatnet-t_fpn_1x_coco")
+    assert refused.returncode == 1
+    assert "mmengine" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    code = "import hatnet_dense; hatnet_dense.HATNetBackbone"
+    imported = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert "HATNetBackbone needs MMEngine: No module named 'mmengine'; 'hatnet-dense doctor' says" in imported.stderr
+
+
+def test_the_table_says_what_mends_what_is_broken_last(tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    result = doctor(tmp_path, "doctor")
+    assert result.returncode == 1
+    lines = result.stdout.splitlines()
+    assert any(line.split()[:2] == ["torchvision", "BROKEN"] for line in lines)
+    assert lines[lines.index("to mend torchvision:") + 1].strip() == next(
+        part.command for part in PARTS if part.name == "torchvision"
+    )
+    assert lines[-1].startswith("not ready")

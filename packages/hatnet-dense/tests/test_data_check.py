@@ -1,0 +1,114 @@
+"""The look at a dataset's files before the first step: what is seen, and that the whole is named."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hatnet_dense import DataCheckHook
+from hatnet_dense.data_check import ORIENTATION, check_dataset, problem_of
+
+WIDTH, HEIGHT = 41, 31
+
+
+class Records(list):
+    """A dataset as MMEngine's are: records by number."""
+
+    def get_data_info(self, i):
+        return self[i]
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (WIDTH, HEIGHT)).save(path)
+    return path
+
+
+def labels_of(tmp_path, width, height):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.zeros((height, width), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_records_whose_files_agree_pass(image, tmp_path):
+    mask = {"size": [HEIGHT, WIDTH], "counts": "x"}
+    detection = {
+        "img_path": image,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "instances": [{"mask": mask}, {"mask": [[1, 2]]}],
+    }
+    segmentation = {"img_path": image, "seg_map_path": labels_of(tmp_path, WIDTH, HEIGHT)}
+    check_dataset(Records([detection, segmentation]), "data")
+
+
+def test_a_missing_image_is_named(tmp_path):
+    assert problem_of({"img_path": str(tmp_path / "b.jpg")}) == f"{tmp_path / 'b.jpg'} is missing"
+
+
+def test_a_missing_label_image_is_named(image, tmp_path):
+    record = {"img_path": str(image), "seg_map_path": str(tmp_path / "b.png")}
+    assert problem_of(record) == f"{tmp_path / 'b.png'} is missing"
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    (tmp_path / "c.jpg").write_text("<html>")
+    assert problem_of({"img_path": str(tmp_path / "c.jpg")}).startswith(f"{tmp_path / 'c.jpg'} cannot be read")
+
+
+def test_a_label_image_of_another_size_is_named_with_both_sizes(image, tmp_path):
+    labels = labels_of(tmp_path, HEIGHT, WIDTH)
+    assert problem_of({"img_path": image, "seg_map_path": labels}) == f"{labels} is 31×41, its image {image} 41×31"
+
+
+def test_an_annotation_of_another_size_is_named_with_both_sizes(image):
+    record = {"img_path": image, "width": 50, "height": HEIGHT}
+    assert problem_of(record) == f"{image} is 41×31, its annotation says 50×31"
+
+
+def test_a_mask_of_another_size_is_named_with_both_sizes(image):
+    record = {"img_path": image, "instances": [{"mask": {"size": [HEIGHT, 40], "counts": "x"}}]}
+    assert problem_of(record) == f"{image} is 41×31, a mask of it 40×31"
+
+
+def test_the_size_is_that_of_the_picture_as_it_is_seen(tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6  # to be turned by a quarter
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "t.jpg", exif=exif)
+    assert problem_of({"img_path": tmp_path / "t.jpg", "width": HEIGHT, "height": WIDTH}) is None
+
+
+def test_images_behind_an_address_are_not_looked_at():
+    assert problem_of({"img_path": "s3://bucket/a.jpg"}) is None
+
+
+def test_every_problem_is_counted_and_the_first_are_named(image, tmp_path):
+    records = Records([{"img_path": str(tmp_path / f"{i}.jpg")} for i in range(5)] + [{"img_path": str(image)}])
+    with pytest.raises(
+        ValueError, match=r"^training data: 5 of 6 records cannot be used: .*0\.jpg is missing; .*; …$"
+    ):
+        check_dataset(records, "training data")
+
+
+def test_the_datasets_inside_of_wrappers_are_checked(tmp_path):
+    inner = Records([{"img_path": str(tmp_path / "b.jpg")}])
+    repeated = SimpleNamespace(dataset=SimpleNamespace(datasets=[Records(), inner]))
+    with pytest.raises(ValueError, match="1 of 1 records"):
+        check_dataset(repeated, "data")
+
+
+def test_the_hook_checks_what_is_about_to_be_used(tmp_path):
+    def loader(*names):
+        return SimpleNamespace(dataset=Records([{"img_path": str(tmp_path / name)} for name in names]))
+
+    runner = SimpleNamespace(
+        train_dataloader=loader(), val_loop=None, val_dataloader=loader("v.jpg"), test_dataloader=loader("t.jpg")
+    )
+    DataCheckHook().before_train(runner)
+    with pytest.raises(ValueError, match=r"test data: .*t\.jpg is missing"):
+        DataCheckHook().before_test(runner)
+    runner.val_loop = object()
+    with pytest.raises(ValueError, match=r"validation data: .*v\.jpg is missing"):
+        DataCheckHook().before_train(runner)

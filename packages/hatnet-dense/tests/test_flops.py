@@ -1,0 +1,44 @@
+"""FLOPs of whole models: against PyTorch's own counter, and against what the paper's tables were counted to."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hatnet_dense.config import load_config
+from hatnet_dense.flops import build_model, count
+
+SIZE = (96, 160)
+
+
+def test_the_complete_count_of_the_backbone_is_that_of_pytorch_and_the_norms():
+    config = load_config("retinanet_hatnet-t_fpn_1x_coco")
+    row = count(config, *SIZE)
+    model = build_model(config)
+    sizes = []
+    for module in model.backbone.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].numel()))
+    # the attention as two plain products, which its counter sees
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model.backbone(torch.zeros(1, 3, *SIZE))
+    products = counter.get_total_flops() // 2  # it counts a multiply-add as two
+    assert row["backbone_flops_complete"] == products + 5 * sum(sizes)
+    assert row["backbone_flops_paper"] < row["backbone_flops_complete"] < row["flops_complete"]
+    assert row["backbone_params"] == sum(p.numel() for p in model.backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [  # counted beforehand, with another program, over MMDetection 3.3
+        ("retinanet_hatnet-t_fpn_1x_coco", (800, 1280), 203.3),
+        ("mask-rcnn_hatnet-s_fpn_1x_coco", (800, 1280), 276.1),
+    ],
+)
+def test_the_complete_count_of_the_detectors_of_table_4(name, size, expected):
+    assert count(load_config(name), *size)["flops_complete"] / 1e9 == pytest.approx(expected, abs=0.05)
+
+
+def test_a_row_of_table_6_costs_more_than_the_default_by_the_pooling_it_leaves_out():
+    finer = count(load_config("mask-rcnn_hatnet-s-g8-8-8-p8-4-2_fpn_1x_coco"), 800, 1280)
+    assert finer["flops_complete"] / 1e9 - 276.1 == pytest.approx(37.7, abs=0.1)  # the paper: 338 - 303 = 35

@@ -1,0 +1,121 @@
+"""Checkpoints of MMEngine: what is written can be loaded safely, and comes back as it was."""
+
+import logging
+from collections import Counter, OrderedDict, defaultdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
+from torch import nn
+
+from hatnet_dense.plain_checkpoint import PlainCheckpointHook, check_weights, plain
+
+
+def runner(model, **attributes):
+    return SimpleNamespace(**{"model": model, "_resume": False, "_train_loop": {}, **attributes})
+
+
+def checkpoint(model):
+    hub = MessageHub.get_instance("test_plain_checkpoint")
+    hub.update_scalar("train/loss", 0.75)
+    hub.update_scalar("train/loss", np.float32(0.5))
+    hub.update_info("best_score", np.float64(0.25))
+    hub.update_info("iter", 3)
+    return {
+        "meta": {"epoch": 1, "dataset_meta": {"classes": ("a", "b"), "palette": np.array([[1, 2, 3]])}},
+        "state_dict": model.state_dict(),
+        "message_hub": hub.state_dict(),
+        "param_schedulers": [{"milestones": Counter({8: 1, 11: 1})}],
+    }
+
+
+def test_what_the_hook_leaves_is_read_by_the_safe_loader_and_is_what_was_there(tmp_path):
+    model = nn.Linear(2, 3)
+    hook, content = PlainCheckpointHook(), checkpoint(model)
+    histories = content["message_hub"]["log_scalars"]
+    torch.save(content, tmp_path / "before.pth")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        torch.load(tmp_path / "before.pth")
+    hook.before_save_checkpoint(runner(model), content)
+    torch.save(content, tmp_path / "after.pth")
+    loaded = torch.load(tmp_path / "after.pth", weights_only=True)
+    hook.after_load_checkpoint(runner(model), loaded)
+    back = loaded["message_hub"]["log_scalars"]["train/loss"]
+    assert isinstance(back, HistoryBuffer)
+    np.testing.assert_array_equal(back.data[0], histories["train/loss"].data[0])
+    np.testing.assert_array_equal(back.data[1], histories["train/loss"].data[1])
+    assert back.mean() == 0.625
+    assert back.max_length == histories["train/loss"].max_length
+    assert loaded["message_hub"]["runtime_info"]["best_score"] == 0.25
+    assert loaded["meta"]["dataset_meta"] == {"classes": ("a", "b"), "palette": [[1, 2, 3]]}
+    assert loaded["param_schedulers"] == [{"milestones": Counter({8: 1, 11: 1})}]
+    MessageHub.get_instance("resumed").load_state_dict(loaded["message_hub"])
+    assert MessageHub.get_instance("resumed").get_scalar("train/loss").current() == 0.5
+
+
+def test_the_model_that_trains_keeps_its_histories():
+    content = checkpoint(nn.Linear(2, 3))
+    PlainCheckpointHook().before_save_checkpoint(runner(nn.Linear(2, 3)), content)
+    assert isinstance(MessageHub.get_instance("test_plain_checkpoint").get_scalar("train/loss"), HistoryBuffer)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.float32(0.5), 0.5),
+        (np.arange(3), [0, 1, 2]),
+        ((np.int64(1), "a"), (1, "a")),
+        (OrderedDict(a=np.bool_(True)), OrderedDict(a=True)),
+        (defaultdict(list, a=[np.int8(2)]), {"a": [2]}),
+        ({1, 2}, [1, 2]),
+        (None, None),
+    ],
+)
+def test_values_become_plain_ones_of_the_same_meaning(value, expected):
+    result = plain(value, "x")
+    assert result == expected
+    assert type(result) is type(expected)
+
+
+def test_what_has_no_plain_form_is_named_in_a_warning(caplog):
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    value = slice(1)
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert plain({"a": [value]}, "meta") == {"a": [value]}
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "checkpoint: meta.a[0] is slice, which no safe loader reads" in caplog.text
+
+
+def test_weights_that_fit_are_taken_with_and_without_the_prefix_of_data_parallel_training():
+    own = nn.Linear(2, 3).state_dict()
+    check_weights(own, own, strict=True)
+    check_weights(own, {f"module.{name}": value for name, value in own.items()}, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("head.bias"), "head.bias is missing"),
+        (lambda s: s.update(extra=torch.zeros(1)), "extra is unknown"),
+        (lambda s: s.update({"head.weight": torch.zeros(5, 2)}), r"head.weight is \(5, 2\) and should be \(3, 2\)"),
+    ],
+)
+def test_a_difference_outside_of_the_backbone_ends_a_test_or_a_resumed_run_but_not_a_new_one(change, message):
+    own = nn.ModuleDict({"backbone": nn.Linear(4, 2), "head": nn.Linear(2, 3)}).state_dict()
+    given = dict(own)
+    change(given)
+    with pytest.raises(ValueError, match=f"does not fit the model of the config: {message}"):
+        check_weights(own, given, strict=True)
+    check_weights(own, given, strict=False)
+
+
+def test_another_backbone_ends_every_run():
+    own = nn.ModuleDict({"backbone": nn.Linear(4, 2)}).state_dict()
+    given = nn.ModuleDict({"backbone": nn.Linear(4, 3)}).state_dict()
+    with pytest.raises(ValueError, match=r"backbone.weight is \(3, 4\) and should be \(2, 4\)"):
+        check_weights(own, given, strict=False)
