@@ -92,29 +92,30 @@ def read_zero(path: Path) -> Mapping[str, Any]:
 def _merge(folder: Path) -> dict[str, Tensor]:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # its logger takes what is standard output now, for ever
-            from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-            from deepspeed.runtime.zero.config import ZeroStageEnum
-            from deepspeed.utils.tensor_fragment import fragment_address
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     except ImportError as error:
         raise ImportError(
             f"{folder} is a checkpoint of ZeRO-1 or above, which needs DeepSpeed: pip install 'hatnet-core[deepspeed]'"
         ) from error
-    known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     silent = io.StringIO()  # it prints every step
     quiet = contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent)
-    with torch.serialization.safe_globals(known), _weights_only(), quiet[0], quiet[1]:
+    with plain_records_only(), quiet[0], quiet[1]:
         return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
 
 
 @contextlib.contextmanager
-def _weights_only() -> Iterator[None]:
-    """Make ``torch.load`` restricted even where DeepSpeed asks it not to be."""
+def plain_records_only() -> Iterator[None]:
+    """Make ``torch.load`` unpickle tensors and DeepSpeed's own plain records alone, even where it asks for all."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        yield
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
     finally:
         if before is None:
             del os.environ[name]

@@ -46,8 +46,11 @@ def _train(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.cfg_options)
     work_dir = _work_dir(options, config)
-    last = train(config, work_dir, options.resume, options.amp, options.auto_scale_lr, options.launcher)
-    print(f"trained: {last}")
+    last = train(
+        config, work_dir, options.resume, options.amp, options.auto_scale_lr, options.launcher, options.zero_stage
+    )
+    if last is not None:
+        print(f"trained: {last}")
 
 
 def _test(options: argparse.Namespace) -> None:
@@ -58,6 +61,8 @@ def _test(options: argparse.Namespace) -> None:
         raise ValueError(f"--out must be a file in a folder that exists, got {options.out}")
     config = load_config(options.config, options.cfg_options)
     metrics = evaluate(config, options.checkpoint, _work_dir(options, config), options.show_dir, options.launcher)
+    if metrics is None:
+        return
     if options.out is not None:
         write_metrics(metrics, options.out)
     print(json.dumps(metrics, indent=2))
@@ -176,6 +181,12 @@ def _parser() -> argparse.ArgumentParser:
         "--auto-scale-lr",
         action="store_true",
         help="scale the learning rate linearly from the batch size that the config was made for",
+    )
+    train.add_argument(
+        "--zero-stage",
+        type=int,
+        choices=(0, 1, 2, 3),
+        help="train with DeepSpeed: divide optimizer states (1), gradients (2), parameters (3) among the processes",
     )
     _add_run(train)
 

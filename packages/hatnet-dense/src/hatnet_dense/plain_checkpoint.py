@@ -52,6 +52,8 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]  # mmengine ships no type
         if "message_hub" in checkpoint:
             scalars = checkpoint["message_hub"]["log_scalars"]
             checkpoint["message_hub"]["log_scalars"] = {key: _history(value) for key, value in scalars.items()}
+        if "state_dict" not in checkpoint and "message_hub" in checkpoint:
+            return  # DeepSpeed has taken the weights, strictly
         model = runner.model
         if is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module

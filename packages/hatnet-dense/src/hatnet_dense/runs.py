@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+
+from hatnet_core.zero import read_zero
+from hatnet_dense.plain_checkpoint import plain
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 """MMEngine's; ``pytorch`` is torchrun."""
@@ -26,7 +32,8 @@ def train(
     amp: str | None = None,
     auto_scale_lr: bool = False,
     launcher: str = "none",
-) -> Path:
+    zero_stage: int | None = None,
+) -> Path | None:
     """Train the model of a config; checkpoints, logs and curves' data go to ``work_dir``.
 
     Args:
@@ -37,9 +44,12 @@ def train(
         amp: None, or what matrix products are computed in, one of :data:`AMP`; needs a GPU.
         auto_scale_lr: scale the learning rate by the batch size, linearly, from what the config was made for.
         launcher: one of :data:`LAUNCHERS`, whatever started the processes.
+        zero_stage: train with DeepSpeed, dividing optimizer states (1), gradients (2) and parameters (3) among the
+            processes; None for MMEngine's own data-parallel training.
 
     Returns:
-        The checkpoint written last.
+        The checkpoint written last; with DeepSpeed, whose checkpoints are folders, ``model.pth``, made from it. None
+        in all processes but the first.
 
     Raises:
         ValueError: if the config cannot do what is asked for, or data or a checkpoint do not fit.
@@ -52,17 +62,27 @@ def train(
         config.resume, config.load_from = True, str(_existing(resume))
     if amp is not None:
         _use_amp(config, amp)
+    if zero_stage is not None:
+        _use_zero(config, zero_stage, launcher)
     if auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
             raise ValueError("the config says no auto_scale_lr.base_batch_size to scale the learning rate from")
         config.auto_scale_lr.enable = True
-    _runner(config, launcher, "train").train()
-    return Path((work_dir / "last_checkpoint").read_text())
+    with _processes(config, launcher):
+        runner = _runner(config, launcher, "train")
+        runner.train()
+        if not is_main_process():
+            return None
+        last = Path((work_dir / "last_checkpoint").read_text())
+        if zero_stage is None:
+            return last
+        _write_whole(last, runner.train_dataloader.dataset.metainfo, work_dir / "model.pth")
+        return work_dir / "model.pth"
 
 
 def evaluate(
     config: Config, checkpoint: Path, work_dir: Path, show_dir: Path | None = None, launcher: str = "none"
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """Evaluate a checkpoint with the evaluators of the config.
 
     Args:
@@ -73,13 +93,16 @@ def evaluate(
         launcher: one of :data:`LAUNCHERS`, whatever started the processes.
 
     Returns:
-        The metrics by name, such as ``coco/bbox_mAP_50`` or ``mIoU``, in the units of their evaluator.
+        The metrics by name, such as ``coco/bbox_mAP_50`` or ``mIoU``, in the units of their evaluator. None in all
+        processes but the first.
 
     Raises:
         ValueError: if the config has no test data, or data or checkpoint do not fit.
         FileNotFoundError: if the data or the checkpoint is not there.
     """
     config.work_dir = str(work_dir)
+    if checkpoint.is_dir():
+        raise ValueError(f"{checkpoint} is a folder of DeepSpeed: expected a file, such as model.pth of its run")
     config.load_from, config.resume = str(_existing(checkpoint)), False
     if show_dir is not None:
         config.default_hooks.visualization.draw = True
@@ -88,8 +111,9 @@ def evaluate(
         else:
             config.default_hooks.visualization.interval = 1
             config.visualizer.save_dir = str(show_dir.absolute())
-    metrics = _runner(config, launcher, "test").test()
-    return {name: float(value) for name, value in metrics.items()}
+    with _processes(config, launcher):
+        metrics = _runner(config, launcher, "test").test()
+        return {name: float(value) for name, value in metrics.items()} if is_main_process() else None
 
 
 def write_metrics(metrics: dict[str, float], path: Path) -> None:
@@ -99,23 +123,38 @@ def write_metrics(metrics: dict[str, float], path: Path) -> None:
     staged.replace(path)
 
 
+def _write_whole(folder: Path, dataset_meta: Mapping[str, Any], path: Path) -> None:
+    """The fp32 weights of a DeepSpeed checkpoint as one file that ``test`` and ``predict`` take."""
+    content = {"state_dict": dict(read_zero(folder)), "meta": {"dataset_meta": plain(dataset_meta, "dataset_meta")}}
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    torch.save(content, staged)
+    staged.replace(path)
+
+
 def _runner(config: Config, launcher: str, phase: str) -> Any:
     if f"{phase}_dataloader" not in config or config[f"{phase}_dataloader"] is None:
         raise ValueError(f"the config has no {phase}_dataloader, and so no data to {phase}")
     config.launcher = launcher
-    if launcher != "none" and not torch.cuda.is_available():
-        _start_gloo(config, launcher)
     os.environ.setdefault("LOCAL_RANK", "0")
     config.get("visualizer", {}).pop("name", None)  # by it, a second run would find that of the first
     return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
 
 
-def _start_gloo(config: Config, launcher: str) -> None:
-    """Processes that talk without a GPU; MMEngine would ask for one."""
+@contextlib.contextmanager
+def _processes(config: Config, launcher: str) -> Iterator[None]:
+    """Let processes without a GPU talk through gloo, where MMEngine would ask for a GPU."""
+    if launcher == "none" or torch.cuda.is_available():
+        yield
+        return
     if launcher != "pytorch":
         raise ValueError(f"without a GPU, launcher must be none or pytorch, got {launcher}")
+    wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
+    config.model_wrapper_cfg = {**wrapper, **config.get("model_wrapper_cfg", {})}
     torch.distributed.init_process_group("gloo")
-    config.setdefault("model_wrapper_cfg", {"type": "MMDistributedDataParallel", "broadcast_buffers": False})
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _use_amp(config: Config, dtype: str) -> None:
@@ -129,7 +168,26 @@ def _use_amp(config: Config, dtype: str) -> None:
     config.optim_wrapper.loss_scale = "dynamic" if dtype == "float16" else 1.0
 
 
+def _use_zero(config: Config, stage: int, launcher: str) -> None:
+    kind = config.optim_wrapper.get("type", "OptimWrapper")
+    if launcher == "none" or kind != "OptimWrapper":
+        raise ValueError(
+            f"--zero-stage {stage} needs a launcher and optim_wrapper.type OptimWrapper, without --amp: "
+            f"got launcher {launcher} and {kind}"
+        )
+    clip = config.optim_wrapper.pop("clip_grad", None)
+    config.runner_type = "FlexibleRunner"
+    config.strategy = {
+        "type": "ZeroStrategy",
+        "zero_optimization": {"stage": stage},
+        "train_micro_batch_size_per_gpu": config.train_dataloader.batch_size,
+    }
+    if clip is not None:
+        config.strategy.gradient_clipping = clip["max_norm"]
+    config.optim_wrapper.type = "DeepSpeedOptimWrapper"
+
+
 def _existing(path: str | Path) -> Path:
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"no checkpoint at {path}: expected an existing file")
     return Path(path)
