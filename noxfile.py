@@ -74,11 +74,13 @@ def typing(session: nox.Session) -> None:
 def tests(session: nox.Session, package: str) -> None:
     """Tests of one package, such as "tests(core)"; arguments after -- go to pytest."""
     install(session, package, groups=GROUPS.get(package, ("test",)))
-    paths = [f"packages/hatnet-{package}/tests", f"--ignore={FAULTS}"]
-    if package != "train":  # examples in docstrings and README are run; those of train would start DeepSpeed
-        examples = [f"packages/hatnet-{package}/src", f"packages/hatnet-{package}/README.md"]
-        paths += [*examples, "--doctest-modules", "--doctest-glob=README.md"]
-    session.run("pytest", *paths, *session.posargs)
+    folder = f"packages/hatnet-{package}/tests"
+    if package == "train":  # its tests start processes of their own, and its examples DeepSpeed
+        session.run("pytest", folder, f"--ignore={FAULTS}", *session.posargs)
+        return
+    examples = [f"packages/hatnet-{package}/src", f"packages/hatnet-{package}/README.md"]
+    options = ["--doctest-modules", "--doctest-glob=README.md", "--numprocesses=2", "--dist=loadfile"]
+    session.run("pytest", folder, *examples, *options, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(python=OTHER_INTERPRETERS)

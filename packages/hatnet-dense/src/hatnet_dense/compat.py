@@ -22,7 +22,7 @@ MMCV = (
 )
 """In build isolation MMCV sees no torch, leaves its operators out and says nothing. 10 to 15 minutes on 2 cores."""
 
-MMDET = "pip install --no-build-isolation mmdet==3.3.0"
+MMDET = "pip install mmdet==3.3.0"
 MMSEG = "pip install mmsegmentation==1.2.2 ftfy regex"
 OPENCV = (
     "pip uninstall --yes opencv-python opencv-python-headless && pip install --force-reinstall opencv-python-headless"
