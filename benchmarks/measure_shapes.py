@@ -28,9 +28,9 @@ SHOWN = 8
 
 WHAT = """HAT-Net-Tiny from scratch, by `hatnet-dense train` with the configs in
 `packages/hatnet-dense/tests/shapes`, on 200 images that `draw.py` there draws: one to four disks, squares and
-triangles of any colour, size and turn over photographs. The figures are of 40 images over other photographs, by the
-evaluators of MMDetection and MMSegmentation; `hatnet-dense test` on the saved checkpoint has to repeat those of the
-training to the last digit. Seconds are of the whole command, with its start."""
+triangles of any size and turn over photographs, nine of ten in a hue of their class. The figures are of 40 images
+over other photographs, by the evaluators of MMDetection and MMSegmentation; `hatnet-dense test` on the saved
+checkpoint has to repeat those of the training to the last digit. Seconds are of the whole command, with its start."""
 
 
 def measure(pictures: Path) -> Measurement:

@@ -11,6 +11,9 @@ with warnings.catch_warnings():
     import mmengine.runner  # noqa: F401
     import mmseg.apis  # noqa: F401
 
+collect_ignore = ["shapes"]
+"""Configs, which only MMEngine can read, and the program that draws their data."""
+
 LIBRARIES = r"(mm(cv|det|engine|seg)|deepspeed|pycocotools|torch|importlib|pkg_resources|numpy)\b"
 """Modules whose own warnings are not ours to mend; whatever is raised in hatnet_dense or its tests is an error."""
 

@@ -61,6 +61,7 @@ def test_a_wrong_command_line_ends_in_one_line_with_status_2(arguments, message,
     assert message in line
 
 
+OPTION = ["--cfg-options"]
 CONFIG = "retinanet_hatnet-t_fpn_1x_coco"
 
 
@@ -79,6 +80,18 @@ CONFIG = "retinanet_hatnet-t_fpn_1x_coco"
         (["test", CONFIG, "absent.pth", "--out", "absent/m.json"], "--out must be a file in a folder that exists"),
         (["predict", CONFIG, "absent.pth", "absent.jpg", "--out", "OUT"], "no image at absent.jpg"),
         (["predict", CONFIG, "absent.pth", "EMPTY", "--out", "OUT"], "no images in "),
+        (["test", CONFIG, "PAGE", "--work-dir", "OUT"], "page.pth: expected a checkpoint of tensors and plain values"),
+        (["test", CONFIG, "EMPTY", "--work-dir", "OUT"], "is a folder of DeepSpeed: expected a file"),
+        (
+            ["train", CONFIG, "--work-dir", "OUT", "--resume", "http://127.0.0.1:9/x.pth"],
+            "is an address: expected a file",
+        ),
+        (["train", CONFIG, "--work-dir", "OUT", *OPTION, "load_from=http://127.0.0.1:9/x.pth"], "is an address"),
+        (
+            ["train", CONFIG, "--work-dir", "OUT", *OPTION, "model.neck.type=XPN"],
+            "cannot train with this config: KeyError",
+        ),
+        (["predict", CONFIG, "absent.pth", "PAGE", "--out", "OUT"], "page.pth: expected an image"),
         (["predict", CONFIG, "absent.pth", "EMPTY", "--out", "OUT", "--score-threshold", "2"], "from 0 to 1, got 2"),
     ],
 )
@@ -86,7 +99,8 @@ def test_bad_input_ends_in_one_line_with_status_1(arguments, message, tmp_path, 
     if "--amp" in arguments or "mpi" in arguments:
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "empty").mkdir()
-    places = {"OUT": str(tmp_path / "out"), "EMPTY": str(tmp_path / "empty")}
+    (tmp_path / "page.pth").write_text("<html>")
+    places = {"OUT": str(tmp_path / "out"), "EMPTY": str(tmp_path / "empty"), "PAGE": str(tmp_path / "page.pth")}
     assert main([places.get(text, text) for text in arguments]) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list((tmp_path / "out").glob("*.pth"))

@@ -1,5 +1,6 @@
 """The doctor: what it finds in installations that are broken as they are found broken."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -7,7 +8,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
 from hatnet_dense.compat import MMCV, OPENCV, SETUPTOOLS, examine, require, usable
+
+OFFICIAL = {found.metadata["Name"] for found in importlib.metadata.distributions()}
 
 
 def doctor(folder, *arguments):
@@ -31,7 +36,7 @@ def test_what_the_tests_run_on_is_found_to_be_ready():
     assert {found[name].state for name in ("torch", "pkg_resources", "cv2", "mmengine", "mmcv", "mmdet", "mmseg")} == {
         "ok"
     }
-    assert found["mmcv"].distribution == "mmcv 2.1.0"
+    assert found["mmcv"].distribution.startswith(("mmcv ", "onedl-mmcv "))
     assert usable(list(found.values()))
     require("mmdet")
     require("mmseg")
@@ -48,7 +53,6 @@ def test_a_setuptools_without_pkg_resources_and_a_torchvision_of_another_torch_a
     assert status == 1
     assert found["pkg_resources"]["state"] == "broken"
     assert found["pkg_resources"]["command"] == SETUPTOOLS
-    assert found["mmengine"]["command"] == SETUPTOOLS  # its reason, too
     assert found["torchvision"]["reason"] == "operator torchvision::nms does not exist"
     assert "torch torchvision" in found["torchvision"]["command"]
 
@@ -66,9 +70,11 @@ def test_an_mmcv_without_its_operators_is_named_with_the_command_that_compiles_t
     assert found["mmcv"]["command"] == MMCV
     refused = doctor(tmp_path, "flops", "retinanet_hatnet-t_fpn_1x_coco")
     assert refused.returncode == 1
-    assert refused.stderr.splitlines()[-1].startswith("hatnet-dense: error: mmcv 2.1.0 cannot be used: its compiled")
+    assert refused.stderr.splitlines()[-1].startswith("hatnet-dense: error: mmcv ")
+    assert "cannot be used: its compiled operators do not load" in refused.stderr.splitlines()[-1]
 
 
+@pytest.mark.skipif("mmdet" not in OFFICIAL, reason="the forks take other versions")
 def test_an_mmcv_that_mmdetection_refuses_is_named_with_both_versions(tmp_path):
     (tmp_path / "mmcv").mkdir()
     (tmp_path / "mmcv" / "__init__.py").write_text("__version__ = '2.2.0'")
@@ -87,6 +93,13 @@ def test_an_opencv_without_its_graphical_libraries_is_in_the_table_with_what_men
     assert any(line.split()[:2] == ["cv2", "BROKEN"] for line in lines)
     assert lines[lines.index("to mend cv2:") + 1].strip() == OPENCV
     assert lines[-1].startswith("not ready")
+
+
+def test_a_deepspeed_that_cannot_be_imported_does_not_stop_the_doctor(tmp_path):
+    (tmp_path / "deepspeed.py").write_text("raise RuntimeError('CUDA_HOME does not exist')")
+    status, found = findings(tmp_path)
+    assert status == 1
+    assert found["deepspeed"]["reason"] == "CUDA_HOME does not exist"
 
 
 def test_without_mmengine_the_doctor_runs_and_all_else_says_that_it_is_missing(tmp_path):

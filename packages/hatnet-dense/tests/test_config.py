@@ -4,13 +4,13 @@ import copy
 import functools
 
 import pytest
-import torch
+from mmengine.optim import build_optim_wrapper
 
 from hatnet_core import create_model
 from hatnet_core.pretrained import RELEASED_FILES, RELEASED_URL
 from hatnet_dense.config import CONFIGS, config_names, config_path
 from hatnet_dense.config import load_config as read_config
-from hatnet_dense.flops import build_model
+from hatnet_dense.flops import build_model, count
 
 VARIANTS = {"t": "hatnet_tiny", "s": "hatnet_small", "m": "hatnet_medium", "l": "hatnet_large"}
 PATTERNS = [
@@ -74,7 +74,7 @@ def test_the_four_configs_of_a_head_differ_in_the_backbone_and_the_channels_behi
         for key in ("model", "checkpoint"):
             del rest[key]
         reference = configs["t"].to_dict()
-        assert rest == {key: value for key, value in reference.items() if key in rest}
+        assert rest == {key: value for key, value in reference.items() if key not in ("model", "checkpoint")}
 
 
 @pytest.mark.parametrize("head", ["retinanet", "mask-rcnn"])
@@ -125,20 +125,40 @@ def test_the_parameters_are_those_of_tables_3_and_4(name):
 
 
 @pytest.mark.parametrize("name", [pattern.format("t") for pattern in PATTERNS])
-def test_every_head_runs_forward_and_gives_every_parameter_of_the_backbone_a_gradient(name):
+def test_every_head_runs_on_its_backbone(name):
     config = load_config(name)
-    config.model.backbone.drop_path_rate = 0.0
-    model = build_model(config).train()
-    features = model.backbone(torch.randn(1, 3, 96, 96))
-    features = model.neck(features) if "neck" in config.model else features
-    sum(f.square().mean() for f in features).backward()
-    assert [n for n, p in model.backbone.named_parameters() if p.grad is None or not p.grad.any()] == []
+    if "rpn" in config.model.get("test_cfg", {}):
+        config.model.test_cfg.rpn.max_per_img = 50  # of proposals, which the heads run on
+    row = count(config, 96, 160)
+    assert row["flops_complete"] > row["backbone_flops_complete"] > 0
+
+
+def test_the_norms_of_the_backbone_take_no_weight_decay_in_front_of_mask2former():
+    config = load_config("mask2former_hatnet-t_8xb2-lsj-50e_coco")
+    model = build_model(config)
+    optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        group = groups[id(parameter)]
+        norm = name.startswith("backbone.") and name.split(".")[-2].endswith("norm")
+        assert group["lr"] == pytest.approx(1e-5 if name.startswith("backbone.") else 1e-4), name
+        assert not norm or group["weight_decay"] == 0, name
+
+
+def test_every_config_says_the_batch_size_that_its_learning_rate_is_for():
+    for pattern in PATTERNS:
+        assert load_config(pattern.format("t")).auto_scale_lr.base_batch_size == 16
 
 
 def test_a_config_is_found_by_name_with_and_without_its_ending_and_by_path():
     name = "mask-rcnn_hatnet-t_fpn_1x_coco"
     for given in (name, f"{name}.py", CONFIGS / f"{name}.py"):
         assert config_path(given) == CONFIGS / f"{name}.py"
+
+
+def test_a_path_that_leads_nowhere_is_not_taken_for_a_config_of_this_package(tmp_path):
+    with pytest.raises(ValueError, match="no config "):
+        config_path(tmp_path / "mask-rcnn_hatnet-t_fpn_1x_coco.py")
 
 
 def test_options_change_the_config_as_in_the_libraries_own_tools():

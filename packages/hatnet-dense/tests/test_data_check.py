@@ -80,6 +80,11 @@ def test_the_size_is_that_of_the_picture_as_it_is_seen(tmp_path):
     assert problem_of({"img_path": tmp_path / "t.jpg", "width": HEIGHT, "height": WIDTH}) is None
 
 
+def test_a_mask_that_does_not_say_its_size_is_named(image):
+    record = {"img_path": image, "instances": [{"mask": {"counts": "x"}}]}
+    assert problem_of(record) == f"{image} is 41×31, a mask of it without a size"
+
+
 def test_images_behind_an_address_are_not_looked_at():
     assert problem_of({"img_path": "s3://bucket/a.jpg"}) is None
 

@@ -82,6 +82,14 @@ def test_a_rate_of_one_is_the_plain_optimizer():
     assert {group["lr"] for group in wrapper(model, decay_rate=1).optimizer.param_groups} == {LR}
 
 
+def test_an_optimizer_without_weight_decay_trains():
+    model = Detector()
+    plain = {"type": "SGD", "lr": LR}
+    constructed = {"constructor": "LayerDecayConstructor", "paramwise_cfg": {"decay_rate": RATE}, "optimizer": plain}
+    optimizer = build_optim_wrapper(model, constructed)
+    optimizer.update_params(model.head(model.backbone(torch.randn(1, 3, 64, 64))[-1]).square().mean())
+
+
 def test_frozen_stages_are_left_out():
     model = Detector(frozen_stages=2)
     groups = rates(model, wrapper(model, decay_rate=RATE))

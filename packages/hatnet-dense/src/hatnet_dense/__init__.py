@@ -7,6 +7,7 @@ for training with DeepSpeed.
 
 import contextlib
 import sys
+import warnings
 from typing import Any
 
 from hatnet_dense.__about__ import __version__
@@ -21,8 +22,9 @@ try:
         from hatnet_dense.deepspeed_strategy import ZeroStrategy
         from hatnet_dense.layer_decay import LayerDecayConstructor
         from hatnet_dense.plain_checkpoint import PlainCheckpointHook
-except ImportError as error:  # `hatnet-dense doctor` has to run where MMEngine is absent or broken
+except Exception as error:  # `hatnet-dense doctor` has to run where MMEngine is absent, or broken in whatever way
     _reason = error
+    warnings.warn(f"nothing of hatnet_dense is registered: {error}", RuntimeWarning, stacklevel=2)
 
     def __getattr__(name: str) -> Any:
         if name in _CLASSES:

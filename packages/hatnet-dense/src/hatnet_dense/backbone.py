@@ -31,7 +31,7 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
         variant: one of ``hatnet_core.list_models()``.
         grid_sizes: G1 of the paper's stages 2-4.
         pool_sizes: G2 of the paper's stages 2-4.
-        out_indices: the stages to return, out of 0-3 (reductions 4, 8, 16 and 32), first ones first.
+        out_indices: the stages to return, out of 0-3 (reductions 4, 8, 16 and 32), in the order of the maps.
         frozen_stages: -1 to train everything, n to keep the stem and the first n of the four stages as they are,
             in evaluation mode.
         norm_eval: as in the backbones of MMDetection, whether batch norms keep the statistics they were loaded

@@ -73,8 +73,8 @@ def _predict(options: argparse.Namespace) -> None:
     from hatnet_dense.predict import predict
 
     config = load_config(options.config, options.cfg_options)
-    predict(config, options.checkpoint, options.images, options.out, options.score_threshold, options.device)
-    print(f"predictions of {len(options.images)} arguments: {options.out / 'predictions.json'}")
+    record = predict(config, options.checkpoint, options.images, options.out, options.score_threshold, options.device)
+    print(f"predictions of {len(record['images'])} images: {options.out / 'predictions.json'}")
 
 
 def _flops(options: argparse.Namespace) -> None:
@@ -138,8 +138,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="hatnet-dense",
-        description="HAT-Net in MMDetection and MMSegmentation: train, test and predict with any of their configs, or "
-        "with one that comes with this package.",
+        description="HAT-Net in MMDetection and MMSegmentation: train, test and predict with any of their configs,\n"
+        "or with one that comes with this package.",
         epilog="examples:\n"
         "  hatnet-dense train mask-rcnn_hatnet-s_fpn_1x_coco\n"
         "  torchrun --nproc-per-node 8 --no-python hatnet-dense train mask-rcnn_hatnet-s_fpn_1x_coco "
@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--zero-stage",
         type=int,
-        choices=(0, 1, 2, 3),
+        choices=(1, 2, 3),
         help="train with DeepSpeed: divide optimizer states (1), gradients (2), parameters (3) among the processes",
     )
     _add_run(train)
@@ -234,7 +234,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="over the values of the config, such as train_cfg.max_epochs=1 or data_root=/data/coco/",
+        help="over the values of the config, such as train_cfg.max_epochs=1 train_dataloader.dataset.data_root=/data/",
     )
 
 

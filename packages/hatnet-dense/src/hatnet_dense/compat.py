@@ -7,11 +7,16 @@ without its compiled operators. Importing this module needs none of them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+
+TORCH = 'pip install "torch>=2.10,<2.15"'
+"""MMCV 2.1 is C++17; the headers of torch 2.15 want C++20."""
 
 SETUPTOOLS = 'pip install "setuptools<81"'
 """MMEngine imports pkg_resources, which setuptools dropped with version 81."""
@@ -93,7 +98,8 @@ def usable(findings: list[Finding]) -> bool:
 def _examine(part: Part) -> Finding:
     distribution = _distribution(part.name)
     try:
-        with warnings.catch_warnings():
+        # DeepSpeed logs to whatever stdout is when it is first imported: not into the JSON of the command
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")  # many warn of each other's deprecations
             importlib.import_module(part.name)
             if part.attempt is not None:
@@ -167,10 +173,11 @@ def _module(name: str) -> Callable[[], None]:
 
 
 PARTS = [
-    Part("torch", "pip install torch", needed=True),
+    Part("torch", TORCH, needed=True),
     Part(
         "torchvision",
-        "pip install --force-reinstall torch torchvision",  # both from one index: CPU-only and CUDA do not mix
+        # both from one index: CPU-only and CUDA do not mix
+        f'{TORCH} torchvision "setuptools<81" --force-reinstall',
         attempt=_module("torchvision.ops"),
     ),
     Part("pkg_resources", SETUPTOOLS, needed=True),

@@ -37,7 +37,9 @@ def config_path(name: str | Path) -> Path:
     """
     ours = CONFIGS / f"{Path(name).name.removesuffix('.py')}.py"
     for path in (Path(name), ours):
-        if path.is_file():
+        if path.is_file() and (
+            path == Path(name) or Path(name).parent == Path()
+        ):  # a folder is meant as it is written
             return path
     alike = difflib.get_close_matches(ours.stem, config_names(), n=3, cutoff=0.4)
     known = f" such as {', '.join(alike)}" if alike else ""

@@ -54,13 +54,13 @@ def check_dataset(dataset: Any, name: str) -> None:
     Raises:
         ValueError: naming the first files that are missing, unreadable, or of another size.
     """
-    records = [plain.get_data_info(i) for plain in _unwrapped(dataset) for i in range(len(plain))]
+    places = [(plain, i) for plain in _unwrapped(dataset) for i in range(len(plain))]
     with ThreadPoolExecutor(THREADS) as pool:
-        looked_at = tqdm(pool.map(problem_of, records), desc=f"checking {name}", total=len(records), delay=2)
-        problems = [problem for problem in looked_at if problem]
+        found = pool.map(lambda place: problem_of(place[0].get_data_info(place[1])), places)
+        problems = [problem for problem in tqdm(found, f"checking {name}", len(places), delay=2) if problem]
     if problems:
         shown = "; ".join(problems[:3]) + ("; …" if len(problems) > 3 else "")
-        raise ValueError(f"{name}: {len(problems)} of {len(records)} records cannot be used: {shown}")
+        raise ValueError(f"{name}: {len(problems)} of {len(places)} records cannot be used: {shown}")
 
 
 def problem_of(record: Mapping[str, Any]) -> str | None:
@@ -82,8 +82,8 @@ def problem_of(record: Mapping[str, Any]) -> str | None:
         return f"{path} is {_of(size)}, its annotation says {_of(stated)}"
     for instance in record.get("instances", []):
         mask = instance.get("mask")
-        if isinstance(mask, Mapping) and tuple(mask["size"])[::-1] != size:
-            return f"{path} is {_of(size)}, a mask of it {_of(tuple(mask['size'])[::-1])}"
+        if isinstance(mask, Mapping) and (given := tuple(mask.get("size", ()))[::-1]) != size:
+            return f"{path} is {_of(size)}, a mask of it {_of(given)}"
     return None
 
 
@@ -92,8 +92,8 @@ def _check_once(dataset: Any, name: str) -> None:
     if is_main_process():
         try:
             check_dataset(dataset, name)
-        except ValueError as error:
-            outcome = [str(error)]
+        except Exception as error:  # whatever it is: the other processes wait
+            outcome = [str(error) or type(error).__name__]
     broadcast_object_list(outcome)
     if outcome[0] is not None:
         raise ValueError(outcome[0])
@@ -106,7 +106,7 @@ def _unwrapped(dataset: Any) -> Iterator[Any]:
             yield from _unwrapped(part)
     elif hasattr(dataset, "dataset"):
         yield from _unwrapped(dataset.dataset)
-    else:
+    elif hasattr(dataset, "get_data_info"):  # else its records are in no form that is known here
         yield dataset
 
 
@@ -114,9 +114,10 @@ def _size(path: str | Path) -> tuple[int, int]:
     """Width and height of a picture as it is to be seen, from its header."""
     with Image.open(path) as image:
         width, height = image.size
-        turned = image.getexif().get(ORIENTATION, 1) >= 5
+        # of a PNG, Pillow would decode all to find it
+        turned = image.format != "PNG" and image.getexif().get(ORIENTATION, 1) >= 5
     return (height, width) if turned else (width, height)
 
 
 def _of(size: tuple[Any, ...]) -> str:
-    return f"{size[0]}×{size[1]}"
+    return "×".join(map(str, size)) or "without a size"

@@ -42,6 +42,12 @@ class ZeroStrategy(upstream.DeepSpeedStrategy):  # type: ignore[misc]  # mmengin
         super().__init__(**arguments)
         self.config: dict[str, Any] = plain(self.config, "strategy")  # DeepSpeed writes it into every checkpoint
 
+    def build_optim_wrapper(self, optim_wrapper: Any, model: Any = None) -> Any:
+        """The optimizer, its learning rate scaled if the config asks for it, which MMEngine forgets with DeepSpeed."""
+        self.optim_wrapper = super().build_optim_wrapper(optim_wrapper, model)
+        self._scale_lr()
+        return self.optim_wrapper
+
     def save_checkpoint(
         self,
         filename: str,
@@ -80,6 +86,8 @@ def _safely(filename: str) -> Iterator[None]:
             yield
     except pickle.UnpicklingError as error:
         raise ValueError(f"{filename} holds more than tensors and plain records, and is not loaded") from error
+    except RuntimeError as error:  # how torch says that names or shapes differ
+        raise ValueError(f"{filename} does not fit the model of the config: {error}") from error
 
 
 def _told(extra: dict[str, Any], callback: Callback | None) -> dict[str, Any]:

@@ -28,11 +28,8 @@ ATTENTION = "aten::scaled_dot_product_attention"
 def build_model(config: Config) -> Any:
     """The model of a config with random weights, in evaluation mode."""
     init_default_scope(config.default_scope)
-    description = config.model.copy()
-    if "init_cfg" in description.get("backbone", {}):
-        description.backbone.init_cfg = None
     registry = import_module(f"{config.default_scope}.registry").MODELS
-    return revert_sync_batchnorm(registry.build(description)).eval()
+    return revert_sync_batchnorm(registry.build(config.model)).eval()
 
 
 def count(config: Config, height: int, width: int) -> dict[str, Any]:

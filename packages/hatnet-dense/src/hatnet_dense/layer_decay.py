@@ -62,7 +62,9 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):  # type: ignore[mis
             layer = layer_of(name, depths)
             decays = parameter.ndim > 1 and name not in without_decay
             scale = self.decay_rate ** (last - layer)
-            group = {"params": [], "lr": scale * self.base_lr, "weight_decay": self.base_wd if decays else 0.0}
+            group: dict[str, Any] = {"params": [], "lr": scale * self.base_lr}
+            if self.base_wd is not None:
+                group["weight_decay"] = self.base_wd if decays else 0.0
             groups.setdefault((layer, decays), group)["params"].append(parameter)
         params.extend(groups[key] for key in sorted(groups))
         lowest = self.decay_rate**last * self.base_lr

@@ -11,9 +11,11 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -55,7 +57,7 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]  # mmengine ships no type
         if "state_dict" not in checkpoint and "message_hub" in checkpoint:
             return  # DeepSpeed has taken the weights, strictly
         model = runner.model
-        if is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         starts_training = isinstance(runner._train_loop, BaseLoop) and not runner._resume  # else still a config
         check_weights(model.state_dict(), checkpoint.get("state_dict", checkpoint), strict=not starts_training)
@@ -76,7 +78,10 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, OrderedDict | Counter):  # torch loads these two as they are
-        return type(value)({key: plain(item, f"{where}.{key}") for key, item in value.items()})
+        copied: Any = type(value)({key: plain(item, f"{where}.{key}") for key, item in value.items()})
+        if hasattr(value, "_metadata"):  # versions of the modules, in a state dict
+            copied._metadata = getattr(value, "_metadata")  # noqa: B009  # a dict with an attribute, torch's
+        return copied
     if isinstance(value, Mapping):
         return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -86,6 +91,32 @@ def plain(value: Any, where: str) -> Any:
         f"checkpoint: {where} is {type(value).__name__}, which no safe loader reads", "current", level=logging.WARNING
     )
     return value
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of MMEngine, or a bare state dict under ``state_dict``; nothing but plain values is unpickled.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is an address or a folder, or cannot be read.
+    """
+    if "://" in str(path):
+        raise ValueError(f"{path} is an address: expected a file, downloaded beforehand")
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder of DeepSpeed: expected a file, such as model.pth of its run")
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: expected an existing file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        weights = content.get("state_dict", content)
+        if not all(isinstance(value, Tensor) for value in weights.values()):
+            raise TypeError("other values than tensors")
+    except Exception as error:  # the file may hold anything
+        raise ValueError(
+            f"cannot read {path}: expected a checkpoint of tensors and plain values, as PlainCheckpointHook writes it"
+        ) from error
+    return content if "state_dict" in content else {"state_dict": content}
 
 
 def check_weights(own: Mapping[str, Tensor], given: Mapping[str, Any], strict: bool) -> None:

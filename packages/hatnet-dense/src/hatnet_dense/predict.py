@@ -1,13 +1,16 @@
 """Predictions on image files: pictures to look at, and JSON and label images for programs.
 
-Detectors give ``predictions.json`` in COCO's format, and a picture of boxes and masks for each image. Segmenters give
-for each image a label image, an indexed PNG whose values are the classes and whose palette is that of the dataset,
-and an overlay; their ``predictions.json`` says which class is which value.
+Detectors give ``predictions.json`` in COCO's format, and a picture of boxes and masks for each image. Categories and
+images are numbered from 1 in the order of the config's classes and of the files, and listed with their names.
+Segmenters give for each image a label image under ``labels/``, an indexed PNG whose values are the classes and whose
+palette is that of the dataset, and an overlay; their ``predictions.json`` says which class is which value.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+from collections import Counter
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -18,14 +21,16 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from PIL import Image
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from hatnet_dense.flops import build_model
-from hatnet_dense.plain_checkpoint import check_weights
+from hatnet_dense.plain_checkpoint import check_weights, read_checkpoint
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Files of a folder that are taken for images."""
+
+MAX_CLASSES = 256
+"""Values of an indexed PNG."""
 
 OPACITY = 0.6
 """Of the classes over the image, in the overlay of a segmenter."""
@@ -42,7 +47,7 @@ def predict(
     """Predict images, and write what came out into a folder.
 
     Args:
-        config: of :func:`hatnet_dense.config.load_config`.
+        config: of :func:`hatnet_dense.config.load_config`; changed in place.
         checkpoint: a file of MMEngine.
         images: files, and folders whose images are taken, not those of folders inside.
         out: folder for the results, made if need be; it must not be the one of an image.
@@ -54,7 +59,8 @@ def predict(
 
     Raises:
         FileNotFoundError: if an image or the checkpoint is not there.
-        ValueError: if an image cannot be read, two have the same name, or the checkpoint is of another model.
+        ValueError: if an image cannot be read, two have the same name, the device is not there, or the checkpoint is
+            of another model. Nothing is written then.
     """
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"the score threshold must be from 0 to 1, got {score_threshold}")
@@ -63,7 +69,7 @@ def predict(
     draws = _Detections(model, score_threshold) if config.default_scope == "mmdet" else _Labels(model)
     out.mkdir(parents=True, exist_ok=True)
     for file in tqdm(files, desc="predicting", unit="image", delay=2):
-        draws.add(file, _read(file), out)
+        draws.add(file, mmcv.imread(str(file), channel_order="bgr"), out)
     staged = out / ".predictions.json.tmp"
     staged.write_text(json.dumps(draws.record, indent=1) + "\n")
     staged.replace(out / "predictions.json")
@@ -71,26 +77,35 @@ def predict(
 
 
 def load_model(config: Config, checkpoint: Path, device: str = "auto") -> Any:
-    """The model of a config with the weights of a checkpoint, strictly, ready to predict.
+    """The model of a config with the weights of a checkpoint, strictly, ready for the libraries' own inference.
 
     Raises:
         FileNotFoundError: if the checkpoint is not there.
-        ValueError: if it cannot be read, or is of another model.
+        ValueError: if it cannot be read, or is of another model, or the device is not there.
     """
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"no checkpoint at {checkpoint}: expected an existing file")
+    content = read_checkpoint(checkpoint)
+    model = build_model(config)
+    check_weights(model.state_dict(), content["state_dict"], strict=True)
+    model.load_state_dict({name.removeprefix("module."): value for name, value in content["state_dict"].items()})
+    dataset = config.test_dataloader.dataset
+    config.test_pipeline = copy.deepcopy(dataset.pipeline)  # the libraries' inference takes it from here
+    registry = import_module(f"{config.default_scope}.registry").DATASETS
+    known = registry.build({**dataset, "lazy_init": True}).metainfo
+    model.dataset_meta = {"palette": "random", **known, **content.get("meta", {}).get("dataset_meta", {})}
+    model.cfg = config
+    return model.to(_device(device))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        weights = content["state_dict"]
-    except Exception as error:  # the file may hold anything
-        reason = "it holds no state_dict of tensors and plain values, as PlainCheckpointHook writes it"
-        raise ValueError(f"cannot read {checkpoint} as a checkpoint of MMEngine: {reason}") from error
-    if device == "auto":
-        device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    apis = import_module(f"{config.default_scope}.apis")
-    load = apis.init_detector if config.default_scope == "mmdet" else apis.init_model
-    check_weights(build_model(config).state_dict(), weights, strict=True)
-    return load(config, str(checkpoint), device=device)
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device must be auto, cpu, or a GPU that is there, got {name!r}: {reason}") from error
+    return device
 
 
 class _Detections:
@@ -100,6 +115,7 @@ class _Detections:
         self._model = model
         self._threshold = score_threshold
         self._infer = import_module("mmdet.apis").inference_detector
+        self._coco = import_module("pycocotools.mask")
         self._visualizer = import_module("mmdet.visualization").DetLocalVisualizer()
         self._visualizer.dataset_meta = model.dataset_meta
         names = model.dataset_meta["classes"]
@@ -127,9 +143,9 @@ class _Detections:
                 "iscrowd": 0,
             }
             if "masks" in found:
-                run_lengths = coco_mask.encode(np.asfortranarray(found.masks[i].numpy().astype(np.uint8)))
+                run_lengths = self._coco.encode(np.asfortranarray(found.masks[i].numpy().astype(np.uint8)))
                 annotation["segmentation"] = {"size": [height, width], "counts": run_lengths["counts"].decode()}
-                annotation["area"] = int(coco_mask.area(run_lengths))
+                annotation["area"] = int(self._coco.area(run_lengths))
             self.record["annotations"].append(annotation)
         self._visualizer.add_datasample(
             file.name,
@@ -149,6 +165,8 @@ class _Labels:
         self._infer = import_module("mmseg.apis").inference_model
         meta = model.dataset_meta
         self._palette = np.array(meta["palette"], dtype=np.uint8)
+        if len(meta["classes"]) > MAX_CLASSES:
+            raise ValueError(f"label images hold up to {MAX_CLASSES} classes, got {len(meta['classes'])}")
         classes = [
             {"value": i, "name": name, "color": color}
             for i, (name, color) in enumerate(zip(meta["classes"], self._palette.tolist(), strict=True))
@@ -159,14 +177,15 @@ class _Labels:
         labels = self._infer(self._model, image).pred_sem_seg.data[0].cpu().numpy().astype(np.uint8)
         picture = Image.fromarray(labels, mode="P")
         picture.putpalette(self._palette.tobytes())
-        picture.save(out / f"{file.stem}_labels.png")
+        (out / "labels").mkdir(exist_ok=True)
+        picture.save(out / "labels" / f"{file.stem}.png")
         overlay = (1 - OPACITY) * image[..., ::-1] + OPACITY * self._palette[labels]
         Image.fromarray(overlay.astype(np.uint8)).save(out / f"{file.stem}.png")
         values, counts = np.unique(labels, return_counts=True)
         self.record["images"].append(
             {
                 "file_name": file.name,
-                "labels": f"{file.stem}_labels.png",
+                "labels": f"labels/{file.stem}.png",
                 "height": labels.shape[0],
                 "width": labels.shape[1],
                 "pixels": {str(value): int(n) for value, n in zip(values, counts, strict=True)},
@@ -181,19 +200,17 @@ def _files(images: Sequence[Path], out: Path) -> list[Path]:
         if not inside:
             raise ValueError(f"no images in {path}: expected files that end in {', '.join(SUFFIXES)}")
         files += inside
-    if missing := [str(file) for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"no image at {missing[0]}: expected a file or a folder of images")
-    stems = [file.stem for file in files]
-    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise ValueError(f"two images are called {twice[0]}, and would overwrite each other's results")
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"no image at {file}: expected a file or a folder of images")
+        try:
+            with Image.open(file) as image:
+                image.verify()
+        except Exception as error:  # Pillow raises whatever a broken file leads to
+            raise ValueError(f"cannot read {file}: expected an image ({error})") from error
+    (stem, count), *_ = Counter(file.stem for file in files).most_common(1)
+    if count > 1:
+        raise ValueError(f"{count} images are called {stem}, and would overwrite each other's results")
     if any(file.parent.resolve() == out.resolve() for file in files):
         raise ValueError(f"{out} holds images to predict: expected another folder for the results")
     return files
-
-
-def _read(file: Path) -> np.ndarray[Any, Any]:
-    """[H, W, 3], uint8, BGR, as MMCV's pipelines load it."""
-    image = mmcv.imread(str(file), channel_order="bgr")
-    if image is None:
-        raise ValueError(f"cannot read {file}: expected an image")
-    return image

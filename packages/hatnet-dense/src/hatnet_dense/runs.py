@@ -13,10 +13,10 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 
 from hatnet_core.zero import read_zero
-from hatnet_dense.plain_checkpoint import plain
+from hatnet_dense.plain_checkpoint import plain, read_checkpoint
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 """MMEngine's; ``pytorch`` is torchrun."""
@@ -49,7 +49,7 @@ def train(
 
     Returns:
         The checkpoint written last; with DeepSpeed, whose checkpoints are folders, ``model.pth``, made from it. None
-        in all processes but the first.
+        if there is none, and in all processes but the first.
 
     Raises:
         ValueError: if the config cannot do what is asked for, or data or a checkpoint do not fit.
@@ -57,13 +57,19 @@ def train(
     """
     config.work_dir = str(work_dir)
     if resume == "auto":
-        config.resume, config.load_from = True, None
+        config.resume = True
+        if find_latest_checkpoint(str(work_dir)) is not None:
+            config.load_from = None
+        else:
+            config.resume = False
     elif resume is not None:
-        config.resume, config.load_from = True, str(_existing(resume))
+        config.resume, config.load_from = True, resume
     if amp is not None:
         _use_amp(config, amp)
     if zero_stage is not None:
         _use_zero(config, zero_stage, launcher)
+    if config.get("load_from") is not None and not (zero_stage is not None and config.resume):
+        read_checkpoint(config.load_from)
     if auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
             raise ValueError("the config says no auto_scale_lr.base_batch_size to scale the learning rate from")
@@ -71,7 +77,7 @@ def train(
     with _processes(config, launcher):
         runner = _runner(config, launcher, "train")
         runner.train()
-        if not is_main_process():
+        if not is_main_process() or not (work_dir / "last_checkpoint").is_file():
             return None
         last = Path((work_dir / "last_checkpoint").read_text())
         if zero_stage is None:
@@ -101,9 +107,8 @@ def evaluate(
         FileNotFoundError: if the data or the checkpoint is not there.
     """
     config.work_dir = str(work_dir)
-    if checkpoint.is_dir():
-        raise ValueError(f"{checkpoint} is a folder of DeepSpeed: expected a file, such as model.pth of its run")
-    config.load_from, config.resume = str(_existing(checkpoint)), False
+    read_checkpoint(checkpoint)
+    config.load_from, config.resume = str(checkpoint), False
     if show_dir is not None:
         config.default_hooks.visualization.draw = True
         if config.default_scope == "mmdet":
@@ -132,12 +137,35 @@ def _write_whole(folder: Path, dataset_meta: Mapping[str, Any], path: Path) -> N
 
 
 def _runner(config: Config, launcher: str, phase: str) -> Any:
+    """The runner of a config, its data and evaluators built.
+
+    Raises:
+        ValueError: if something of it cannot be built, whatever MMEngine makes of that.
+        FileNotFoundError: if the data is not there.
+    """
     if f"{phase}_dataloader" not in config or config[f"{phase}_dataloader"] is None:
         raise ValueError(f"the config has no {phase}_dataloader, and so no data to {phase}")
     config.launcher = launcher
-    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))  # MMEngine wants it set
     config.get("visualizer", {}).pop("name", None)  # by it, a second run would find that of the first
-    return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+    try:
+        runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+        for loop in ("train_loop", "val_loop") if phase == "train" else ("test_loop",):
+            getattr(runner, loop)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: {error}"
+        if "need at least one array" in reason:  # how MMEngine's datasets say that they are empty
+            reason = _no_record(config[f"{phase}_dataloader"].dataset)
+        raise ValueError(f"cannot {phase} with this config: {reason}") from error
+    return runner
+
+
+def _no_record(dataset: Mapping[str, Any]) -> str:
+    where = [dataset.get(key) for key in ("data_root", "ann_file", "data_prefix", "img_suffix") if dataset.get(key)]
+    classes = dataset.get("metainfo", {}).get("classes", f"those of {dataset.get('type')}")
+    return f"no record of {where} can be used; expected images of that name, and categories among {classes}"
 
 
 @contextlib.contextmanager
@@ -148,6 +176,7 @@ def _processes(config: Config, launcher: str) -> Iterator[None]:
         return
     if launcher != "pytorch":
         raise ValueError(f"without a GPU, launcher must be none or pytorch, got {launcher}")
+    _without_sync(config.model)
     wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
     config.model_wrapper_cfg = {**wrapper, **config.get("model_wrapper_cfg", {})}
     torch.distributed.init_process_group("gloo")
@@ -155,6 +184,17 @@ def _processes(config: Config, launcher: str) -> Iterator[None]:
         yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _without_sync(value: Any) -> None:
+    """Batch norms of each process for itself, in place: torch has synchronised ones for GPUs alone."""
+    if isinstance(value, dict):
+        if value.get("type") == "SyncBN":
+            value["type"] = "BN"
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            _without_sync(item)
 
 
 def _use_amp(config: Config, dtype: str) -> None:
@@ -175,6 +215,11 @@ def _use_zero(config: Config, stage: int, launcher: str) -> None:
             f"--zero-stage {stage} needs a launcher and optim_wrapper.type OptimWrapper, without --amp: "
             f"got launcher {launcher} and {kind}"
         )
+    if config.get("load_from") is not None and not config.get("resume"):
+        raise ValueError(
+            f"--zero-stage cannot start from load_from={config.load_from}: expected --resume with a folder that "
+            "DeepSpeed wrote, or model.backbone.init_cfg"
+        )
     clip = config.optim_wrapper.pop("clip_grad", None)
     config.runner_type = "FlexibleRunner"
     config.strategy = {
@@ -185,9 +230,3 @@ def _use_zero(config: Config, stage: int, launcher: str) -> None:
     if clip is not None:
         config.strategy.gradient_clipping = clip["max_norm"]
     config.optim_wrapper.type = "DeepSpeedOptimWrapper"
-
-
-def _existing(path: str | Path) -> Path:
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no checkpoint at {path}: expected an existing file")
-    return Path(path)

@@ -22,8 +22,8 @@ test_evaluator = {{_base_.drawn_evaluator}}
 default_hooks = {{_base_.drawn_hooks}}
 randomness = dict(seed=0)
 optim_wrapper = dict(optimizer=dict(lr=4e-4))
-train_cfg = dict(max_epochs=12, val_interval=12)
+train_cfg = dict(max_epochs=11, val_interval=11)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type="MultiStepLR", begin=0, end=12, by_epoch=True, milestones=[9, 11], gamma=0.1),
+    dict(type="MultiStepLR", begin=0, end=11, by_epoch=True, milestones=[8, 10], gamma=0.1),
 ]

@@ -5,6 +5,7 @@ crop_size = (128, 128)
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(init_cfg=None, drop_path_rate=0.0),
+    neck=dict(norm_cfg=dict(type="GN", num_groups=32)),  # as MMDetection's own configs for training from scratch
     decode_head=dict(num_classes=4),
 )
 dataset = dict(
@@ -37,11 +38,11 @@ train_dataloader = dict(
 )
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(**dataset, pipeline=test_pipeline))
 test_dataloader = val_dataloader
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=300, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=400, max_keep_ckpts=1))
 randomness = dict(seed=0)
-optim_wrapper = dict(optimizer=dict(lr=3e-4))
-train_cfg = dict(max_iters=300, val_interval=300)
+optim_wrapper = dict(optimizer=dict(lr=5e-4))
+train_cfg = dict(max_iters=400, val_interval=400)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=30),
-    dict(type="PolyLR", power=0.9, eta_min=0.0, begin=30, end=300, by_epoch=False),
+    dict(type="PolyLR", power=0.9, eta_min=0.0, begin=30, end=400, by_epoch=False),
 ]

@@ -24,3 +24,4 @@ model = dict(
 )
 optim_wrapper = dict(_delete_=True, type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-4, weight_decay=1e-4))
 param_scheduler = [dict(type="PolyLR", power=0.9, eta_min=0.0, begin=0, end=80000, by_epoch=False)]
+auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -34,3 +34,4 @@ param_scheduler = [
 ]
 # 8 GPUs with 2 images each
 train_dataloader = dict(batch_size=2)
+auto_scale_lr = dict(enable=False, base_batch_size=16)
