@@ -36,7 +36,7 @@ ten boxes, fp32, random weights. FLOPs are the complete count (attention product
 FLOP). "Inference" is backbone, neck and head without post-processing; "training step" is loss, backward pass and
 AdamW. The backbones take turns, round by round. Peak memory is of a process that does nothing else (each in one of
 its own, forked before any model was built): on a CPU the growth of its resident set, on a GPU what PyTorch allocated
-at most. The head and neck are the same for all, and take most of the time."""
+at most."""
 
 
 def measure() -> Measurement:

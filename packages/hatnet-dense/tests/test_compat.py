@@ -54,7 +54,7 @@ def test_a_setuptools_without_pkg_resources_and_a_torchvision_of_another_torch_a
     assert found["pkg_resources"]["state"] == "broken"
     assert found["pkg_resources"]["command"] == SETUPTOOLS
     assert found["torchvision"]["reason"] == "operator torchvision::nms does not exist"
-    assert "torch torchvision" in found["torchvision"]["command"]
+    assert "torchvision" in found["torchvision"]["command"]
 
 
 def test_an_mmcv_without_its_operators_is_named_with_the_command_that_compiles_them(tmp_path):

@@ -28,12 +28,11 @@ def shapes(tmp_path_factory):
     del os.environ["SHAPES"]
 
 
-def train(work_dir, *arguments, epochs, status=0):
-    """Train in two processes of torchrun; what they wrote to stderr."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "hatnet_dense", "train"]
-    command += [CONFIG, "--launcher", "pytorch", "--work-dir", str(work_dir), *arguments]
+def launch(command, config, work_dir, *arguments, status=0):
+    """Run a command in two processes of torchrun; what they wrote to stderr."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "hatnet_dense", command]
     run = subprocess.run(
-        [*command, *OPTIONS, f"train_cfg.max_epochs={epochs}"],
+        [*words, config, "--launcher", "pytorch", "--work-dir", str(work_dir), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -42,6 +41,12 @@ def train(work_dir, *arguments, epochs, status=0):
     )
     assert run.returncode == status, run.stderr
     return run.stderr
+
+
+def train(work_dir, *arguments, epochs, status=0):
+    """Train the detector in two processes."""
+    more = [*OPTIONS, f"train_cfg.max_epochs={epochs}"]
+    return launch("train", CONFIG, work_dir, *arguments, *more, status=status)
 
 
 def losses(work_dir):
@@ -79,6 +84,40 @@ def test_zero_trains_as_data_parallel_training_does_and_resumes(stage, data_para
     assert main(["test", CONFIG, str(tmp_path / "model.pth"), "--work-dir", str(tmp_path / "test"), *OPTIONS]) == 0
     assert main(["test", CONFIG, str(tmp_path / "epoch_2.pth"), "--work-dir", str(tmp_path / "test"), *OPTIONS]) == 1
     assert "is a folder of DeepSpeed: expected a file, such as model.pth of its run" in capsys.readouterr().err
+
+
+def test_two_processes_test_what_one_does(data_parallel, tmp_path):
+    checkpoint = (data_parallel / "last_checkpoint").read_text()
+    metrics = []
+    for name in ("one", "two"):
+        arguments = [checkpoint, "--out", str(tmp_path / f"{name}.json"), *OPTIONS]
+        if name == "two":
+            launch("test", CONFIG, tmp_path / name, *arguments)
+        else:
+            assert (
+                main(["test", CONFIG, *arguments[: -len(OPTIONS)], "--work-dir", str(tmp_path / name), *OPTIONS]) == 0
+            )
+        metrics.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    assert metrics[0] == metrics[1]
+
+
+def test_a_segmenter_whose_norms_are_synchronised_on_gpus_trains_without_one(tmp_path):
+    options = ["train_cfg.max_iters=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=2"]
+    small = [*options, "train_dataloader.batch_size=2", "default_hooks.logger.interval=1"]
+    launch("train", str(SHAPES / "semfpn.py"), tmp_path, "--cfg-options", *small)
+    assert len(losses(tmp_path)) == 2
+    weights = torch.load(tmp_path / "iter_2.pth", weights_only=True)["state_dict"]
+    assert any(name.endswith("running_mean") for name in weights)
+
+
+def test_zero_scales_the_learning_rate_as_data_parallel_training_does(tmp_path):
+    rates = []
+    for name, arguments in (("plain", []), ("zero", ["--zero-stage", "1"])):
+        train(tmp_path / name, "--auto-scale-lr", *arguments, epochs=1)
+        (log,) = (tmp_path / name).glob("*/vis_data/scalars.json")
+        rates.append([row["lr"] for row in map(json.loads, log.read_text().splitlines()) if "lr" in row])
+    assert rates[0] == pytest.approx(rates[1], rel=1e-6)
+    assert rates[0][0] == pytest.approx(4e-4 * 0.01 * 8 / 16, rel=1e-6)  # first step of the warm-up, 8 images of 16
 
 
 class Foreign:
