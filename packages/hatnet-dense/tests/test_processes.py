@@ -14,7 +14,7 @@ from hatnet_dense.cli import main
 SHAPES = Path(__file__).parent / "shapes"
 CONFIG = str(SHAPES / "retinanet.py")
 OPTIONS = ["--cfg-options", "train_cfg.val_interval=1", "default_hooks.logger.interval=1"]
-OPTIONS += ["train_dataloader.dataset.pipeline.3.prob=0"]  # MMEngine does not resume the dice of the flips
+OPTIONS += ["train_dataloader.dataset.pipeline.3.prob=0.0"]  # MMEngine does not resume the dice of the flips
 
 pytestmark = pytest.mark.slow
 
