@@ -75,12 +75,12 @@ def test_zero_trains_as_data_parallel_training_does_and_resumes(stage, data_para
     arguments = ["--zero-stage", str(stage)]
     train(tmp_path, *arguments, epochs=1)
     train(tmp_path, *arguments, "--resume", epochs=2)
-    assert losses(tmp_path) == pytest.approx(losses(data_parallel), rel=1e-4)
+    assert losses(tmp_path) == pytest.approx(losses(data_parallel), rel=5e-4)  # sums in another order
     plain = torch.load((data_parallel / "last_checkpoint").read_text(), weights_only=True)["state_dict"]
     whole = torch.load(tmp_path / "model.pth", weights_only=True)["state_dict"]
     assert whole.keys() == plain.keys()
     for name, value in whole.items():
-        torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=2e-4)
     assert main(["test", CONFIG, str(tmp_path / "model.pth"), "--work-dir", str(tmp_path / "test"), *OPTIONS]) == 0
     assert main(["test", CONFIG, str(tmp_path / "epoch_2.pth"), "--work-dir", str(tmp_path / "test"), *OPTIONS]) == 1
     assert "is a folder of DeepSpeed: expected a file, such as model.pth of its run" in capsys.readouterr().err
