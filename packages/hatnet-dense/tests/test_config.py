@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 
 import pytest
 from mmengine.optim import build_optim_wrapper
@@ -203,3 +204,21 @@ def test_a_malformed_option_is_refused_with_it(option):
     with pytest.raises(ValueError, match="--cfg-options must be KEY=VALUE, got ") as error:
         read_config("mask-rcnn_hatnet-t_fpn_1x_coco", [option])
     assert repr(option) in str(error.value)
+
+
+def test_a_config_of_the_libraries_is_named_with_two_colons():
+    assert load_config("mmdet::retinanet/retinanet_r50_fpn_1x_coco.py").model.type == "RetinaNet"
+    assert load_config("mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py").model.type == "EncoderDecoder"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torch::a.py", "no library 'torch': expected mmdet or mmseg before '::'"),
+        ("mmdet::a.py", "no config a.py in mmdet: expected a file below"),
+        ("mmdet::../../__init__.py", "no config ../../__init__.py in mmdet: expected a file below"),
+    ],
+)
+def test_a_config_that_the_library_does_not_have_is_refused(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(name)

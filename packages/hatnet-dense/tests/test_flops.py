@@ -42,3 +42,10 @@ def test_the_complete_count_of_the_detectors_of_table_4(name, size, expected):
 def test_a_row_of_table_6_costs_more_than_the_default_by_the_pooling_it_leaves_out():
     finer = count(load_config("mask-rcnn_hatnet-s-g8-8-8-p8-4-2_fpn_1x_coco"), 800, 1280)
     assert finer["flops_complete"] / 1e9 - 276.1 == pytest.approx(37.7, abs=0.1)  # the paper: 338 - 303 = 35
+
+
+def test_a_model_of_the_library_itself_is_counted_and_products_outside_the_fused_operator_are_attention():
+    row = count(load_config("mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py"), 96, 96)
+    assert row["flops_paper"] < row["flops_complete"]  # Swin's windows are plain matrix products there
+    plain = count(load_config("mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"), 96, 96)
+    assert plain["flops_paper"] == plain["flops_complete"]

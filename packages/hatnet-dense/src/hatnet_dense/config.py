@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.utils import get_installed_path
 
 from hatnet_dense.compat import require
 
@@ -30,11 +31,18 @@ def config_names() -> list[str]:
 
 
 def config_path(name: str | Path) -> Path:
-    """The file of a config: a path, or the name of one of this package, with or without ``.py``.
+    """The file of a config.
+
+    Args:
+        name: a path; the name of a config of this package, with or without ``.py``; or one of the libraries' own, as
+            ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py``.
 
     Raises:
         ValueError: if there is none, with the names that are alike.
     """
+    library, _, inside = str(name).partition("::")
+    if inside:
+        return _library_path(library, inside)
     ours = CONFIGS / f"{Path(name).name.removesuffix('.py')}.py"
     for path in (Path(name), ours):
         if path.is_file() and (
@@ -44,6 +52,17 @@ def config_path(name: str | Path) -> Path:
     alike = difflib.get_close_matches(ours.stem, config_names(), n=3, cutoff=0.4)
     known = f" such as {', '.join(alike)}" if alike else ""
     raise ValueError(f"no config {name}: expected a file, or a name that 'hatnet-dense configs' lists{known}")
+
+
+def _library_path(library: str, inside: str) -> Path:
+    if library not in LIBRARIES:
+        raise ValueError(f"no library {library!r}: expected {' or '.join(LIBRARIES)} before '::'")
+    require(library)
+    configs = Path(get_installed_path(library)).resolve() / ".mim" / "configs"
+    path = (configs / inside).resolve()
+    if not path.is_relative_to(configs) or not path.is_file():
+        raise ValueError(f"no config {inside} in {library}: expected a file below {configs}")
+    return path
 
 
 def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:

@@ -1,7 +1,7 @@
 """Parameters and FLOPs of a whole detector or segmenter, in the two conventions of hatnet-analysis.
 
 One multiply-add is one FLOP in both: ``paper`` counts convolutions, linear layers and normalisations, ``complete`` the
-two matrix products of every attention as well. MMEngine counts, by running the model on one image: the network
+products of two activations as well, those of the attention. MMEngine counts, by running the model on one image: the network
 without post-processing; a two-stage detector includes its heads on the proposals of its first stage, of which there
 are as many as the config keeps (1000 in those of COCO).
 """
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 
 ATTENTION = "aten::scaled_dot_product_attention"
 
+ACTIVATION_PRODUCTS = ("attention", "matmul", "mm", "bmm", "einsum")
+"""Operators whose two factors are activations; only ``complete`` counts them."""
+
 
 def build_model(config: Config) -> Any:
     """The model of a config with random weights, in evaluation mode."""
@@ -45,8 +48,9 @@ def count(config: Config, height: int, width: int) -> dict[str, Any]:
         ``uncounted_ops``, the operators that neither convention counts, most of them elementwise. An operator of
         MMCV's own, such as deformable attention, is among them.
     """
-    model = build_model(config)
-    analysis = FlopAnalyzer(_Tensors(model, config.default_scope), torch.zeros(1, 3, height, width))
+    module = traceable(config)
+    model: Any = module.model
+    analysis = FlopAnalyzer(module, torch.zeros(1, 3, height, width))
     analysis.set_op_handle(ATTENTION, _attention_products)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with warnings.catch_warnings(), torch.no_grad():
@@ -61,8 +65,13 @@ def count(config: Config, height: int, width: int) -> dict[str, Any]:
     }
 
 
+def traceable(config: Config) -> nn.Module:
+    """The model of a config as tracers want it, images [B, 3, H, W] → a tuple of tensors, under the name ``model``."""
+    return _Tensors(build_model(config), config.default_scope)
+
+
 class _Tensors(nn.Module):
-    """The model as the tracer wants it: tensors in, tensors out."""
+    """Tensors in, tensors out."""
 
     def __init__(self, model: nn.Module, library: str) -> None:
         super().__init__()
@@ -91,7 +100,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _conventions(name: str, operators: Counter[str]) -> dict[str, int]:
     complete = sum(operators.values())
-    return {f"{name}_paper": int(complete - operators["attention"]), f"{name}_complete": int(complete)}
+    products = sum(operators[operator] for operator in ACTIVATION_PRODUCTS)
+    return {f"{name}_paper": int(complete - products), f"{name}_complete": int(complete)}
 
 
 def _params(module: nn.Module) -> int:
