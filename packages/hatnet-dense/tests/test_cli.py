@@ -9,6 +9,7 @@ import pytest
 
 from hatnet_dense.cli import main
 from hatnet_dense.config import CONFIGS, config_names
+from hatnet_dense.errors import said
 
 
 def status(arguments):
@@ -78,6 +79,7 @@ CONFIG = "retinanet_hatnet-t_fpn_1x_coco"
             "no checkpoint at absent.pth: expected an existing file",
         ),
         (["test", CONFIG, "absent.pth", "--out", "absent/m.json"], "--out must be a file in a folder that exists"),
+        (["test", CONFIG, "absent.pth", "--out", "EMPTY"], "--out must be a file in a folder that exists, got "),
         (["predict", CONFIG, "absent.pth", "absent.jpg", "--out", "OUT"], "no image at absent.jpg"),
         (["predict", CONFIG, "absent.pth", "EMPTY", "--out", "OUT"], "no images in "),
         (["test", CONFIG, "PAGE", "--work-dir", "OUT"], "page.pth: expected a checkpoint of tensors and plain values"),
@@ -116,6 +118,78 @@ def test_the_dataset_that_is_not_there_is_named(tmp_path, capsys):
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("hatnet-dense: error: ")
     assert f"{tmp_path}/absent/annotations/instances_train2017.json" in line
+
+
+def test_help_waits_for_no_library_and_says_nothing_else():
+    code = "import sys, hatnet_dense_cli as cli\n"
+    code += "try: cli.main(['train', '--help'])\nfinally: print(*sys.modules, file=sys.stdout)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("usage: hatnet-dense train")
+    assert run.stderr == ""
+    assert not {"torch", "mmengine", "deepspeed"} & set(run.stdout.splitlines()[-1].split())
+
+
+def test_importing_the_package_registers_all_of_it_and_leaves_deepspeed_alone():
+    code = "import sys, hatnet_dense; from mmengine import registry as r; print('deepspeed' in sys.modules, "
+    code += "'HATNetBackbone' in r.MODELS, 'DataCheckHook' in r.HOOKS, 'PlainCheckpointHook' in r.HOOKS, "
+    code += "'LayerDecayConstructor' in r.OPTIM_WRAPPER_CONSTRUCTORS, 'ZeroStrategy' in r.STRATEGIES)"
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", *["True"] * 5]
+    assert run.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (KeyError("neck"), 1, "hatnet-dense: error: KeyError: 'neck'"),
+        (RuntimeError("first\nsecond"), 1, "hatnet-dense: error: RuntimeError: first"),
+        (BrokenPipeError(32, "Broken pipe"), 1, "hatnet-dense: error: [Errno 32] Broken pipe"),
+        (AssertionError(), 1, "hatnet-dense: error: AssertionError"),
+        (KeyboardInterrupt(), 130, "hatnet-dense: interrupted"),
+    ],
+)
+def test_whatever_ends_a_command_is_one_line_and_no_success(error, status, line, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("hatnet_dense.config.config_names", fail)
+    assert main(["configs"]) == status
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_variable_shows_where_an_error_comes_from(monkeypatch, capsys):
+    monkeypatch.setenv("HATNET_TRACEBACK", "1")
+    assert main(["configs", "absent"]) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("Traceback (most recent call last)")
+    assert text.splitlines()[-1].startswith("hatnet-dense: error: no config absent")
+
+
+def test_a_reader_that_goes_away_ends_nothing():
+    code = "import os, sys; os.close(1); r, w = os.pipe(); os.close(r); assert w == 1 or os.dup2(w, 1) == 1\n"
+    code += "from hatnet_dense_cli import main; sys.exit(main(['configs']))"
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], stderr=subprocess.PIPE, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_message_of_a_loading_process_is_its_last_line():
+    text = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
+    text += "ValueError: a.jpg"
+    assert said(ValueError(text)) == "a.jpg"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["predict", "c", "d", "e", "--out"], ["train", CONFIG, "--work-dir"], ["test", CONFIG, "c", "--show-dir"]],
+)
+@pytest.mark.parametrize("place", ["", "FILE", "FILE/below"])
+def test_a_folder_that_cannot_be_one_is_refused_before_the_work(arguments, place, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    folder = place.replace("FILE", str(tmp_path / "file"))
+    assert main([*arguments, folder]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"hatnet-dense: error: {arguments[-1]} must be a folder, got {folder or repr('')}"
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_the_module_is_the_command():

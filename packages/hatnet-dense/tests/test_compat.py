@@ -15,11 +15,16 @@ from hatnet_dense.compat import MMCV, OPENCV, SETUPTOOLS, examine, require, usab
 OFFICIAL = {found.metadata["Name"] for found in importlib.metadata.distributions()}
 
 
+def with_path(folder):
+    """The environment in which what lies in ``folder`` is found first."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 def doctor(folder, *arguments):
     """``hatnet-dense doctor`` where what lies in ``folder`` is found before what is installed."""
     return subprocess.run(
         [sys.executable, "-m", "hatnet_dense", *(arguments or ("doctor", "--format", "json"))],
-        env={**os.environ, "PYTHONPATH": str(folder)},
+        env=with_path(folder),
         capture_output=True,
         text=True,
         check=False,
@@ -102,6 +107,16 @@ def test_a_deepspeed_that_cannot_be_imported_does_not_stop_the_doctor(tmp_path):
     assert found["deepspeed"]["reason"] == "CUDA_HOME does not exist"
 
 
+def test_without_mmcv_the_doctor_names_the_command_that_compiles_it(tmp_path):
+    (tmp_path / "mmcv.py").write_text("raise ModuleNotFoundError(\"No module named 'mmcv'\", name='mmcv')")
+    status, found = findings(tmp_path)
+    assert status == 1
+    assert found["mmcv"]["state"] == "broken"
+    assert (found["mmcv"]["reason"], found["mmcv"]["command"]) == ("No module named 'mmcv'", MMCV)
+    assert found["mmdet"]["state"] == "broken"
+    assert found["mmdet"]["command"] == MMCV
+
+
 def test_without_mmengine_the_doctor_runs_and_all_else_says_that_it_is_missing(tmp_path):
     (tmp_path / "mmengine.py").write_text("raise ModuleNotFoundError(\"No module named 'mmengine'\", name='mmengine')")
     status, found = findings(tmp_path)
@@ -112,7 +127,5 @@ def test_without_mmengine_the_doctor_runs_and_all_else_says_that_it_is_missing(t
     assert "mmengine" in refused.stderr
     assert "Traceback" not in refused.stderr
     code = "import hatnet_dense; hatnet_dense.HATNetBackbone"
-    imported = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
+    imported = subprocess.run([sys.executable, "-c", code], env=with_path(tmp_path), capture_output=True, text=True)
     assert "HATNetBackbone needs MMEngine: No module named 'mmengine'; 'hatnet-dense doctor' says" in imported.stderr

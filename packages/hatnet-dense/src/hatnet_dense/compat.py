@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 TORCH = 'pip install "torch>=2.10,<2.15"'
@@ -98,9 +99,7 @@ def usable(findings: list[Finding]) -> bool:
 def _examine(part: Part) -> Finding:
     distribution = _distribution(part.name)
     try:
-        # DeepSpeed logs to whatever stdout is when it is first imported: not into the JSON of the command
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-            warnings.simplefilter("ignore")  # many warn of each other's deprecations
+        with _quiet():
             importlib.import_module(part.name)
             if part.attempt is not None:
                 part.attempt()
@@ -111,6 +110,22 @@ def _examine(part: Part) -> Finding:
         reason = " ".join(str(error).split()) or type(error).__name__
         return Finding(part.name, distribution, "broken", reason, _command(error, part.command))
     return Finding(part.name, distribution, "ok")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Imports without a word: many libraries warn of each other's deprecations, and DeepSpeed of a missing GPU.
+
+    DeepSpeed keeps logging to what stdout is when it is first imported: not into the JSON of the command.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _distribution(name: str) -> str:

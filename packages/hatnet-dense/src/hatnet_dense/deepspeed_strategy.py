@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mmengine._strategy import deepspeed as upstream
-from mmengine.registry import STRATEGIES
 
 from hatnet_core.zero import plain_records_only
 from hatnet_dense.plain_checkpoint import plain
@@ -26,7 +25,6 @@ def _without_lost_optimizers() -> list[str]:
     return []
 
 
-@STRATEGIES.register_module()
 class ZeroStrategy(upstream.DeepSpeedStrategy):  # type: ignore[misc]  # mmengine ships no types
     """MMEngine's ``DeepSpeedStrategy``, with its arguments, for MMEngine's ``FlexibleRunner``.
 

@@ -1,9 +1,9 @@
 """Parameters and FLOPs of a whole detector or segmenter, in the two conventions of hatnet-analysis.
 
 One multiply-add is one FLOP in both: ``paper`` counts convolutions, linear layers and normalisations, ``complete`` the
-products of two activations as well, those of the attention. MMEngine counts, by running the model on one image: the network
-without post-processing; a two-stage detector includes its heads on the proposals of its first stage, of which there
-are as many as the config keeps (1000 in those of COCO).
+products of two activations as well, those of the attention. MMEngine counts, by running the model on one image: the
+network without post-processing; a two-stage detector includes its heads on the proposals of its first stage, of which
+there are as many as the config keeps (1000 in those of COCO).
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import BaseLoop
 from torch import Tensor
 
 HISTORY = "hatnet_dense.HistoryBuffer"
@@ -59,7 +58,9 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]  # mmengine ships no type
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        starts_training = isinstance(runner._train_loop, BaseLoop) and not runner._resume  # else still a config
+        starts_training = (
+            not isinstance(runner._train_loop, Mapping | None) and not runner._resume
+        )  # else still a config
         check_weights(model.state_dict(), checkpoint.get("state_dict", checkpoint), strict=not starts_training)
 
 
