@@ -4,10 +4,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
 from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import nn
 
 from hatnet_dense import DataCheckHook
-from hatnet_dense.data_check import ORIENTATION, check_dataset, problem_of
+from hatnet_dense.data_check import ORIENTATION, check_classes, check_dataset, naming_files, problem_of
 
 WIDTH, HEIGHT = 41, 31
 
@@ -33,12 +38,15 @@ def labels_of(tmp_path, width, height):
 
 
 def test_records_whose_files_agree_pass(image, tmp_path):
-    mask = {"size": [HEIGHT, WIDTH], "counts": "x"}
+    shape = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
+    shape[3:20, 4:30] = shape[25:, 7] = 1
+    mask = coco_mask.encode(shape)
+    plain = {"size": [HEIGHT, WIDTH], "counts": [WIDTH * HEIGHT - 9, 9]}
     detection = {
         "img_path": image,
         "width": WIDTH,
         "height": HEIGHT,
-        "instances": [{"mask": mask}, {"mask": [[1, 2]]}],
+        "instances": [{"mask": mask}, {"mask": plain}, {"mask": [[1, 2]]}],
     }
     segmentation = {"img_path": image, "seg_map_path": labels_of(tmp_path, WIDTH, HEIGHT)}
     check_dataset(Records([detection, segmentation]), "data")
@@ -109,7 +117,11 @@ def test_the_hook_checks_what_is_about_to_be_used(tmp_path):
         return SimpleNamespace(dataset=Records([{"img_path": str(tmp_path / name)} for name in names]))
 
     runner = SimpleNamespace(
-        train_dataloader=loader(), val_loop=None, val_dataloader=loader("v.jpg"), test_dataloader=loader("t.jpg")
+        model=nn.Module(),
+        train_dataloader=loader(),
+        val_loop=None,
+        val_dataloader=loader("v.jpg"),
+        test_dataloader=loader("t.jpg"),
     )
     DataCheckHook().before_train(runner)
     with pytest.raises(ValueError, match=r"test data: .*t\.jpg is missing"):
@@ -117,3 +129,84 @@ def test_the_hook_checks_what_is_about_to_be_used(tmp_path):
     runner.val_loop = object()
     with pytest.raises(ValueError, match=r"validation data: .*v\.jpg is missing"):
         DataCheckHook().before_train(runner)
+
+
+@pytest.mark.parametrize("cut", [slice(0, -6), slice(3, None), slice(0, 0)])
+def test_run_lengths_that_do_not_add_up_are_named_with_the_image(cut, image):
+    shape = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
+    shape[3:20, 4:30] = 1
+    counts = coco_mask.encode(shape)["counts"].decode()[cut]
+    record = {"img_path": image, "instances": [{"mask": {"size": [HEIGHT, WIDTH], "counts": counts}}]}
+    found = problem_of(record)
+    assert found == f"{image}: the run lengths of a mask of it, {counts[:40]!r}, do not cover {WIDTH}×{HEIGHT}"
+
+
+def test_a_mask_whose_size_is_null_is_named(image):
+    record = {"img_path": image, "instances": [{"mask": {"size": None, "counts": "x"}}]}
+    assert problem_of(record) == f"{image} is 41×31, a mask of it without a size"
+
+
+def test_an_image_of_more_pixels_than_pillow_opens_is_left_to_the_loader(image, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert problem_of({"img_path": image}) is None
+
+
+def test_pictures_that_another_loader_reads_are_not_looked_at(tmp_path):
+    class Dataset(Records):
+        pipeline = SimpleNamespace(transforms=[SimpleNamespace()])
+
+    (tmp_path / "a.npy").write_bytes(b"")
+    check_dataset(Dataset([{"img_path": str(tmp_path / "a.npy")}]), "data")
+
+
+def detector(num_classes):
+    """Modules named as in a detector; those that know no classes have another number."""
+    model = nn.ModuleDict({name: nn.Module() for name in ("rpn_head", "bbox_head")})
+    model.rpn_head.num_classes = 1
+    model.bbox_head.num_classes = num_classes
+    return model
+
+
+def test_heads_of_another_number_of_classes_are_named_with_both():
+    metainfo = {"classes": ("disk", "square", "triangle")}
+    check_classes(detector(3), metainfo, "training data")
+    message = (
+        r"^training data: 3 classes \(disk, square, triangle\), model.bbox_head.num_classes is 80: expected the same"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_classes(detector(80), metainfo, "training data")
+
+
+class Loaded(Records):
+    """A dataset of MMSegmentation whose pipeline gives what it is told to."""
+
+    metainfo = {"classes": ("a", "b")}  # noqa: RUF012
+    ignore_index = 255
+
+    def __init__(self, pipeline):
+        super().__init__([{"img_path": "a.jpg", "seg_map_path": "a.png"}])
+        self.pipeline = pipeline
+
+
+def labelled(values):
+    sample = SegDataSample(gt_sem_seg=PixelData(data=torch.tensor([values])))
+    return Loaded(lambda _: {"data_samples": sample})
+
+
+def loaded(dataset):
+    built = naming_files(lambda: SimpleNamespace(dataset=dataset))().dataset
+    return built.pipeline(built[0])
+
+
+def test_a_loader_that_fails_names_the_files():
+    def fail(_):
+        raise AssertionError("failed to load image")
+
+    with pytest.raises(ValueError, match=r"^a\.jpg with a\.png cannot be used: AssertionError: failed to load image$"):
+        loaded(Loaded(fail))
+
+
+def test_a_label_outside_of_the_classes_names_the_file_and_the_value():
+    assert "data_samples" in loaded(labelled([[0, 1], [255, 1]]))
+    with pytest.raises(ValueError, match=r"^a\.png has the class 7 .*: expected 0 to 1, or 255 for none$"):
+        loaded(labelled([[0, 7], [255, 1]]))
