@@ -110,7 +110,8 @@ def test_a_step_moves_early_layers_less():
 
 
 @pytest.mark.parametrize(
-    "paramwise", [{}, {"decay_rate": 0}, {"decay_rate": 1.1}, {"decay_rate": 0.9, "num_layers": 6}]
+    "paramwise",
+    [{}, {"decay_rate": 0}, {"decay_rate": True}, {"decay_rate": 1.1}, {"decay_rate": 0.9, "num_layers": 6}],
 )
 def test_a_rate_that_is_none_is_refused_with_its_value(paramwise):
     with pytest.raises(ValueError, match=r"paramwise_cfg must be dict\(decay_rate=RATE\)") as error:
@@ -123,3 +124,9 @@ def test_another_backbone_is_refused():
     model.backbone = nn.Conv2d(3, 4, 1)
     with pytest.raises(ValueError, match="needs a HATNetBackbone, got Conv2d"):
         wrapper(model, decay_rate=RATE)
+
+
+def test_an_optimizer_without_a_learning_rate_is_refused():
+    constructed = {"constructor": "LayerDecayConstructor", "paramwise_cfg": {"decay_rate": RATE}}
+    with pytest.raises(ValueError, match=r"LayerDecayConstructor needs optimizer\.lr, a number, got .*'lr': None"):
+        build_optim_wrapper(Detector(), {**constructed, "optimizer": {"type": "AdamW", "lr": None}})

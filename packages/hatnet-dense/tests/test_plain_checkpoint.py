@@ -10,7 +10,7 @@ import torch
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from torch import nn
 
-from hatnet_dense.plain_checkpoint import PlainCheckpointHook, check_weights, plain
+from hatnet_dense.plain_checkpoint import PlainCheckpointHook, check_weights, plain, read_checkpoint
 
 
 def runner(model, **attributes):
@@ -119,3 +119,28 @@ def test_another_backbone_ends_every_run():
     given = nn.ModuleDict({"backbone": nn.Linear(4, 3)}).state_dict()
     with pytest.raises(ValueError, match=r"backbone.weight is \(3, 4\) and should be \(2, 4\)"):
         check_weights(own, given, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1], "got list"),
+        ({"state_dict": None}, "got state_dict of type NoneType"),
+        ({"state_dict": {3: torch.zeros(1)}}, "got Tensor under the name 3 in state_dict"),
+        ({"state_dict": {"a": 1}}, "got int under the name 'a' in state_dict"),
+        ({"state_dict": {}, "meta": None}, "got meta of type NoneType"),
+        ({"state_dict": {}, "meta": {"dataset_meta": 5}}, "got meta.dataset_meta of type int"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(content, message, tmp_path):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=f"cannot read .*a.pth: expected .*, {message}$"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_folder_is_of_deepspeed_only_if_its_files_are(tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder: expected a file$"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "mp_rank_00_model_states.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is a folder of DeepSpeed: expected a file, such as model\.pth of its run"):
+        read_checkpoint(tmp_path)

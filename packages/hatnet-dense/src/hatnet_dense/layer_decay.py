@@ -36,15 +36,19 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):  # type: ignore[mis
         paramwise_cfg: ``dict(decay_rate=RATE)`` and nothing else, RATE in (0, 1].
 
     Raises:
-        ValueError: if ``paramwise_cfg`` is another, or the model has no HAT-Net under ``backbone``.
+        ValueError: if ``paramwise_cfg`` is another, ``lr`` is missing, or the model has no HAT-Net under ``backbone``.
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
-        given = dict(paramwise_cfg or {})
-        rate = given.get("decay_rate")
-        if set(given) != {"decay_rate"} or not isinstance(rate, int | float) or not 0 < rate <= 1:
+        rate: Any = (paramwise_cfg or {}).get("decay_rate")
+        number = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 < rate <= 1
+        if not number or set(paramwise_cfg or {}) != {"decay_rate"}:
             raise ValueError(f"paramwise_cfg must be dict(decay_rate=RATE) with RATE in (0, 1], got {paramwise_cfg!r}")
+        if self.base_lr is None:
+            raise ValueError(
+                f"LayerDecayConstructor needs optimizer.lr, a number, got {optim_wrapper_cfg['optimizer']}"
+            )
         self.decay_rate = float(rate)
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **kwargs: Any) -> None:

@@ -22,8 +22,13 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor
 
+from hatnet_core.zero import MODEL_STATES
+
 HISTORY = "hatnet_dense.HistoryBuffer"
 """Key that marks a history of scalars among the plain values."""
+
+RESUMED = ("optimizer", "param_schedulers", "message_hub")
+"""What a run that goes on needs beside weights, epoch and iteration."""
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor)
 
@@ -99,25 +104,59 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is an address or a folder, or cannot be read.
+        ValueError: if it is an address or a folder, or cannot be read, or holds what no checkpoint does.
     """
     if "://" in str(path):
         raise ValueError(f"{path} is an address: expected a file, downloaded beforehand")
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder of DeepSpeed: expected a file, such as model.pth of its run")
+        deepspeed = any(path.rglob(MODEL_STATES))
+        raise ValueError(
+            f"{path} is a folder of DeepSpeed: expected a file, such as model.pth of its run"
+            if deepspeed
+            else f"{path} is a folder: expected a file"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: expected an existing file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        weights = content.get("state_dict", content)
-        if not all(isinstance(value, Tensor) for value in weights.values()):
-            raise TypeError("other values than tensors")
     except Exception as error:  # the file may hold anything
         raise ValueError(
             f"cannot read {path}: expected a checkpoint of tensors and plain values, as PlainCheckpointHook writes it"
         ) from error
-    return content if "state_dict" in content else {"state_dict": content}
+    if isinstance(content, Mapping) and "state_dict" not in content:
+        content = {"state_dict": content}
+    defect = _defect(content)
+    if defect is not None:
+        raise ValueError(f"cannot read {path}: expected a checkpoint of tensors and plain values, got {defect}")
+    return dict(content)
+
+
+def read_training_run(path: str | Path) -> dict[str, Any]:
+    """A checkpoint that training can go on from; raises as :func:`read_checkpoint`, and if it holds weights only."""
+    content = read_checkpoint(path)
+    meta = content.get("meta", {})
+    if not {"epoch", "iter"} <= set(meta) or not set(RESUMED) <= set(content):
+        raise ValueError(
+            f"{path} holds weights only: expected a checkpoint of a training run; load_from={path} starts from weights"
+        )
+    return content
+
+
+def _defect(content: Any) -> str | None:
+    """What is no part of a checkpoint, or None."""
+    if not isinstance(content, Mapping):
+        return type(content).__name__
+    weights, meta = content["state_dict"], content.get("meta", {})
+    if not isinstance(weights, Mapping):
+        return f"state_dict of type {type(weights).__name__}"
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            return f"{type(value).__name__} under the name {name!r} in state_dict"
+    for key, value in (("meta", meta), ("meta.dataset_meta", (meta or {}).get("dataset_meta", {}))):
+        if not isinstance(value, Mapping):
+            return f"{key} of type {type(value).__name__}"
+    return None
 
 
 def check_weights(own: Mapping[str, Tensor], given: Mapping[str, Any], strict: bool) -> None:
