@@ -19,6 +19,9 @@ from typing import NoReturn
 TRACEBACK = "HATNET_TRACEBACK"
 """Environment variable; if it is set, an error shows where it comes from."""
 
+LARGEST_SIDE = 4096
+"""Of an image that FLOPs are counted on, in pixels: the model runs on it, in several GiB of memory."""
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 and the number of the signal."""
 
@@ -181,6 +184,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _side(text: str) -> int:
-    if not text.isdecimal() or int(text) < 32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of pixels from 32 up")
+    if not text.isdecimal() or not 32 <= int(text) <= LARGEST_SIDE:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of pixels from 32 to {LARGEST_SIDE}")
     return int(text)

@@ -9,7 +9,7 @@ from mmengine.optim import build_optim_wrapper
 
 from hatnet_core import create_model
 from hatnet_core.pretrained import RELEASED_FILES, RELEASED_URL
-from hatnet_dense.config import CONFIGS, config_names, config_path
+from hatnet_dense.config import CONFIGS, config_names, config_path, innermost
 from hatnet_dense.config import load_config as read_config
 from hatnet_dense.flops import build_model, count
 
@@ -222,3 +222,49 @@ def test_a_config_of_the_libraries_is_named_with_two_colons():
 def test_a_config_that_the_library_does_not_have_is_refused(name, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         load_config(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "retinanet_hatnet-t_fpn_1x_coco",
+            ["variant=hatnet_large"],
+            "neck.in_channels is [48, 96, 240, 384]: expected [",
+        ),
+        (
+            "retinanet_hatnet-t_fpn_1x_coco",
+            ["out_indices=(1,2,3)"],
+            "neck.in_channels is [48, 96, 240, 384]: expected [96",
+        ),
+        (
+            "upernet_hatnet-t_8xb2-160k_ade20k-512x512",
+            ["variant=hatnet_small"],
+            "decode_head.in_channels is [48, 96, ",
+        ),
+        ("mask2former_hatnet-t_8xb2-lsj-50e_coco", ["variant=hatnet_small"], "panoptic_head.in_channels is [48, 96, "),
+    ],
+)
+def test_a_variant_whose_channels_are_not_those_behind_it_is_refused_with_both(name, options, message):
+    with pytest.raises(ValueError, match=re.escape(f"model.{message}")):
+        read_config(name, [f"model.backbone.{option}" for option in options])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("train_dataloader.dataset.pipeline.99.type=A", "does not fit the config: KeyError: .*Index 99 exceeds"),
+        ("custom_hooks=5", "custom_hooks must be a list of dicts with a type, got 5"),
+        ("custom_hooks=[5]", r"custom_hooks must be a list of dicts with a type, got \[5\]"),
+        ("model=None", "and a model of type NoneType"),
+    ],
+)
+def test_an_option_that_does_not_fit_the_config_is_named(option, message):
+    with pytest.raises(ValueError, match=message):
+        read_config("retinanet_hatnet-t_fpn_1x_coco", [option])
+
+
+def test_the_dataset_inside_of_wrappers_is_the_first():
+    inner = {"type": "A"}
+    assert innermost({"dataset": {"datasets": [inner, {"type": "B"}]}}) is inner
+    assert innermost(inner) is inner

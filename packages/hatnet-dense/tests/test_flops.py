@@ -49,3 +49,28 @@ def test_a_model_of_the_library_itself_is_counted_and_products_outside_the_fused
     assert row["flops_paper"] < row["flops_complete"]  # Swin's windows are plain matrix products there
     plain = count(load_config("mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"), 96, 96)
     assert plain["flops_paper"] == plain["flops_complete"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.type=Foo"], "cannot build the model of this config: KeyError: 'Foo is not in the mmdet::model"),
+        (
+            ["model.bbox_head.foo=1"],
+            "cannot build the model of this config: TypeError: .* unexpected keyword argument",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        build_model(load_config("retinanet_hatnet-t_fpn_1x_coco", options))
+    assert len(str(error.value)) < 400
+
+
+def test_a_run_that_takes_too_much_memory_is_one_line(monkeypatch):
+    def exhausted(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore")
+
+    monkeypatch.setattr("hatnet_dense.flops.FlopAnalyzer.by_operator", exhausted)
+    with pytest.raises(ValueError, match=r"^cannot run this model on 64×96: RuntimeError: .* memory$"):
+        count(load_config("retinanet_hatnet-t_fpn_1x_coco"), 64, 96)

@@ -63,7 +63,7 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
     ) -> None:
         super().__init__(_check_init_cfg(init_cfg))
         self.variant = variant
-        self.out_indices = _check_out_indices(out_indices)
+        self.out_indices = check_out_indices(out_indices)
         self.frozen_stages = _check_frozen_stages(frozen_stages)
         self.norm_eval = norm_eval
         self.model = create_model(
@@ -128,7 +128,8 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
         return [self.model.stem, *list(self.model.stages)[: self.frozen_stages]]
 
 
-def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
+def check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
+    """Stages to return, ValueError unless they are some of 0-3."""
     valid = isinstance(out_indices, Sequence) and all(isinstance(i, int) and 0 <= i <= 3 for i in out_indices)
     if not valid or not out_indices:
         raise ValueError(f"out_indices must name stages out of 0, 1, 2, 3, got {out_indices!r}")

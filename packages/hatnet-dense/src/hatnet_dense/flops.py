@@ -22,6 +22,8 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
+from hatnet_dense.errors import cut, said
+
 ATTENTION = "aten::scaled_dot_product_attention"
 
 ACTIVATION_PRODUCTS = ("attention", "matmul", "mm", "bmm", "einsum")
@@ -29,10 +31,17 @@ ACTIVATION_PRODUCTS = ("attention", "matmul", "mm", "bmm", "einsum")
 
 
 def build_model(config: Config) -> Any:
-    """The model of a config with random weights, in evaluation mode."""
+    """The model of a config with random weights, in evaluation mode.
+
+    Raises:
+        ValueError: if it cannot be built, whatever the libraries make of that.
+    """
     init_default_scope(config.default_scope)
     registry = import_module(f"{config.default_scope}.registry").MODELS
-    return revert_sync_batchnorm(registry.build(config.model)).eval()
+    try:
+        return revert_sync_batchnorm(registry.build(config.model)).eval()
+    except Exception as error:  # an unknown type, an argument that there is not, a value that does not fit
+        raise ValueError(f"cannot build the model of this config: {cut(said(error))}") from error
 
 
 def count(config: Config, height: int, width: int) -> dict[str, Any]:
@@ -47,6 +56,9 @@ def count(config: Config, height: int, width: int) -> dict[str, Any]:
         ``params``, ``flops_paper`` and ``flops_complete`` of the model, and, after ``backbone_``, of its backbone;
         ``uncounted_ops``, the operators that neither convention counts, most of them elementwise. An operator of
         MMCV's own, such as deformable attention, is among them.
+
+    Raises:
+        ValueError: if the model cannot be built, or not be run on such an image.
     """
     module = traceable(config)
     model: Any = module.model
@@ -55,7 +67,10 @@ def count(config: Config, height: int, width: int) -> dict[str, Any]:
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer, about what the libraries do with shapes
-        whole, backbone = analysis.by_operator("model"), analysis.by_operator("model.backbone")
+        try:
+            whole, backbone = analysis.by_operator("model"), analysis.by_operator("model.backbone")
+        except RuntimeError as error:  # memory, or maps too small for a layer
+            raise ValueError(f"cannot run this model on {height}×{width}: {said(error)}") from error
     return {
         "params": _params(model),
         **_conventions("flops", whole),
