@@ -1,6 +1,10 @@
 """Shared by the tests of hatnet-dense: the libraries, imported past the warnings of their imports, and one thread."""
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,20 @@ LIBRARIES = r"(mm(cv|det|engine|seg)|deepspeed|pycocotools|torch|importlib|pkg_r
 
 # threads that wait for each other on a busy machine take several times as long as one
 torch.set_num_threads(1)
+
+
+SHAPES = Path(__file__).parent / "shapes"
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """The folder of a small drawn dataset, which the configs in ``shapes`` name."""
+    out = tmp_path_factory.mktemp("shapes")
+    command = [sys.executable, str(SHAPES / "draw.py"), str(out), "--train", "16", "--val", "4"]
+    subprocess.run(command, check=True)
+    os.environ["SHAPES"] = str(out)
+    yield out
+    del os.environ["SHAPES"]
 
 
 def pytest_collection_modifyitems(items):

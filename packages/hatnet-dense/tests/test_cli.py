@@ -52,7 +52,8 @@ def test_flops_as_table_and_as_json(capsys):
         (["train"], "the following arguments are required: CONFIG"),
         (["predict", "c", "d", "e"], "the following arguments are required: --out"),
         (["train", "c", "--launcher", "magic"], "invalid choice: 'magic'"),
-        (["flops", "c", "--size", "31", "x"], "'31' is not a whole number of pixels from 32 up"),
+        (["flops", "c", "--size", "31", "x"], "'31' is not a whole number of pixels from 32 to 4096"),
+        (["flops", "c", "--size", "64", "99999999"], "'99999999' is not a whole number of pixels from 32 to 4096"),
     ],
 )
 def test_a_wrong_command_line_ends_in_one_line_with_status_2(arguments, message, capsys):
@@ -83,7 +84,7 @@ CONFIG = "retinanet_hatnet-t_fpn_1x_coco"
         (["predict", CONFIG, "absent.pth", "absent.jpg", "--out", "OUT"], "no image at absent.jpg"),
         (["predict", CONFIG, "absent.pth", "EMPTY", "--out", "OUT"], "no images in "),
         (["test", CONFIG, "PAGE", "--work-dir", "OUT"], "page.pth: expected a checkpoint of tensors and plain values"),
-        (["test", CONFIG, "EMPTY", "--work-dir", "OUT"], "is a folder of DeepSpeed: expected a file"),
+        (["test", CONFIG, "EMPTY", "--work-dir", "OUT"], "is a folder: expected a file"),
         (
             ["train", CONFIG, "--work-dir", "OUT", "--resume", "http://127.0.0.1:9/x.pth"],
             "is an address: expected a file",

@@ -13,10 +13,14 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from hatnet_core.zero import read_zero
-from hatnet_dense.plain_checkpoint import plain, read_checkpoint
+from hatnet_dense.annotations import annotation_problem
+from hatnet_dense.config import demand, innermost
+from hatnet_dense.data_check import naming_files
+from hatnet_dense.errors import cut, said
+from hatnet_dense.plain_checkpoint import plain, read_checkpoint, read_training_run
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 """MMEngine's; ``pytorch`` is torchrun."""
@@ -56,23 +60,27 @@ def train(
         FileNotFoundError: if the data or the checkpoint is not there.
     """
     config.work_dir = str(work_dir)
+    demand(config, "train", "train_dataloader.dataset", "train_cfg", "optim_wrapper")
+    if resume is None and config.get("resume"):
+        resume = config.get("load_from") or "auto"
     if resume == "auto":
-        config.resume = True
-        if find_latest_checkpoint(str(work_dir)) is not None:
-            config.load_from = None
-        else:
-            config.resume = False
-    elif resume is not None:
-        config.resume, config.load_from = True, resume
+        resume = _last_checkpoint(work_dir)
+    config.resume = resume is not None
+    if resume is not None:
+        config.load_from = resume
     if amp is not None:
         _use_amp(config, amp)
     if zero_stage is not None:
         _use_zero(config, zero_stage, launcher)
-    if config.get("load_from") is not None and not (zero_stage is not None and config.resume):
+    if resume is not None and zero_stage is None:
+        read_training_run(resume)
+    elif resume is not None:
+        if not Path(resume).is_dir():
+            raise ValueError(f"no checkpoint of DeepSpeed at {resume}: expected a folder, as --zero-stage writes it")
+    elif config.get("load_from") is not None:
         read_checkpoint(config.load_from)
     if auto_scale_lr:
-        if "base_batch_size" not in config.get("auto_scale_lr", {}):
-            raise ValueError("the config says no auto_scale_lr.base_batch_size to scale the learning rate from")
+        demand(config, "--auto-scale-lr", "auto_scale_lr.base_batch_size")
         config.auto_scale_lr.enable = True
     with _processes(config, launcher):
         runner = _runner(config, launcher, "train")
@@ -107,9 +115,11 @@ def evaluate(
         FileNotFoundError: if the data or the checkpoint is not there.
     """
     config.work_dir = str(work_dir)
+    demand(config, "test", "test_dataloader.dataset", "test_evaluator", "test_cfg")
     read_checkpoint(checkpoint)
     config.load_from, config.resume = str(checkpoint), False
     if show_dir is not None:
+        demand(config, "--show-dir", "default_hooks.visualization.type", "visualizer.type")
         config.default_hooks.visualization.draw = True
         if config.default_scope == "mmdet":
             config.default_hooks.visualization.test_out_dir = str(show_dir.absolute())
@@ -123,17 +133,39 @@ def evaluate(
 
 def write_metrics(metrics: dict[str, float], path: Path) -> None:
     """Write metrics as JSON, whole or not at all."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    staged.write_text(json.dumps(metrics, indent=2) + "\n")
-    staged.replace(path)
+    with staged(path) as place:
+        place.write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A file to write, which becomes ``path`` when it is complete, and is gone after an error."""
+    place = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield place
+        place.replace(path)
+    finally:
+        place.unlink(missing_ok=True)
+
+
+def _last_checkpoint(work_dir: Path) -> str | None:
+    """What the last run in ``work_dir`` wrote, None if there was none."""
+    note = work_dir / "last_checkpoint"
+    if not note.is_file():
+        return None
+    last = note.read_text(errors="replace").strip()
+    if not last or not Path(last).exists():
+        raise ValueError(
+            f"{note} names no checkpoint that exists, got {last!r}: expected --resume CHECKPOINT, or a run without it"
+        )
+    return last
 
 
 def _write_whole(folder: Path, dataset_meta: Mapping[str, Any], path: Path) -> None:
     """The fp32 weights of a DeepSpeed checkpoint as one file that ``test`` and ``predict`` take."""
     content = {"state_dict": dict(read_zero(folder)), "meta": {"dataset_meta": plain(dataset_meta, "dataset_meta")}}
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    torch.save(content, staged)
-    staged.replace(path)
+    with staged(path) as place:
+        torch.save(content, place)
 
 
 def _runner(config: Config, launcher: str, phase: str) -> Any:
@@ -143,21 +175,21 @@ def _runner(config: Config, launcher: str, phase: str) -> Any:
         ValueError: if something of it cannot be built, whatever MMEngine makes of that.
         FileNotFoundError: if the data is not there.
     """
-    if f"{phase}_dataloader" not in config or config[f"{phase}_dataloader"] is None:
-        raise ValueError(f"the config has no {phase}_dataloader, and so no data to {phase}")
     config.launcher = launcher
     os.environ.setdefault("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))  # MMEngine wants it set
     config.get("visualizer", {}).pop("name", None)  # by it, a second run would find that of the first
     try:
         runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+        runner.build_dataloader = naming_files(runner.build_dataloader)
         for loop in ("train_loop", "val_loop") if phase == "train" else ("test_loop",):
             getattr(runner, loop)
     except FileNotFoundError:
         raise
     except Exception as error:
-        reason = str(error) if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: {error}"
+        found = annotation_problem(config) if "Coco" in str(error) else None  # MMEngine names the class
+        reason = found or cut(said(error))
         if "need at least one array" in reason:  # how MMEngine's datasets say that they are empty
-            reason = _no_record(config[f"{phase}_dataloader"].dataset)
+            reason = _no_record(innermost(config[f"{phase}_dataloader"].dataset))
         raise ValueError(f"cannot {phase} with this config: {reason}") from error
     return runner
 
