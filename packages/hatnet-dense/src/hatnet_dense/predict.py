@@ -8,14 +8,18 @@ palette is that of the dataset, and an overlay; their ``predictions.json`` says 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import re
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import cv2
 import mmcv
 import numpy as np
 import torch
@@ -23,11 +27,17 @@ from mmengine.config import Config
 from PIL import Image
 from tqdm import tqdm
 
+from hatnet_dense.config import demand, innermost
+from hatnet_dense.data_check import check_classes
+from hatnet_dense.errors import cut, said
 from hatnet_dense.flops import build_model
 from hatnet_dense.plain_checkpoint import check_weights, read_checkpoint
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Files of a folder that are taken for images."""
+
+DEVICES = re.compile(r"auto|cpu|(cuda|npu|mlu|mps|musa)(:\d+)?")
+"""What MMEngine computes on."""
 
 MAX_CLASSES = 256
 """Values of an indexed PNG."""
@@ -50,7 +60,7 @@ def predict(
         config: of :func:`hatnet_dense.config.load_config`; changed in place.
         checkpoint: a file of MMEngine.
         images: files, and folders whose images are taken, not those of folders inside.
-        out: folder for the results, made if need be; it must not be the one of an image.
+        out: folder for the results, made if need be; it must not be the one of an image, nor its ``labels``.
         score_threshold: of the boxes in the pictures; the JSON holds all that the config keeps.
         device: such as ``cpu`` or ``cuda:0``; ``auto`` takes a GPU if there is one.
 
@@ -64,16 +74,32 @@ def predict(
     """
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"the score threshold must be from 0 to 1, got {score_threshold}")
+    demand(config, "predict", "test_dataloader.dataset")
     files = _files(images, out)
     model = load_model(config, checkpoint, device)
     draws = _Detections(model, score_threshold) if config.default_scope == "mmdet" else _Labels(model)
-    out.mkdir(parents=True, exist_ok=True)
-    for file in tqdm(files, desc="predicting", unit="image", delay=2):
-        draws.add(file, mmcv.imread(str(file), channel_order="bgr"), out)
-    staged = out / ".predictions.json.tmp"
-    staged.write_text(json.dumps(draws.record, indent=1) + "\n")
-    staged.replace(out / "predictions.json")
+    with _staged(out) as place:
+        for file in tqdm(files, desc="predicting", unit="image", delay=2):
+            image = _read(file)
+            try:
+                draws.add(file, image, place)
+            except (ValueError, RuntimeError, cv2.error) as error:  # such as an image that is thinner than a layer
+                size = f"{image.shape[1]}×{image.shape[0]}"
+                raise ValueError(f"cannot predict {file}, an image of {size} pixels: {cut(said(error))}") from error
+        (place / "predictions.json").write_text(json.dumps(draws.record, indent=1) + "\n")
     return draws.record
+
+
+@contextlib.contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder whose files lie in ``out`` when all are written; an error leaves nothing behind."""
+    nearest = next(place for place in (out, *out.absolute().parents) if place.exists())
+    with tempfile.TemporaryDirectory(prefix=".hatnet-", dir=nearest) as name:
+        yield Path(name)
+        for path in sorted(path for path in Path(name).rglob("*") if path.is_file()):
+            target = out / path.relative_to(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
 
 
 def load_model(config: Config, checkpoint: Path, device: str = "auto") -> Any:
@@ -87,16 +113,23 @@ def load_model(config: Config, checkpoint: Path, device: str = "auto") -> Any:
     model = build_model(config)
     check_weights(model.state_dict(), content["state_dict"], strict=True)
     model.load_state_dict({name.removeprefix("module."): value for name, value in content["state_dict"].items()})
-    dataset = config.test_dataloader.dataset
+    dataset = innermost(config.test_dataloader.dataset)
     config.test_pipeline = copy.deepcopy(dataset.pipeline)  # the libraries' inference takes it from here
     registry = import_module(f"{config.default_scope}.registry").DATASETS
     known = registry.build({**dataset, "lazy_init": True}).metainfo
-    model.dataset_meta = {"palette": "random", **known, **content.get("meta", {}).get("dataset_meta", {})}
+    given = content.get("meta", {}).get("dataset_meta", {})
+    model.dataset_meta = {"palette": "random", **known, **given}
+    check_classes(model, model.dataset_meta, f"{checkpoint if given else 'test data'}")
+    classes, palette = model.dataset_meta["classes"], model.dataset_meta["palette"]
+    if not isinstance(palette, str) and len(palette) < len(classes):
+        raise ValueError(f"{checkpoint}: {len(classes)} classes with {len(palette)} colours: expected one for each")
     model.cfg = config
     return model.to(_device(device))
 
 
 def _device(name: str) -> torch.device:
+    if not DEVICES.fullmatch(name):
+        raise ValueError(f"--device must be auto, cpu, or a GPU such as cuda:0, got {name!r}")
     if name == "auto":
         name = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
@@ -164,6 +197,10 @@ class _Labels:
         self._model = model
         self._infer = import_module("mmseg.apis").inference_model
         meta = model.dataset_meta
+        if len(meta["palette"]) != len(meta["classes"]):
+            raise ValueError(
+                f"{len(meta['classes'])} classes with {len(meta['palette'])} colours: expected one for each"
+            )
         self._palette = np.array(meta["palette"], dtype=np.uint8)
         if len(meta["classes"]) > MAX_CLASSES:
             raise ValueError(f"label images hold up to {MAX_CLASSES} classes, got {len(meta['classes'])}")
@@ -203,14 +240,22 @@ def _files(images: Sequence[Path], out: Path) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"no image at {file}: expected a file or a folder of images")
-        try:
-            with Image.open(file) as image:
-                image.verify()
-        except Exception as error:  # Pillow raises whatever a broken file leads to
-            raise ValueError(f"cannot read {file}: expected an image ({error})") from error
+        _read(file)
     (stem, count), *_ = Counter(file.stem for file in files).most_common(1)
     if count > 1:
         raise ValueError(f"{count} images are called {stem}, and would overwrite each other's results")
-    if any(file.parent.resolve() == out.resolve() for file in files):
+    places = {out.resolve(), (out / "labels").resolve()}
+    if any(places & {file.parent.resolve(), file.resolve().parent} for file in files):
         raise ValueError(f"{out} holds images to predict: expected another folder for the results")
     return files
+
+
+def _read(file: Path) -> np.ndarray[Any, Any]:
+    """The pixels of an image as the libraries' loader gives them, [height, width, 3]."""
+    try:
+        image = mmcv.imread(str(file), channel_order="bgr")
+    except Exception as error:  # OpenCV raises whatever a broken file leads to
+        raise ValueError(f"cannot read {file}: expected an image ({cut(said(error))})") from error
+    if image is None:
+        raise ValueError(f"cannot read {file}: expected an image that OpenCV reads")
+    return np.asarray(image)
