@@ -4,6 +4,8 @@ Every session has an environment of its own, made by uv from ``constraints.txt``
 environment costs seconds after the first time.
 """
 
+import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import nox
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv"
-nox.options.sessions = ["lint", "typing", "tests", "faults(short)", "wheels", "demo"]
+nox.options.sessions = ["lint", "typing", "tests", "faults(short)", "browser", "wheels", "demo"]
 nox.options.error_on_missing_interpreters = False
 nox.options.download_python = "never"
 
@@ -21,6 +23,9 @@ GROUPS = {"dense": ("test", "photographs")}
 
 FORKS = ["onedl-mmengine==0.10.12", "onedl-mmcv==2.3.6", "onedl-mmdetection==3.5.1", "onedl-mmsegmentation==1.4.2"]
 """MMDetection and MMSegmentation as the community carries them on, under the same import names."""
+
+BROWSER = "packages/hatnet-analysis/tests/browser"
+"""Tests that click in a browser; in a session of their own."""
 
 FAULTS = "packages/hatnet-train/tests/faults"
 """Tests that break things; in a session of their own."""
@@ -48,8 +53,10 @@ def install(session: nox.Session, *packages: str, groups: tuple[str, ...] = ()) 
     wanted = [f"--group={group}" for group in groups]
     for package in packages:
         wanted += ["-e", f"packages/hatnet-{package}[all]"]
-    if "core" not in packages:  # the others are tested with the core beside them, not with a release
-        wanted += ["-e", "packages/hatnet-core"]
+    # what they need of each other is what lies beside them, not a release
+    needed = {"core", "dense"} if "analysis" in packages else {"core"}
+    for package in sorted(needed - set(packages)):
+        wanted += ["-e", f"packages/hatnet-{package}"]
     session.install("-c", "constraints.txt", *wanted)
 
 
@@ -80,6 +87,7 @@ def tests(session: nox.Session, package: str) -> None:
         return
     examples = [f"packages/hatnet-{package}/src", f"packages/hatnet-{package}/README.md"]
     options = ["--doctest-modules", "--doctest-glob=README.md", "--numprocesses=2", "--dist=loadfile"]
+    options.append(f"--ignore={BROWSER}")
     session.run("pytest", folder, *examples, *options, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
@@ -103,7 +111,7 @@ def lowest(session: nox.Session) -> None:
 def slow(session: nox.Session, package: str) -> None:
     """The tests of one package that take minutes, such as "slow(core)"."""
     install(session, package, groups=GROUPS.get(package, ("test",)))
-    paths = [f"packages/hatnet-{package}/tests", f"--ignore={FAULTS}"]
+    paths = [f"packages/hatnet-{package}/tests", f"--ignore={FAULTS}", f"--ignore={BROWSER}"]
     session.run("pytest", "-m", "slow", *paths, *session.posargs, success_codes=[0, 5])
 
 
@@ -114,6 +122,16 @@ def faults(session: nox.Session, form: str) -> None:
     install(session, "train", groups=("test",))
     which = {"short": "not slow", "long": "slow or not slow"}[form]
     session.run("pytest", "-m", which, FAULTS, *session.posargs)
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """The report of hatnet-analysis, opened and clicked in headless Chromium; skipped where there is none."""
+    found = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if not found:
+        session.skip("no browser: expected chromium on the PATH, or its path in CHROMIUM (apt-get install chromium)")
+    install(session, "analysis", groups=("test", "browser"))
+    session.run("pytest", BROWSER, *session.posargs, env={"CHROMIUM": found})
 
 
 @nox.session

@@ -1,5 +1,6 @@
 """Shared by the tests of hatnet-analysis: fvcore, imported past its one warning, and a single thread."""
 
+import contextlib
 import warnings
 
 import torch
@@ -8,6 +9,13 @@ with warnings.catch_warnings():
     # fvcore 0.1.5 compiles a loss with torch.jit.script when it is imported
     warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", DeprecationWarning)
     import fvcore.nn  # noqa: F401
+
+    # torch.jit again, and importlib's own of pkg_resources; absent in an environment without the dense libraries
+    warnings.simplefilter("ignore")
+    with contextlib.suppress(ImportError):
+        import pkg_resources  # noqa: F401
+
+        import hatnet_dense  # noqa: F401
 
 # threads that wait for each other on a busy machine take several times as long as one
 torch.set_num_threads(1)

@@ -4,6 +4,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hatnet_analysis import __version__, count_flops
 from hatnet_analysis.cli import main
@@ -19,8 +20,27 @@ BAD_INPUT = [
     (["flops", "hatnet_tiny", "--format", "xml"], ["--format", "'xml'", "'markdown'"]),
     (["flops", "hatnet_tiny", "--form", "json"], ["'--form'", "expected hatnet-analysis flops [-h]"]),
     (["flops"], ["required: MODEL"]),
-    (["compare"], ["'compare'", "'flops'"]),
+    (["speed"], ["'speed'", "'flops'"]),
     ([], ["required: COMMAND"]),
+    (["flops", "timm/resnet_50"], ["unknown model 'timm/resnet_50'", "timm/resnet50"]),
+    (["flops", "timm/coatnet_0_224", "--size", "100", "100"], ["cannot run timm/coatnet_0_224 at 100×100"]),
+    (["params", "hatnet_tiny", "--by", "operator"], ["--by", "'operator'", "'stage'"]),
+    (["complexity", "timm/resnet18"], ["Eq. 15 is about HAT-Net", "'timm/resnet18'"]),
+    (["complexity", "--growth", "--sizes", "100"], ["sizes must be multiples of 32, got 100"]),
+    (["complexity", "--growth", "--out", "growth.txt"], ["--out must end in .png or .svg, got growth.txt"]),
+    (["complexity", "--growth", "--device", "tpu"], ["unknown device 'tpu'"]),
+    (["paper", "--table", "5"], ["--table", "'5'", "'eq15'"]),
+    (["throughput", "hatnet_tiny", "--device", "cuda:99"], ["device cuda:99 is not there"]),
+    (["throughput", "hatnet_tiny", "--batch", "0"], ["--batch", "'0'", "whole number from 1 up"]),
+    (["throughput", "hatnet_tiny", "--dtype", "int8"], ["--dtype", "'int8'", "'bfloat16'"]),
+    (["compare", "hatnet_tiny", "--out", "nowhere/a.png"], ["in a folder that exists, got nowhere/a.png"]),
+    (["attention", "absent.png", "--point", "1", "1"], ["no image at absent.png"]),
+    (["attention", "absent.png"], ["required: --point"]),
+    (["attention", "absent.png", "--point", "a", "1"], ["--point", "'a'"]),
+    (["attention", "absent.png", "--point", "1", "1", "--stage", "1"], ["--stage", "choose from 2, 3, 4, 5"]),
+    (["report"], ["required: --out"]),
+    (["report", "--out", "x", "--sections", "prices"], ["--sections", "'prices'", "'attention'"]),
+    (["report", "--out", "x", "--image", "absent.png"], ["no image at absent.png"]),
 ]
 
 
@@ -32,7 +52,7 @@ def run(*arguments):
 
 def test_the_installed_command_counts_and_writes_nothing_else():
     done = run("flops", "hatnet_tiny", "--size", "32", "48", "--format", "json")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "counting hatnet_tiny at 32×48 ...\n")
     total = count_flops(create_model("hatnet_tiny"), 32, 48).total
     assert json.loads(done.stdout) == [
         {
@@ -60,8 +80,9 @@ def test_bad_input_exits_with_2_and_one_line_that_names_it_and_what_was_expected
         main(arguments)
     out, err = capsys.readouterr()
     assert (exit_.value.code, out) == (2, "")
-    assert err.startswith("hatnet-analysis")
-    assert err.count("\n") == 1
+    *progress, last = err.splitlines()
+    assert last.startswith("hatnet-analysis")
+    assert all(line.endswith(" ...") for line in progress)
     assert all(words in err for words in said)
 
 
@@ -69,13 +90,13 @@ def test_an_image_that_does_not_fit_in_memory_is_one_line_too(capsys, monkeypatc
     def out_of_memory(*arguments):
         raise RuntimeError("can't allocate memory\nframe #0")
 
-    monkeypatch.setattr("hatnet_analysis.cli.count_flops", out_of_memory)
+    monkeypatch.setattr("hatnet_analysis.flops.count_flops", out_of_memory)
     with pytest.raises(SystemExit) as exit_:
         main(["flops", "hatnet_tiny", "--size", "65536", "65536"])
     assert exit_.value.code == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "cannot run hatnet_tiny at 65536×65536, expected a size that fits: can't allocate memory" in err
+    assert err.count("\n") == 2
+    assert "at 65536×65536, expected a size that it takes and that fits: can't allocate memory" in err
 
 
 def test_params_lists_every_model_asked_for_in_order(capsys):
@@ -103,20 +124,85 @@ def test_markdown_is_a_table_of_github(capsys):
     assert row.count("|") == 6
 
 
-def test_progress_is_shown_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+def test_progress_is_shown_beside_the_output(capsys):
     main(["flops", "hatnet_tiny", "--size", "32", "32"])
     assert capsys.readouterr().err == "counting hatnet_tiny at 32×32 ...\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["params", "--help"], ["flops", "--help"]])
-def test_help_names_what_can_be_asked_for(arguments, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 0
+COMMANDS = ["params", "flops", "complexity", "paper", "throughput", "compare", "attention", "report"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_what_can_be_asked_for(command, capsys):
+    for arguments, expected in ((["--help"], COMMANDS), ([command, "--help"], ["default", "--"])):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 0
+        out = capsys.readouterr().out
+        assert all(words in out for words in expected)
+        assert max(map(len, out.splitlines())) < 120
+
+
+@pytest.mark.parametrize(
+    ("by", "parts"),
+    [
+        ("stage", ["stem", "stages.0", "stages.1", "stages.2", "stages.3", "head"]),
+        ("operator", ["conv", "group_norm", "attention", "linear"]),
+    ],
+)
+def test_flops_can_be_asked_for_by_part(by, parts, capsys):
+    main(["flops", "hatnet_tiny", "--size", "32", "32", "--by", by, "--format", "json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["part"] for row in rows] == parts
+    total = count_flops(create_model("hatnet_tiny"), 32, 32).total
+    assert sum(row["flops_complete"] for row in rows) == total.complete
+
+
+def test_params_by_block_add_up_to_the_model(capsys):
+    main(["params", "hatnet_tiny", "--by", "block", "--format", "json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert "stages.2.blocks.5" in [row["part"] for row in rows]
+    assert sum(row["params"] for row in rows) == 12_650_152
+
+
+def test_complexity_of_a_stage_is_shown_beside_the_equations(capsys):
+    main(["complexity", "hatnet_tiny", "--format", "json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0]["h_mhsa_macs"] == 63_146_496
+    assert all(row["measured_macs"] == row["h_mhsa_macs"] and row["verdict"] == "equal" for row in rows)
+
+
+def test_growth_is_a_table_a_picture_and_one_json(capsys, tmp_path):
+    main(["complexity", "--growth", "--sizes", "64", "128", "--out", str(tmp_path / "growth.png")])
     out = capsys.readouterr().out
-    for words in ["params", "flops"] if len(arguments) == 1 else ["hatnet_tiny", "hatnet_large", "--format"]:
-        assert words in out
+    assert out.count("H-MHSA") >= 3
+    assert "from where on the first is the dearer one:" in out
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    main(["complexity", "--growth", "--sizes", "64", "128", "--format", "json"])
+    (record,) = json.loads(capsys.readouterr().out)
+    assert record.keys() == {"growth", "exponents", "crossings"}
+
+
+def test_attention_is_drawn_and_listed(capsys, tmp_path):
+    Image.linear_gradient("L").save(tmp_path / "image.png")
+    command = ["attention", str(tmp_path / "image.png"), "--variant", "hatnet_tiny", "--point", "200", "40"]
+    main([*command, "--stage", "3", "--head", "1", "--out", str(tmp_path / "seen.png")])
+    assert "global (pooled)" in capsys.readouterr().out
+    assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
+    main([*command, "--format", "json"])
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (record["row"], record["column"]) == (8, 43)  # of 56×56, the image being 256×256
+    with pytest.raises(SystemExit):
+        main([*command[:-2], "256", "40"])
+    assert "point must be inside the image of 256×256, got x=256, y=40" in capsys.readouterr().err
+
+
+def test_throughput_of_two_models_is_a_ratio(capsys):
+    main(["throughput", "hatnet_tiny", "timm/resnet18", "--size", "32", "32", "--batch", "1", "--rounds", "1"])
+    out, err = capsys.readouterr()
+    assert "ratio" in out.splitlines()[0]
+    assert out.splitlines()[2].split()[-1] == "1.00"
+    assert "round 1 of 1: timm/resnet18 ..." in err
 
 
 def test_version_is_that_of_the_package(capsys):

@@ -7,10 +7,19 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hatnet_analysis import h_mhsa_macs, mhsa_macs
+from hatnet_analysis import (
+    h_mhsa_macs,
+    h_mhsa_macs_completed,
+    mhsa_macs,
+    reduction_macs,
+    stage_complexity,
+    window_macs,
+)
+from hatnet_analysis.complexity import attention_macs, h_mhsa_bound
 from hatnet_analysis.flops import trace
-from hatnet_core import HierarchicalAttention
-from hatnet_core.attention import Attention
+from hatnet_analysis.growth import SpatialReductionAttention
+from hatnet_core import HierarchicalAttention, create_model
+from hatnet_core.attention import Attention, WindowAttention
 
 
 def traced_macs(module, height, width):
@@ -89,3 +98,55 @@ def test_an_argument_that_is_not_a_positive_integer_is_refused_by_name(name, val
     if name in ("height", "width", "dim"):
         with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got {value}"):
             mhsa_macs(arguments["height"], arguments["width"], arguments["dim"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 25), st.integers(1, 25)),
+    grid_size=st.integers(1, 8),
+    pool_size=st.integers(1, 8),
+)
+def test_elsewhere_the_completed_grids_and_pools_are_counted_within_the_bound(size, grid_size, pool_size):
+    module = HierarchicalAttention(6, 3, grid_size, pool_size)
+    measured = traced_macs(module, *size)
+    assert measured == h_mhsa_macs_completed(*size, 6, grid_size, pool_size)
+    assert attention_macs(module, *size) == measured
+    assert measured <= h_mhsa_bound(*size, 6, grid_size, pool_size)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    multiples=st.tuples(st.integers(1, 3), st.integers(1, 3)), grid_size=st.integers(1, 6), pool_size=st.integers(1, 6)
+)
+def test_where_everything_divides_the_completed_count_is_equation_15(multiples, grid_size, pool_size):
+    height, width = (m * math.lcm(grid_size, pool_size) for m in multiples)
+    arguments = (height, width, 6, grid_size, pool_size)
+    assert h_mhsa_macs_completed(*arguments) == h_mhsa_macs(*arguments)
+
+
+@settings(max_examples=20, deadline=None)
+@given(multiples=st.tuples(st.integers(1, 3), st.integers(1, 3)), size=st.integers(1, 8))
+def test_windows_and_spatial_reduction_compute_what_their_forms_say(multiples, size):
+    height, width = (m * size for m in multiples)
+    window = WindowAttention(6, 6, size)
+    assert traced_macs(window, height, width) == window_macs(height, width, 6, size)
+    reduction = SpatialReductionAttention(6, size)
+    assert traced_macs(reduction, height, width) == reduction_macs(height, width, 6, size)
+
+
+@pytest.mark.parametrize("name", ["hatnet_tiny", "hatnet_large"])
+@pytest.mark.parametrize("size", [(224, 224), (448, 224), (320, 256)])
+def test_every_stage_of_a_model_is_measured_equal_to_its_formula(name, size):
+    rows = stage_complexity(create_model(name), *size)
+    assert [row["stage"] for row in rows] == [2, 3, 4, 5]
+    for row in rows:
+        assert row["measured_macs"] == row["h_mhsa_macs"]
+        if row["divides"] and row["grid_size"]:
+            sizes = row["grid_size"], row["pool_size"]
+            assert row["h_mhsa_macs"] == h_mhsa_macs(row["height"], row["width"], row["dim"], *sizes)
+        assert row["mhsa_macs"] == mhsa_macs(row["height"], row["width"], row["dim"])
+
+
+def test_a_stage_of_windows_is_none_that_equation_15_speaks_of():
+    with pytest.raises(ValueError, match=r"stage 2 attends in windows, which Eq\. 15 does not speak of"):
+        stage_complexity(create_model("hatnet_small_window234"), 224, 224)

@@ -7,6 +7,7 @@ import functools
 import json
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,14 @@ from pycocotools.cocoeval import COCOeval
 from hatnet_dense.cli import main
 
 SHAPES = Path(__file__).parent / "shapes"
+TOOLS = {"mask-rcnn": "mmdet"}
+"""Whose tools train a model; the others our command does."""
+WITHOUT_TOOLS = pytest.mark.skipif(
+    "mmsegmentation" not in packages_distributions()["mmseg"],
+    reason="before a config of it can import anything, a fork's MMEngine looks for mmseg:: under the official name",
+)
+if not WITHOUT_TOOLS.args[0]:
+    TOOLS["semfpn"] = "mmseg"
 STEPS = {  # 20 steps: 5 rounds of 16 images, 4 a step
     "mask-rcnn": ["train_cfg.max_epochs=5", "train_cfg.val_interval=5"],
     "retinanet": ["train_cfg.max_epochs=5", "train_cfg.val_interval=5"],
@@ -72,17 +81,17 @@ def tool(library, name, head, *arguments):
 def run_of(shapes, tmp_path_factory):
     """Trains the model of a config when it is first asked for; the folder of its run.
 
-    RetinaNet is trained by our command, the others by the tools of the libraries.
+    RetinaNet is trained by our command, those in ``TOOLS`` by the tools of the libraries.
     """
 
     @functools.cache
     def run(head):
         folder = tmp_path_factory.mktemp(head)
-        if head == "retinanet":
+        if head in TOOLS:
+            tool(TOOLS[head], "train.py", head, "--work-dir", folder)
+        else:
             command = ["train", str(SHAPES / f"{head}.py"), "--work-dir", str(folder)]
             assert main([*command, *options(head)]) == 0
-        else:
-            tool({"mask-rcnn": "mmdet", "semfpn": "mmseg"}[head], "train.py", head, "--work-dir", folder)
         return folder
 
     return run
@@ -182,7 +191,9 @@ def test_the_masks_of_predict_are_those_that_were_tested(shapes, run_of, tmp_pat
     check_coco(record, shapes, "segm", scalars(run)[-1]["coco/segm_mAP_50"], tmp_path)
 
 
-@pytest.mark.parametrize(("library", "head"), [("mmdet", "mask-rcnn"), ("mmseg", "semfpn")])
+@pytest.mark.parametrize(
+    ("library", "head"), [("mmdet", "mask-rcnn"), pytest.param("mmseg", "semfpn", marks=WITHOUT_TOOLS)]
+)
 def test_the_librarys_own_tool_repeats_the_figures_of_the_training(library, head, run_of, tmp_path):
     tool(library, "test.py", head, last_checkpoint(run_of(head)), "--work-dir", tmp_path)
     (metrics,) = [json.loads(path.read_text()) for path in tmp_path.glob("*/*.json")]

@@ -1,46 +1,40 @@
-"""The ``hatnet-analysis`` command: ``params`` and ``flops`` of the models by name.
+"""The ``hatnet-analysis`` command: what the paper says of its models and attention, measured.
 
-Rows go to stdout, as a table for reading or as JSON for programs; on bad input one line goes to stderr and the exit
-status is 2. The counting itself is in ``flops.py``.
+Rows go to stdout, as a table for reading or as JSON for programs, pictures to files, progress to stderr. On bad input
+one line goes to stderr and the exit status is 2. What is measured is in the modules named after the commands.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-from tabulate import tabulate
-
 from hatnet_analysis.__about__ import __version__
-from hatnet_analysis.flops import count_flops, count_params
-from hatnet_core import create_model, list_models
+from hatnet_analysis.tables import Row, render
+from hatnet_core import list_models
 from hatnet_core.model import MIN_SIZE
-
-Row = dict[str, Any]
 
 MAX_SIZE = 2**16
 """Largest height and width of an image in pixels; far beyond, the number of values is no longer an int64."""
 
-COLUMNS = {
-    "params": ("params (M)", 1e6),
-    "flops_paper": ("FLOPs, paper (G)", 1e9),
-    "flops_complete": ("FLOPs, complete (G)", 1e9),
-}
-"""Heading and unit of a column for reading; JSON has the plain name and the exact number."""
+MODELS = f"""\
+models: {", ".join(list_models())}; timm/NAME; a config of hatnet-dense,
+MMDetection or MMSegmentation, such as retinanet_hatnet-s_fpn_1x_coco or
+mmdet::retinanet/retinanet_r50_fpn_1x_coco.py. All have random weights."""
 
-TABLE_FORMATS = {"table": "simple", "markdown": "github"}
-
-FLOPS_DESCRIPTION = f"""\
-Count the FLOPs of one image; one multiply-add is one FLOP. Two conventions stand side by side:
+CONVENTIONS = """\
+One multiply-add is one FLOP. Two conventions stand side by side:
 
   paper     convolutions, linear layers and normalisations, as in Table 2 of the paper
-  complete  these and the two matrix products of every attention
+  complete  these and the products of activations, the two of every attention"""
 
-models: {", ".join(list_models())}"""
+
+REFUSALS = (RuntimeError, AssertionError, IndexError, TypeError, KeyError)
+"""What models raise, beside ValueError, when they are built for or run at a size that they do not take."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,72 +60,336 @@ def main(argv: Sequence[str] | None = None) -> None:
         usage = " ".join(args.parser.format_usage().split()).removeprefix("usage: ")
         args.parser.error(f"unknown argument {unknown[0]!r}; expected {usage}")
     try:
-        print(_render(args.rows(args), args.format))
-    except ValueError as error:
-        args.parser.error(str(error))
+        with warnings.catch_warnings():
+            # of torch's compiler, fvcore and the libraries of dense tasks; nothing a user of this command can change
+            warnings.simplefilter("ignore")
+            output = args.run(args)
+    except (ValueError, ImportError, OSError) as error:
+        args.parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        args.parser.exit(130, f"{args.parser.prog}: interrupted\n")
+    print(output)
 
 
-def params_rows(args: argparse.Namespace) -> list[Row]:
-    """One row a model: its number of parameters."""
-    with torch.device("meta"):  # shapes suffice
-        return [{"model": name, "params": count_params(create_model(name))} for name in args.models]
+def params(args: argparse.Namespace) -> str:
+    """A row for each model or part: its number of parameters."""
+    from hatnet_analysis.flops import block_names, count_params, stage_names
+    from hatnet_analysis.models import on_meta
 
-
-def flops_rows(args: argparse.Namespace) -> list[Row]:
-    """One row a model: its FLOPs in both conventions at the size asked for."""
-    height, width = args.size
-    rows = []
+    rows: list[Row] = []
     for name in args.models:
-        if sys.stderr.isatty():
-            print(f"counting {name} at {height}×{width} ...", file=sys.stderr)
+        model = on_meta(name)
+        if args.by == "model":
+            rows.append({"model": name, "params": count_params(model)})
+            continue
+        for part in stage_names(model) if args.by == "stage" else block_names(model):
+            rows.append({"model": name, "part": part, "params": count_params(model.get_submodule(part))})
+    return render(rows, args.format)
+
+
+def flops(args: argparse.Namespace) -> str:
+    """A row for each model or part: its FLOPs in both conventions at the size asked for."""
+    from hatnet_analysis.flops import count_flops
+    from hatnet_analysis.models import load_model, run_error
+
+    height, width = args.size
+    rows: list[Row] = []
+    for name in args.models:
+        _progress(f"counting {name} at {height}×{width}")
         try:
-            total = count_flops(create_model(name), height, width).total
-        except RuntimeError as error:  # torch has no narrower class for memory it cannot get
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"cannot run {name} at {height}×{width}, expected a size that fits: {reason}") from error
-        rows.append(
-            {
-                "model": name,
-                "height": height,
-                "width": width,
-                "flops_paper": total.paper,
-                "flops_complete": total.complete,
-            }
-        )
-    return rows
+            model = load_model(name, args.size)
+            counted = count_flops(model, height, width)
+        except (
+            RuntimeError,
+            AssertionError,
+            IndexError,
+            TypeError,
+            KeyError,
+        ) as error:  # a model that refuses the size
+            raise run_error(name, args.size, error) from error
+        parts = {"model": {"": counted.total}, "stage": counted.stages, "block": counted.blocks}
+        parts["operator"] = counted.operators
+        for part, count in parts[args.by].items():
+            row: Row = {"model": name} | ({} if args.by == "model" else {"part": part})
+            row |= {"height": height, "width": width}
+            rows.append(row | {"flops_paper": count.paper, "flops_complete": count.complete})
+    return render(rows, args.format)
+
+
+def complexity(args: argparse.Namespace) -> str:
+    """Eq. 5 and 15 beside the measured products, a row a stage; or the growth of four attentions."""
+    from hatnet_analysis.paper import eq15_rows
+
+    if args.growth:
+        return _growth(args)
+    rows = []
+    for name in args.models or list_models():
+        if name not in list_models(ablations=True):
+            raise ValueError(f"Eq. 15 is about HAT-Net; expected one of {', '.join(list_models())}, got {name!r}")
+        rows += eq15_rows(name, *args.size)
+    return render(rows, args.format)
+
+
+def _growth(args: argparse.Namespace) -> str:
+    from hatnet_analysis.figures import growth_figure, save_figure
+    from hatnet_analysis.growth import crossings, exponents, growth
+    from hatnet_analysis.throughput import checked_device
+
+    out = _writable(args.out)
+    rows = growth(args.sizes, str(checked_device(args.device)), progress=_progress)
+    if out is not None:
+        save_figure(growth_figure(rows), out)
+    if args.format == "json":
+        return render([{"growth": rows, "exponents": exponents(rows), "crossings": crossings(rows)}], "json")
+    named = [row for row in crossings(rows) if row["crossing"] is not None]
+    parts = [render(rows, args.format), "power of the number of pixels between the two largest sizes measured:"]
+    parts += [render(exponents(rows), args.format), "from where on the first is the dearer one:"]
+    return "\n\n".join([*parts, render(named, args.format)])
+
+
+def paper(args: argparse.Namespace) -> str:
+    """The tables of the paper beside what is measured."""
+    from hatnet_analysis.paper import table_rows
+
+    tables = {table: table_rows(table, _progress) for table in args.table}
+    if args.format == "json":
+        return render([row for rows in tables.values() for row in rows], "json")
+    titled = (f"{_title(table)}\n\n{render(rows, args.format)}" for table, rows in tables.items())
+    return "\n\n".join(titled)
+
+
+def _title(table: str) -> str:
+    names = {"eq15": "Eq. 5 and Eq. 15, one block a stage, 224×224", "memory": "Sec. 4.4, memory of SiLU and GELU"}
+    return names.get(table, f"Table {table}")
+
+
+def throughput(args: argparse.Namespace) -> str:
+    """Images a second of models in turns."""
+    from hatnet_analysis.throughput import measure_throughput
+
+    return render(measure_throughput(args.models, _settings(args), _progress), args.format)
+
+
+def compare(args: argparse.Namespace) -> str:
+    """Throughput, FLOPs, parameters and the papers' top-1 in one table and one picture."""
+    from hatnet_analysis.figures import compare_figure, save_figure
+    from hatnet_analysis.throughput import COMPARED
+    from hatnet_analysis.throughput import compare as measure
+
+    out = _writable(args.out)
+    rows = measure(args.models or COMPARED, _settings(args), _progress)
+    if out is not None:
+        save_figure(compare_figure(rows), out)
+    return render(rows, args.format)
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    from hatnet_analysis.throughput import Settings
+
+    names = ("device", "batch", "dtype", "compile", "train", "channels_last", "rounds")
+    return Settings(size=tuple(args.size), **{name: getattr(args, name) for name in names})
+
+
+def attention(args: argparse.Namespace) -> str:
+    """What one point of an image attends to, drawn and as rows."""
+    from hatnet_analysis import attention_maps as maps
+    from hatnet_analysis.figures import attention_figure, save_figure
+
+    out = _writable(args.out)
+    image = maps.read_image(args.image)
+    model, (mean, std) = maps.read_model(args.checkpoint, args.variant)
+    recorded = maps.record_weights(model, maps.to_input(image, tuple(args.size), mean, std))
+    view = maps.look(recorded, image, tuple(args.point), args.stage, args.block, args.head)
+    if out is not None:
+        save_figure(attention_figure(image, view), out)
+    return render([view.record()] if args.format == "json" else view.strongest(), args.format)
+
+
+def report(args: argparse.Namespace) -> str:
+    """One HTML page."""
+    from hatnet_analysis.report import write_report
+
+    path = write_report(
+        args.out, args.sections, args.table, args.image, args.checkpoint, args.variant, args.device, _progress
+    )
+    return f"written: {path}"
+
+
+def _progress(text: str) -> None:
+    print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+def _writable(path: Path | None) -> Path | None:
+    """A picture's path, checked before anything is measured."""
+    if path is None:
+        return None
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"--out must end in .png or .svg, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out must be in a folder that exists, got {path}")
+    return path
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="hatnet-analysis",
-        description="Count parameters and FLOPs of the HAT-Net models.",
+        description="Parameters, FLOPs, complexity, speed and attention of HAT-Net, beside the paper's figures.",
         epilog="'hatnet-analysis COMMAND --help' describes a command.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    params = commands.add_parser(
-        "params",
-        help="number of parameters",
-        description=f"Count the parameters of models with 1000 classes.\n\nmodels: {', '.join(list_models())}",
+    for add in (_add_params, _add_flops, _add_complexity, _add_paper, _add_throughput, _add_compare):
+        add(commands)
+    _add_attention(commands)
+    _add_report(commands)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], str], summary: str, description: str
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    params.set_defaults(rows=params_rows, parser=params)
-    flops = commands.add_parser(
-        "flops",
-        help="FLOPs of one image, as the paper counts them and completely",
-        description=FLOPS_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    flops.set_defaults(rows=flops_rows, parser=flops)
-    for command in (params, flops):
-        command.add_argument("models", metavar="MODEL", nargs="+", type=_model, help="name of a model")
+    command.set_defaults(run=run, parser=command)
+    if name != "report":
         command.add_argument(
             "--format", choices=("table", "json", "markdown"), default="table", help="output format (default: table)"
         )
-    flops.add_argument(
+    return command
+
+
+def _add_params(commands: Any) -> None:
+    text = f"Count the parameters of models; those for classification have 1000 classes.\n\n{MODELS}"
+    command = _command(commands, "params", params, "number of parameters", text)
+    _models(command)
+    _by(command, ("model", "stage", "block"))
+
+
+def _add_flops(commands: Any) -> None:
+    text = f"Count the FLOPs of one image. {CONVENTIONS}\n\n{MODELS}"
+    command = _command(commands, "flops", flops, "FLOPs of one image, as the paper counts them and completely", text)
+    _models(command)
+    _by(command, ("model", "stage", "block", "operator"))
+    _size(command)
+
+
+def _add_complexity(commands: Any) -> None:
+    text = (
+        "Eq. 5 and Eq. 15 beside the same products measured, for one block of each stage. With --growth, the\n"
+        "multiply-adds, time and peak memory of MHSA, windows, spatial reduction and H-MHSA as images grow, on the\n"
+        "map of stage 2."
+    )
+    command = _command(commands, "complexity", complexity, "Eq. 5 and Eq. 15, measured; growth with the image", text)
+    _models(command, "*")
+    _size(command)
+    command.add_argument("--growth", action="store_true", help="measure the growth with the size of the image")
+    command.add_argument(
+        "--sizes",
+        metavar="SIDE",
+        nargs="+",
+        type=_side,
+        default=[224, 320, 448, 640, 896, 1280, 2048],
+        help="sides of the images of --growth, multiples of 32 (default: 224 320 448 640 896 1280 2048)",
+    )
+    _device_and_out(command, "log-log plot of --growth, .png or .svg")
+
+
+def _add_paper(commands: Any) -> None:
+    text = (
+        "Every row of the paper's tables: measured #Param and FLOPs beside the printed ones, with a verdict. Columns\n"
+        "that need datasets are shown as the paper's. 'memory' is the claim of Sec. 4.4. Tables 2, 3, 4 and 6 take\n"
+        "minutes, and timm and hatnet-dense for the peers."
+    )
+    command = _command(commands, "paper", paper, "the paper's tables, measured", text)
+    _table(command)
+
+
+def _add_throughput(commands: Any) -> None:
+    text = f"Images a second of models that take turns; ratios are against the first.\n\n{MODELS}"
+    command = _command(commands, "throughput", throughput, "images a second, latency and peak memory", text)
+    _models(command)
+    _speed(command)
+
+
+def _add_compare(commands: Any) -> None:
+    text = (
+        "Throughput, FLOPs, parameters and the top-1 that the papers state, of HAT-Net and its peers (which need\n"
+        f"timm), or of the models named.\n\n{MODELS}"
+    )
+    command = _command(commands, "compare", compare, "speed and size beside the papers' top-1", text)
+    _models(command, "*")
+    _speed(command)
+    command.add_argument("--out", metavar="FILE", type=Path, help="scatter plot, .png or .svg")
+
+
+def _add_attention(commands: Any) -> None:
+    text = (
+        "What the local step (Eq. 6-8) and the global step (Eq. 11-13) attend to from one point of an image, and\n"
+        "rollout over all blocks. The image is scaled to --size."
+    )
+    command = _command(commands, "attention", attention, "what a point of an image attends to", text)
+    command.add_argument("image", metavar="IMAGE", type=Path, help="image file")
+    command.add_argument(
+        "--point", metavar=("X", "Y"), nargs=2, type=float, required=True, help="in pixels of the image"
+    )
+
+    command.add_argument("--stage", type=int, choices=(2, 3, 4, 5), default=2, help="as the paper counts (default: 2)")
+    command.add_argument("--block", type=int, help="of the stage, from 0 (default: the last)")
+    command.add_argument("--head", type=int, help="from 0 (default: the mean of all)")
+    _checkpoint(command)
+    _size(command)
+    command.add_argument("--out", metavar="FILE", type=Path, help="picture, .png or .svg")
+
+
+def _add_report(commands: Any) -> None:
+    text = (
+        "One HTML page without any other file: tables, plots, and an attention explorer in which a click on the\n"
+        "image shows what that point attends to. All sections take about half an hour on two cores."
+    )
+    command = _command(commands, "report", report, "one HTML page with all of it", text)
+    command.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder; index.html is written there")
+    command.add_argument(
+        "--sections",
+        nargs="+",
+        choices=("tables", "complexity", "compare", "attention"),
+        default=["tables", "complexity", "compare", "attention"],
+        metavar="SECTION",
+        help="what the page holds: tables, complexity, compare, attention (default: all)",
+    )
+    _table(command)
+    command.add_argument("--image", metavar="FILE", type=Path, help="for the explorer (default: drawn shapes)")
+    _checkpoint(command)
+    command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+
+
+def _models(command: argparse.ArgumentParser, number: str = "+") -> None:
+    command.add_argument("models", metavar="MODEL", nargs=number, type=_model, help="name of a model, see above")
+
+
+def _by(command: argparse.ArgumentParser, choices: tuple[str, ...]) -> None:
+    command.add_argument("--by", choices=choices, default="model", help="what a row is (default: model)")
+
+
+def _table(command: argparse.ArgumentParser) -> None:
+    tables = ("1", "2", "3", "4", "6", "eq15", "memory")
+    command.add_argument(
+        "--table",
+        nargs="+",
+        choices=tables,
+        default=list(tables),
+        metavar="TABLE",
+        help=f"{', '.join(tables)} (default: all)",
+    )
+
+
+def _size(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--size",
         metavar=("H", "W"),
         nargs=2,
@@ -139,13 +397,43 @@ def _parser() -> Parser:
         default=(224, 224),
         help=f"height and width of the image in pixels, {MIN_SIZE} to {MAX_SIZE} (default: 224 224)",
     )
-    return parser
+
+
+def _checkpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--checkpoint", metavar="PATH", type=Path, help="file, or folder of hatnet-train")
+    command.add_argument(
+        "--variant",
+        choices=list_models(),
+        metavar="MODEL",
+        help=f"one of {', '.join(list_models())}; for checkpoints that do not say it; alone, random weights",
+    )
+
+
+def _device_and_out(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    command.add_argument("--out", metavar="FILE", type=Path, help=what)
+
+
+def _speed(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    command.add_argument("--batch", type=_positive, default=8, help="images of one step (default: 8)")
+    _size(command)
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="autocast (default: float32)"
+    )
+    command.add_argument("--compile", action="store_true", help="with torch.compile")
+    command.add_argument("--train", action="store_true", help="forward, backward and AdamW")
+    command.add_argument("--channels-last", action="store_true", help="in that memory format")
+    command.add_argument("--rounds", type=_positive, default=5, help="turns of each model (default: 5)")
 
 
 def _model(name: str) -> str:
-    if name not in list_models(ablations=True):
-        raise argparse.ArgumentTypeError(f"unknown model {name!r}; expected one of {', '.join(list_models())}")
-    return name
+    from hatnet_analysis.models import check_name
+
+    try:
+        return check_name(name)
+    except (ValueError, ImportError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _side(text: str) -> int:
@@ -154,16 +442,7 @@ def _side(text: str) -> int:
     return int(text)
 
 
-def _render(rows: list[Row], style: str) -> str:
-    if style == "json":
-        return json.dumps(rows, indent=2)
-    table = [dict(_readable(name, value) for name, value in row.items()) for row in rows]
-    return tabulate(table, headers="keys", tablefmt=TABLE_FORMATS[style], floatfmt=".2f")
-
-
-def _readable(name: str, value: Any) -> tuple[str, Any]:
-    """Heading and value of one cell."""
-    if name not in COLUMNS:
-        return name, value
-    heading, unit = COLUMNS[name]
-    return heading, value / unit
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)

@@ -1,18 +1,19 @@
-"""Parameters and FLOPs of a built HAT-Net, in the two conventions that Table 2 has to be read with.
+"""Parameters and FLOPs of a built model, in the two conventions that Table 2 has to be read with.
 
 One multiply-add is one FLOP in both:
 
-- ``paper``: convolutions, linear layers and normalisations (5 a value, as fvcore counts them). This is what
-  Table 2 states.
-- ``complete``: these and the two matrix products of every attention, which a counter does not see when they run
-  inside one fused operator.
+- ``paper``: convolutions, linear layers and normalisations (5 a value, as fvcore counts them), and what fvcore counts
+  of resampling and adaptive pooling. For HAT-Net this is what Table 2 states.
+- ``complete``: these and every product of two activations, which in these models are the two matrix products of the
+  attention. A counter does not see them when they run inside one fused operator; here it does.
 
-The closed forms of the attention alone (Eq. 5 and 15) are in ``complexity.py``.
+The closed forms of the attention alone (Eq. 5 and 15) are in ``complexity.py``; models by name in ``models.py``.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,29 +24,29 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
-from hatnet_core import HATNet
 from hatnet_core.model import MIN_SIZE
 
-UNCOUNTED_OPS = frozenset(
+ACTIVATION_PRODUCTS = ("attention", "matmul", "mm", "bmm", "baddbmm", "einsum")
+"""Operators whose two factors are activations; only ``complete`` counts them."""
+
+MULTIPLIES = re.compile(
+    r"mm|addmm|bmm|baddbmm|addbmm|matmul|mv|addmv|dot|vdot|inner|outer|ger|addr|einsum|tensordot|kron|cdist"
+    r"|linear|bilinear|conv\w*|attention|lstm|gru|rnn|linalg|fft|addmm_|baddbmm_"
+)
+"""A word of the name of an operator that multiplies; without a handle such an operator is refused."""
+
+OPAQUE_WITHOUT_PRODUCTS = frozenset(
     {
-        "aten::add",
-        "aten::avg_pool2d",
-        "aten::feature_dropout",
-        "aten::gelu",
-        "aten::lt",
-        "aten::mean",
-        "aten::meshgrid",
-        "aten::mul",
-        "aten::neg",
-        "aten::pad",
-        "aten::repeat",
-        "aten::rsub",
-        "aten::silu",
-        "aten::sub",
-        "aten::where",
+        "prim::PythonOp.RoIAlignFunction",  # interpolates
+        "prim::PythonOp.NMSop",
+        "torchvision::nms",
+        "torchvision::roi_align",
     }
 )
-"""Operators that neither convention counts: elementwise, averaging, or moving data. No matrix product is here."""
+"""Operators from outside PyTorch that are known to hold no product; any other one is refused."""
+
+CONTAINERS = ("stages", "layers", "blocks")
+"""Names of children that stand for the modules in them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Count:
 
     Attributes:
         paper: convolutions, linear layers and normalisations.
-        complete: these and the matrix products of the attention.
+        complete: these and the products of activations, those of the attention.
     """
 
     paper: int
@@ -67,11 +68,16 @@ class Flops:
 
     Attributes:
         total: the whole model.
-        stages: its parts in order, ``stem``, ``stages.0`` to ``stages.3`` and ``head``; they add up to ``total``.
+        stages: its parts in order, of HAT-Net ``stem``, ``stages.0`` to ``stages.3`` and ``head``. They add up to
+            ``total``, but for what a model computes outside all of its modules.
+        blocks: the parts of these, such as ``stages.0.blocks.1``.
+        operators: by the operator's name, such as ``conv``, ``group_norm`` and ``attention``.
     """
 
     total: Count
     stages: dict[str, Count]
+    blocks: dict[str, Count]
+    operators: dict[str, Count]
 
 
 def count_params(model: nn.Module) -> int:
@@ -79,14 +85,15 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def count_flops(model: HATNet, height: int, width: int) -> Flops:
+def count_flops(model: nn.Module, height: int, width: int) -> Flops:
     """Count the FLOPs of one image by running ``model`` on it, in evaluation mode.
 
-    Where G1 does not divide a feature map, the completed positions of the last grids are computed and therefore
-    counted.
+    Where G1 does not divide a feature map of HAT-Net, the completed positions of the last grids are computed and
+    therefore counted.
 
     Args:
-        model: the model, on any device but meta; its training modes are left as they were.
+        model: takes a batch of images [1, in_chans, H, W], on any device but meta; its training modes are left as
+            they were. A model without ``in_chans`` is taken to want 3 channels.
         height: H of the image in pixels, at least 32.
         width: W, likewise.
 
@@ -100,32 +107,44 @@ def count_flops(model: HATNet, height: int, width: int) -> Flops:
     """
     if min(height, width) < MIN_SIZE:
         raise ValueError(f"height and width must be at least {MIN_SIZE} pixels, got {height}×{width}")
+    analysis = trace(model, example_image(model, height, width))
+    stages = stage_names(model)
+    operators = analysis.by_operator()
+    return Flops(
+        _count(operators),
+        {name: _count(analysis.by_operator(name)) for name in stages},
+        {name: _count(analysis.by_operator(name)) for name in block_names(model)},
+        {name: _count(Counter({name: value})) for name, value in operators.items()},
+    )
+
+
+def example_image(model: nn.Module, height: int, width: int, batch: int = 1) -> Tensor:
+    """Zeros [batch, in_chans, H, W] of the dtype and on the device of the model's first parameter."""
     weight = next(model.parameters())
-    image = torch.zeros(1, model.config["in_chans"], height, width, device=weight.device, dtype=weight.dtype)
-    analysis = trace(model, image)
-    parts = ["stem", *(f"stages.{i}" for i in range(len(model.stages))), "head"]
-    return Flops(_count(analysis, ""), {part: _count(analysis, part) for part in parts})
+    in_chans = getattr(model, "in_chans", 3)
+    return torch.zeros(batch, in_chans, height, width, device=weight.device, dtype=weight.dtype)
 
 
 def trace(module: nn.Module, x: Tensor) -> FlopCountAnalysis:
-    """Run ``module`` on ``x`` in evaluation mode and count each operator, attention products included.
+    """Run ``module`` on ``x`` in evaluation mode and count each operator, products of the attention included.
 
     Returns:
-        fvcore's analysis, with the attention products of every ``scaled_dot_product_attention`` under
-        ``attention``.
+        fvcore's analysis, with the products of every ``scaled_dot_product_attention`` under ``attention``.
 
     Raises:
-        ValueError: if an operator is neither counted nor one of ``UNCOUNTED_OPS``.
+        ValueError: if an operator may hold products and fvcore has no count of it.
     """
     analysis = FlopCountAnalysis(module, x)
     analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_products)
+    analysis.set_op_handle("aten::baddbmm", _baddbmm_products)
+    analysis.set_op_handle("aten::einsum", _einsum_products)
     # unsupported operators are an error below; uncalled are stochastic depth and identities, which compute nothing
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     # checks of the input shape become constants of the trace, which is of one shape
     analysis.tracer_warnings("no_tracer_warning")
-    with torch.no_grad(), _evaluation(module):
+    with torch.no_grad(), _evaluation(module), _without_fused_encoder():
         analysis.total()  # runs the module; later questions are answered from this run
-    unknown = sorted(analysis.unsupported_ops().keys() - UNCOUNTED_OPS)
+    unknown = sorted(name for name in analysis.unsupported_ops() if _may_multiply(name))
     if unknown:
         raise ValueError(
             f"cannot count {', '.join(unknown)}: expected operators that fvcore counts, "
@@ -134,10 +153,49 @@ def trace(module: nn.Module, x: Tensor) -> FlopCountAnalysis:
     return analysis
 
 
-def _count(analysis: FlopCountAnalysis, part: str) -> Count:
-    operators = analysis.by_operator(part)
-    complete = int(operators.total())
-    return Count(paper=complete - int(operators["attention"]), complete=complete)
+def stage_names(model: nn.Module) -> list[str]:
+    """Names of the parts of a model that compute, one level down.
+
+    The children of the model, in their order, with :data:`CONTAINERS` replaced by what they hold; of a model that
+    only wraps another one, those of the inner one. Parts without parameters are left out.
+    """
+    prefix, module = "", model
+    while len(children := list(module.named_children())) == 1 and children[0][0] not in CONTAINERS:
+        prefix, module = f"{prefix}{children[0][0]}.", children[0][1]
+    return [prefix + name for name in _parts(module)]
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """Names of the parts of the parts that :func:`stage_names` gives; one without parts stands for itself."""
+    names = []
+    for stage in stage_names(model):
+        names += [f"{stage}.{name}" for name in _parts(model.get_submodule(stage))] or [stage]
+    return names
+
+
+def _parts(module: nn.Module) -> list[str]:
+    names = []
+    for name, child in module.named_children():
+        if next(child.parameters(), None) is None:
+            continue
+        if name in CONTAINERS:
+            names += [f"{name}.{inner}" for inner, _ in child.named_children()]
+        else:
+            names.append(name)
+    return names
+
+
+def _count(operators: Counter[str]) -> Count:
+    complete = int(sum(operators.values()))
+    return Count(paper=complete - int(sum(operators[name] for name in ACTIVATION_PRODUCTS)), complete=complete)
+
+
+def _may_multiply(operator: str) -> bool:
+    """Whether an operator without a handle has to be refused; torchvision's or one's own is, unless it is known."""
+    namespace, _, name = operator.partition("::")
+    if namespace != "aten":
+        return operator not in OPAQUE_WITHOUT_PRODUCTS
+    return any(MULTIPLIES.fullmatch(word) for word in name.split("_"))
 
 
 def _attention_products(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
@@ -145,6 +203,24 @@ def _attention_products(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     q, k, v = (value.type().sizes() for value in inputs[:3])
     scores = math.prod(q[:-1]) * k[-2]
     return Counter({"attention": scores * q[-1] + scores * v[-1]})
+
+
+def _baddbmm_products(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """The product of [b, n, d] and [b, d, m], which is added to a mask."""
+    a, b = (value.type().sizes() for value in inputs[1:3])
+    return Counter({"baddbmm": math.prod(a) * b[-1]})
+
+
+def _einsum_products(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """One multiply-add for each combination of indices; fvcore reads four digits off NumPy's estimate."""
+    equation, operands = inputs[0].toIValue(), list(inputs[1].node().inputs())
+    sizes: dict[str, int] = {}
+    for letters, operand in zip(equation.replace(" ", "").partition("->")[0].split(","), operands, strict=True):
+        shape = operand.type().sizes()
+        if "." in letters or len(operands) != 2:
+            raise ValueError(f"cannot count einsum {equation!r}: expected two operands without ellipses")
+        sizes |= dict(zip(letters, shape, strict=True))
+    return Counter({"einsum": math.prod(sizes.values())})
 
 
 @contextmanager
@@ -157,3 +233,14 @@ def _evaluation(module: nn.Module) -> Iterator[None]:
     finally:
         for m, mode in modes:
             m.training = mode
+
+
+@contextmanager
+def _without_fused_encoder() -> Iterator[None]:
+    """Torch's multi-head attention as its single products, not as the one operator it has for inference."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -308,7 +308,8 @@ def _crop(x: Tensor, height: int, width: int) -> Tensor:
 def _tokens(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
     """[B, parts·heads·d, H, W] → as many of [B, heads, H·W, d]."""
     b, c, h, w = x.shape
-    return x.reshape(b, parts, num_heads, c // (parts * num_heads), h * w).transpose(-2, -1).unbind(1)
+    x = x.reshape(b, parts, num_heads, c // (parts * num_heads), h * w).transpose(-2, -1)
+    return x.contiguous().unbind(1)  # PyTorch's fused attention wants the channels side by side
 
 
 def _grids(qkv: Tensor, num_heads: int, grid: tuple[int, ...]) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ _reason: Exception | None = None
 try:
     from mmengine.registry import STRATEGIES
 
+    import hatnet_dense.config  # noqa: F401  # lets MMEngine find the configs of a fork of MMSegmentation
     from hatnet_dense.backbone import HATNetBackbone
     from hatnet_dense.data_check import DataCheckHook
     from hatnet_dense.layer_decay import LayerDecayConstructor

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.utils import get_installed_path
 
 from hatnet_core import create_model
@@ -27,6 +29,10 @@ LIBRARIES = ("mmdet", "mmseg")
 
 HOOKS = ("PlainCheckpointHook", "DataCheckHook")
 """What our own configs have under ``custom_hooks``; put into others, too."""
+
+if "mmsegmentation" not in packages_distributions().get("mmseg", ["mmsegmentation"]):
+    # a fork: MMEngine would look for what is behind "mmseg::" in a distribution of the official name
+    MODULE2PACKAGE["mmseg"] = "mmseg"
 
 
 def config_names() -> list[str]:

@@ -1,0 +1,409 @@
+"""What the local and the global step of H-MHSA attend to, from one point of an image or from all of them.
+
+The fused attention of the model keeps no weights, so they are computed here from the input of the layer, with the
+layer's own convolutions and norms: softmax(Q·Kᵀ/√head_dim) of Eq. 6-8 within each grid, and of Eq. 11-13 between all
+positions and the pooled ones. :func:`rollout` multiplies them over all blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+
+from hatnet_core import HATNet, create_model, load_checkpoint
+from hatnet_core.attention import Attention, HierarchicalAttention, average_pool, grid_attention
+from hatnet_core.checkpoint import build_model, has_metadata, head_size, read_metadata, read_state
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, for checkpoints that do not name their own."""
+
+MAX_PIXELS = 2**26
+"""Largest image that is read, in pixels."""
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """Attention weights of one layer on one image; every row sums to 1.
+
+    Attributes:
+        height: H of the map.
+        width: W, likewise.
+        grid: height and width of a local grid; None for the plain attention of stage 5.
+        pool_size: G2; 1 for plain attention.
+        local: [heads, rows, columns, g·g', g·g'] from each position of a grid to each of the same grid, 0 to completed
+            ones; None for plain attention.
+        global_: [heads, H·W, H'·W'] from each position to each pooled one.
+    """
+
+    height: int
+    width: int
+    grid: tuple[int, int] | None
+    pool_size: int
+    local: Tensor | None
+    global_: Tensor
+
+
+@dataclass(frozen=True)
+class PointAttention:
+    """Where one position looks in one head.
+
+    Attributes:
+        row: of the position on the map.
+        column: likewise.
+        local: [h, w] weights within its grid, of the positions that exist; None for plain attention.
+        top: first row of the grid on the map.
+        left: first column.
+        global_: [H', W'] weights of the pooled map.
+        pool_size: G2, positions of the map along a side of a pooled one.
+        height: H of the map.
+        width: W, likewise.
+    """
+
+    row: int
+    column: int
+    local: Tensor | None
+    top: int
+    left: int
+    global_: Tensor
+    pool_size: int
+    height: int
+    width: int
+
+
+def attention_weights(module: nn.Module, x: Tensor) -> AttentionWeights:
+    """Weights of one attention layer.
+
+    Args:
+        module: :class:`HierarchicalAttention` or :class:`Attention` of hatnet-core.
+        x: [1, C, H, W], the input of the layer.
+
+    Raises:
+        ValueError: if the layer is of another kind.
+    """
+    height, width = x.shape[-2:]
+    if isinstance(module, Attention):
+        q, k, _ = _heads(module.qkv(module.norm(x)), 3, module.num_heads)
+        return AttentionWeights(height, width, None, 1, None, _softmax(q, k))
+    if not isinstance(module, HierarchicalAttention):
+        raise ValueError(f"expected H-MHSA or plain MHSA, got {type(module).__name__}")
+    qkv = module.qkv(module.norm(x))
+    grid = (min(height, module.grid_size), min(width, module.grid_size))
+    a1 = module.grid_norm(x + grid_attention(qkv, module.num_heads, module.grid_size))
+    pooled = module.pool_norm(average_pool(a1, module.pool_size))
+    (q,) = _heads(module.q(a1), 1, module.num_heads)
+    k, _ = _heads(module.kv(pooled), 2, module.num_heads)
+    local = _local_weights(qkv, module.num_heads, grid)
+    return AttentionWeights(height, width, grid, module.pool_size, local, _softmax(q, k))
+
+
+@dataclass(frozen=True)
+class View:
+    """What is drawn of one point.
+
+    Attributes:
+        point: x and y in pixels of the image.
+        stage: of the paper, 2-5.
+        block: of the stage, from 0.
+        head: from 0; None for the mean.
+        attention: where the point's position looks.
+        rollout: [H/4, W/4] shares, from the point's position on the last map.
+        mean_rollout: likewise, the mean over all positions.
+    """
+
+    point: tuple[float, float]
+    stage: int
+    block: int
+    head: int | None
+    attention: PointAttention
+    rollout: Tensor
+    mean_rollout: Tensor
+
+    def record(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        at = self.attention
+        return {
+            "point": list(self.point),
+            "stage": self.stage,
+            "block": self.block,
+            "head": self.head,
+            "row": at.row,
+            "column": at.column,
+            "height": at.height,
+            "width": at.width,
+            "top": at.top,
+            "left": at.left,
+            "pool_size": at.pool_size,
+            "local": None if at.local is None else at.local.tolist(),
+            "global": at.global_.tolist(),
+            "rollout": self.rollout.tolist(),
+        }
+
+    def strongest(self, number: int = 5) -> list[dict[str, Any]]:
+        """The largest weights of each step: ``step``, ``row`` and ``column`` on its map, ``weight``."""
+        at, rows = self.attention, []
+        for step, weights, top, left in (("local", at.local, at.top, at.left), ("global (pooled)", at.global_, 0, 0)):
+            if weights is None:
+                continue
+            largest = weights.flatten().topk(min(number, weights.numel()))
+            for value, index in zip(largest.values.tolist(), largest.indices.tolist(), strict=True):
+                row, column = divmod(index, weights.shape[1])
+                rows.append({"step": step, "row": top + row, "column": left + column, "weight": value})
+        return rows
+
+
+def look(
+    recorded: Sequence[Sequence[AttentionWeights]],
+    image: Image.Image,
+    point: tuple[float, float],
+    stage: int,
+    block: int | None = None,
+    head: int | None = None,
+) -> View:
+    """What a point of the image attends to in one block, and rollout from it.
+
+    Args:
+        recorded: of :func:`record_weights`.
+        image: the image, of the size that ``point`` speaks of.
+        point: x and y in pixels.
+        stage: of the paper, 2-5.
+        block: of the stage, from 0; None for the last.
+        head: from 0; None for the mean of all.
+
+    Raises:
+        ValueError: if the point is outside the image, or stage, block or head do not exist.
+    """
+    if not 2 <= stage <= len(recorded) + 1:
+        raise ValueError(f"stage must be from 2 to {len(recorded) + 1}, got {stage}")
+    blocks = recorded[stage - 2]
+    number = len(blocks) - 1 if block is None else block
+    if not 0 <= number < len(blocks):
+        raise ValueError(f"block of stage {stage} must be from 0 to {len(blocks) - 1}, got {block}")
+    weights = blocks[number]
+    attention = point_attention(weights, *to_position(point, image, weights), head)
+    last = to_position(point, image, recorded[-1][-1])
+    return View(point, stage, number, head, attention, rollout(recorded, last), rollout(recorded))
+
+
+def record_weights(model: HATNet, image: Tensor) -> list[list[AttentionWeights]]:
+    """Weights of every block of every stage.
+
+    Args:
+        model: HAT-Net; run in evaluation mode.
+        image: [1, in_chans, H, W], normalised.
+
+    Returns:
+        For each of the paper's stages 2-5 the weights of its blocks.
+
+    Raises:
+        ValueError: if a stage attends in windows.
+    """
+    recorded: list[list[AttentionWeights]] = [[] for _ in model.stages]
+    handles = []
+    for i, stage in enumerate(model.stages):
+        for block in stage.blocks:  # type: ignore[union-attr]
+
+            def hook(module: nn.Module, inputs: tuple[Tensor], weights: list[AttentionWeights] = recorded[i]) -> None:
+                weights.append(attention_weights(module, inputs[0]))
+
+            handles.append(block.attn.register_forward_pre_hook(hook))
+    try:
+        with torch.inference_mode():
+            model.eval()(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorded
+
+
+def point_attention(weights: AttentionWeights, row: int, column: int, head: int | None = None) -> PointAttention:
+    """Cut out what one position looks at.
+
+    Args:
+        weights: of one layer.
+        row: of the position on the map, in [0, H).
+        column: likewise, in [0, W).
+        head: in [0, heads); None for the mean of all.
+
+    Raises:
+        ValueError: if the position or the head does not exist.
+    """
+    heads = weights.global_.shape[0]
+    if head is not None and not 0 <= head < heads:
+        raise ValueError(f"head must be from 0 to {heads - 1}, got {head}")
+    if not (0 <= row < weights.height and 0 <= column < weights.width):
+        raise ValueError(f"position must be on the map of {weights.height}×{weights.width}, got {row}, {column}")
+    chosen = slice(None) if head is None else slice(head, head + 1)
+    pooled = (-(-weights.height // weights.pool_size), -(-weights.width // weights.pool_size))
+    global_ = weights.global_[chosen, row * weights.width + column].mean(0).reshape(pooled)
+    local, top, left = None, 0, 0
+    if weights.local is not None and weights.grid is not None:
+        g, g2 = weights.grid
+        top, left = row // g * g, column // g2 * g2
+        position = (row - top) * g2 + column - left
+        local = weights.local[chosen, row // g, column // g2, position].mean(0).reshape(g, g2)
+        local = local[: weights.height - top, : weights.width - left]
+    return PointAttention(row, column, local, top, left, global_, weights.pool_size, weights.height, weights.width)
+
+
+def rollout(recorded: Sequence[Sequence[AttentionWeights]], point: tuple[int, int] | None = None) -> Tensor:
+    """Attention rollout (Abnar and Zuidema, ACL 2020) over all blocks, from the last map back to the first.
+
+    A block passes half of its input on by each of its residuals: A1 is (I + L)/2 of X, with L the local weights;
+    A1 + A2 is (I + G·P)/2 of that, with G the global weights and P the pooling; the block is (I + …)/2. Heads are
+    averaged, the MLP counts as identity, and a downsampling spreads a position evenly over the 2×2 positions that
+    it stands for.
+
+    Args:
+        recorded: of :func:`record_weights`.
+        point: row and column on the last map; without it the mean over all of its positions, which is what the
+            classifier sees.
+
+    Returns:
+        [H/4, W/4] shares of the positions of the first map; they sum to 1.
+    """
+    last = recorded[-1][-1]
+    share = torch.zeros(last.height, last.width)
+    if point is None:
+        share += 1 / share.numel()
+    else:
+        share[point] = 1
+    for i, stage in reversed(list(enumerate(recorded))):
+        for weights in reversed(stage):
+            share = (share + _through_attention(share, weights)) / 2
+        if i:
+            below = recorded[i - 1][-1]
+            share = _through_downsampling(share, (below.height, below.width))
+    return share
+
+
+def _through_attention(share: Tensor, weights: AttentionWeights) -> Tensor:
+    """[H, W] shares of the output → those of the input of one attention."""
+    pooled = share.flatten() @ weights.global_.mean(0)
+    if weights.local is None or weights.grid is None:
+        return pooled.reshape(share.shape)
+    size = weights.pool_size
+    pooled = pooled.reshape(-(-weights.height // size), -(-weights.width // size))
+    counts = F.avg_pool2d(torch.ones(1, 1, *share.shape), size, ceil_mode=True, divisor_override=1)[0, 0]
+    spread = (pooled / counts).repeat_interleave(size, 0).repeat_interleave(size, 1)
+    share = (share + spread[: weights.height, : weights.width]) / 2
+    grids = _to_grids(share[None], weights.grid)[0]  # [rows, columns, g·g']
+    mixed = torch.einsum("rcn,rcnm->rcm", grids, weights.local.mean(0))
+    return (share + _from_grids(mixed, weights.grid, share.shape)) / 2
+
+
+def _through_downsampling(share: Tensor, size: tuple[int, int]) -> Tensor:
+    """Shares of the map behind a downsampling → of the map before, each spread over the 2×2 that it stands for."""
+    counts = F.avg_pool2d(torch.ones(1, 1, *size), 2, ceil_mode=True, divisor_override=1)[0, 0]
+    spread = (share / counts).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    return spread[: size[0], : size[1]]
+
+
+def _heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """[1, parts·heads·d, H, W] → as many of [heads, H·W, d]."""
+    return x.reshape(parts, heads, -1, x.shape[-2] * x.shape[-1]).transpose(-2, -1).unbind()
+
+
+def _softmax(q: Tensor, k: Tensor, exists: Tensor | None = None) -> Tensor:
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+    if exists is not None:
+        scores = scores.masked_fill(~exists, -torch.inf)
+    return scores.softmax(-1)
+
+
+def _local_weights(qkv: Tensor, heads: int, grid: tuple[int, int]) -> Tensor:
+    """[heads, rows, columns, g·g', g·g'] of a map [1, 3C, H, W]."""
+    tokens = _to_grids(qkv[0], grid)  # [3C, rows, columns, n]
+    q, k, _ = tokens.reshape(3, heads, -1, *tokens.shape[1:]).permute(0, 1, 3, 4, 5, 2).unbind()
+    exists = _to_grids(torch.ones(1, *qkv.shape[-2:]), grid)[0, :, :, None].bool().to(qkv.device)
+    return _softmax(q, k, exists)
+
+
+def _to_grids(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[C, H, W] → [C, rows, columns, g·g'], zeros in completed positions."""
+    g, g2 = grid
+    x = F.pad(x, (0, -x.shape[-1] % g2, 0, -x.shape[-2] % g))
+    channels, height, width = x.shape
+    return x.reshape(channels, height // g, g, width // g2, g2).transpose(-3, -2).flatten(-2)
+
+
+def _from_grids(x: Tensor, grid: tuple[int, int], size: Sequence[int]) -> Tensor:
+    """[rows, columns, g·g'] → [H, W], the inverse of :func:`_to_grids` without the completed positions."""
+    x = x.reshape(*x.shape[:2], *grid).transpose(-3, -2)
+    return x.flatten(0, 1).flatten(1, 2)[: size[0], : size[1]]
+
+
+def read_model(checkpoint: Path | None, variant: str | None) -> tuple[HATNet, tuple[Sequence[float], Sequence[float]]]:
+    """The model of a checkpoint and how its images are normalised.
+
+    Args:
+        checkpoint: a file or folder of hatnet-train, or, together with ``variant``, any that
+            :func:`hatnet_core.load_checkpoint` reads; None for random weights.
+        variant: of :func:`hatnet_core.list_models`, for checkpoints that do not say what they hold.
+
+    Returns:
+        The model in evaluation mode, and mean and standard deviation of its channels.
+
+    Raises:
+        ValueError: if neither says which model it is, or the checkpoint cannot be read or is of another model.
+        FileNotFoundError: if there is no such checkpoint.
+    """
+    if checkpoint is None:
+        if variant is None:
+            raise ValueError("expected --checkpoint, or --variant for a model with random weights")
+        return create_model(variant).eval(), (MEAN, STD)
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"no checkpoint at {checkpoint}: expected an existing file or folder")
+    record = read_metadata(checkpoint) if has_metadata(checkpoint) else {}
+    if "config" in record and variant is None:
+        model = build_model(record["config"], checkpoint)
+    elif variant is not None:
+        model = create_model(variant, num_classes=head_size(read_state(checkpoint)[0]))
+    else:
+        raise ValueError(f"{checkpoint} does not say which model it holds: name it with --variant")
+    load_checkpoint(model, checkpoint)
+    return model.eval(), (record.get("mean", MEAN), record.get("std", STD))
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file in RGB.
+
+    Raises:
+        ValueError: if it is no image that Pillow reads, or beyond ``MAX_PIXELS``.
+        FileNotFoundError: if there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no image at {path}: expected an existing image file")
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{path} is {image.width}×{image.height}: expected at most {MAX_PIXELS} pixels")
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a readable image: {error}") from error
+
+
+def to_input(image: Image.Image, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """An image scaled to ``size`` (height, width) and normalised, [1, 3, H, W]."""
+    scaled = image.resize(size[::-1], Image.Resampling.BICUBIC)
+    pixels = torch.frombuffer(bytearray(scaled.tobytes()), dtype=torch.uint8)
+    x = pixels.reshape(*size, 3).permute(2, 0, 1) / 255
+    return ((x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])[None]
+
+
+def to_position(point: tuple[float, float], image: Image.Image, weights: AttentionWeights) -> tuple[int, int]:
+    """Row and column on a map of the point (x, y) in pixels of the image.
+
+    Raises:
+        ValueError: if the point is outside the image.
+    """
+    x, y = point
+    if not (0 <= x < image.width and 0 <= y < image.height):
+        raise ValueError(f"point must be inside the image of {image.width}×{image.height}, got x={x:g}, y={y:g}")
+    return int(y * weights.height / image.height), int(x * weights.width / image.width)

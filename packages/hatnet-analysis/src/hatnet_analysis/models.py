@@ -1,0 +1,179 @@
+"""Models by name: ours, ``timm/…``, and whatever a config of MMDetection or MMSegmentation describes.
+
+timm and hatnet-dense are optional, and imported only for a name that asks for them. All weights are random, nothing is
+downloaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hatnet_core import create_model, list_models
+
+FORMS = "one of {ours}, timm/NAME, or a config of MMDetection or MMSegmentation"
+
+
+def load_model(name: str, size: tuple[int, int] = (224, 224)) -> nn.Module:
+    """Build a model with random weights, for images of one size.
+
+    Args:
+        name: ``hatnet_small`` or any other of :func:`hatnet_core.list_models`; ``timm/resnet50``; a config of
+            hatnet-dense by its name, of MMDetection or MMSegmentation as ``mmdet::retinanet/…py``, or its file.
+        size: height and width in pixels, for those models of timm that are bound to one.
+
+    Raises:
+        ValueError: if the name is unknown, or the model refuses the size.
+        ImportError: if the library for this kind of name is not installed.
+    """
+    return _builder(name)(size)
+
+
+def check_name(name: str) -> str:
+    """``name``; raises what :func:`load_model` would, as far as that shows without building the model."""
+    _builder(name)
+    return name
+
+
+def _builder(name: str) -> Callable[[tuple[int, int]], nn.Module]:
+    """What builds the model of a name."""
+    if name in list_models(ablations=True):
+        return lambda size: create_model(name)
+    if name.startswith("timm/"):
+        return _timm_builder(name.removeprefix("timm/"))
+    if "::" in name or name.endswith(".py") or _is_dense_config(name):
+        return _dense_builder(name)
+    known = list_models(ablations=True)
+    alike = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {alike[0]}?" if alike else ""
+    raise ValueError(f"unknown model {name!r}; expected {FORMS.format(ours=', '.join(list_models()))}{hint}")
+
+
+def _timm_builder(name: str) -> Callable[[tuple[int, int]], nn.Module]:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"timm/{name} needs timm: pip install 'hatnet-analysis[timm]'") from error
+    if not timm.is_model(name):
+        alike = ", ".join(f"timm/{found}" for found in difflib.get_close_matches(name, timm.list_models(), n=3))
+        raise ValueError(f"unknown model 'timm/{name}'; expected a name that timm.list_models() has {alike}".rstrip())
+
+    def build(size: tuple[int, int]) -> nn.Module:
+        entrypoint: Any = timm.model_entrypoint(name)
+        model: nn.Module = entrypoint(pretrained=False)
+        if "img_size" not in inspect.signature(type(model).__init__).parameters:
+            return model
+        try:
+            return entrypoint(pretrained=False, img_size=size)
+        except (AssertionError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"timm/{name} cannot be built for {size[0]}×{size[1]}: {reason}") from error
+
+    return build
+
+
+def _is_dense_config(name: str) -> bool:
+    """Whether hatnet-dense has a config of this name; looked up without importing it, which takes seconds."""
+    spec = find_spec("hatnet_dense")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return any(Path(folder, "configs", f"{name}.py").is_file() for folder in folders if Path(name).name == name)
+
+
+def _dense_builder(name: str) -> Callable[[tuple[int, int]], nn.Module]:
+    config = _dense_config(name)
+    from hatnet_dense.flops import traceable
+
+    return lambda size: traceable(config)
+
+
+def with_backbone(head: str, backbone: str) -> nn.Module:
+    """A detector or segmenter of one config with the backbone of another, as the paper's Tables 3 and 4 exchange it.
+
+    Args:
+        head: config of MMDetection or MMSegmentation, all of which is kept but the backbone and the neck's inputs.
+        backbone: the config whose backbone it gets, of either library.
+
+    Raises:
+        ImportError: if hatnet-dense is not installed.
+    """
+    from hatnet_dense.flops import traceable
+
+    config, channels = _dense_config(head), _backbone_channels(backbone)
+    config.model.backbone = _scoped_backbone(backbone)
+    config.model.neck.in_channels = channels
+    return traceable(config)
+
+
+def classifier(backbone: str, num_classes: int = 1000) -> nn.Module:
+    """The backbone of a config under a global average pool and a linear layer.
+
+    Args:
+        backbone: config of MMDetection or MMSegmentation.
+        num_classes: outputs of the linear layer.
+    """
+    from mmengine.registry import MODELS, init_default_scope
+
+    _dense_config(backbone)
+    init_default_scope("mmdet")
+    features = MODELS.build(_scoped_backbone(backbone))
+    return _Classifier(features, _backbone_channels(backbone)[-1], num_classes)
+
+
+class _Classifier(nn.Module):
+    def __init__(self, backbone: nn.Module, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] → [B, num_classes]."""
+        return self.head(self.backbone(x)[-1].mean((-2, -1)))
+
+
+def _dense_config(name: str) -> Any:
+    if find_spec("hatnet_dense") is None:
+        raise ImportError(f"{name} needs hatnet-dense: pip install 'hatnet-analysis[dense]'")
+    from hatnet_dense.config import load_config
+
+    return load_config(name)
+
+
+def _scoped_backbone(name: str) -> Any:
+    """The backbone of a config, its type with the name of its library, without the weights it would load."""
+    config = _dense_config(name)
+    backbone = config.model.backbone
+    import_module(f"{config.default_scope}.models")  # registers it
+    backbone.type = f"{config.default_scope}.{backbone.type}"
+    for key in ("init_cfg", "pretrained"):
+        backbone.pop(key, None)
+    return backbone
+
+
+def _backbone_channels(name: str) -> list[int]:
+    """Channels of the maps that a config's neck takes, or, without one, its decode head."""
+    model = _dense_config(name).model
+    return list(model.get("neck", model.get("decode_head")).in_channels)
+
+
+def run_error(name: str, size: tuple[int, int], error: Exception) -> ValueError:
+    """One line about a model that could not run at a size."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ValueError(
+        f"cannot run {name} at {size[0]}×{size[1]}, expected a size that it takes and that fits: {reason}"
+    )
+
+
+def on_meta(name: str) -> nn.Module:
+    """The model of a name, without storage for its weights where its kind allows: shapes suffice to count them."""
+    if name in list_models(ablations=True):
+        with torch.device("meta"):
+            return create_model(name)
+    return load_model(name)

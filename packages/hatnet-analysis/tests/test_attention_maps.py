@@ -1,0 +1,210 @@
+"""Attention maps: against the model's own attention, and on weights that must point somewhere."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from hatnet_analysis.attention_maps import (
+    _from_grids,
+    _to_grids,
+    attention_weights,
+    look,
+    point_attention,
+    read_image,
+    read_model,
+    record_weights,
+    rollout,
+    to_input,
+    to_position,
+)
+from hatnet_analysis.figures import attention_figure, save_figure
+from hatnet_core import HATNet, HierarchicalAttention, create_model, save_checkpoint
+from hatnet_core.attention import Attention, WindowAttention, average_pool, grid_attention, token_attention
+
+SMALL = {"embed_dims": (8, 16, 16, 24), "depths": (1, 2, 1, 1), "head_dim": 8, "mlp_ratios": (2, 2, 2, 2)}
+
+
+def heads_of(x, parts, heads):
+    """[1, parts·heads·d, H, W] → values [heads, H·W, d], the last of the parts."""
+    return x.reshape(parts, heads, -1, x.shape[-2] * x.shape[-1])[-1].transpose(-2, -1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+    grid_size=st.integers(1, 8),
+    pool_size=st.integers(1, 8),
+    heads=st.integers(1, 3),
+)
+def test_the_weights_times_the_values_are_what_the_layer_computes(size, grid_size, pool_size, heads):
+    torch.manual_seed(0)
+    layer = HierarchicalAttention(4 * heads, 4, grid_size, pool_size).double()
+    x = torch.randn(1, 4 * heads, *size, dtype=torch.double)
+    with torch.no_grad():
+        weights = attention_weights(layer, x)
+        qkv = layer.qkv(layer.norm(x))
+        values = torch.stack([_to_grids(v, weights.grid) for v in qkv[0].reshape(3, heads, 4, *size)[2]])
+        local = torch.einsum("hrcnm,hdrcm->hdrcn", weights.local, values)
+        mixed = torch.stack([_from_grids(plane, weights.grid, size) for plane in local.flatten(0, 1)])
+        expected = grid_attention(qkv, heads, grid_size)
+        torch.testing.assert_close(mixed[None], expected)
+        a1 = layer.grid_norm(x + expected)
+        kv = layer.kv(layer.pool_norm(average_pool(a1, pool_size)))
+        out = weights.global_ @ heads_of(kv, 2, heads)
+        torch.testing.assert_close(
+            out.transpose(-2, -1).reshape(1, 4 * heads, *size), token_attention(heads, layer.q(a1), kv)
+        )
+    for rows in (weights.local, weights.global_):
+        torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows.sum(-1)))
+
+
+def test_plain_attention_has_global_weights_alone():
+    torch.manual_seed(0)
+    layer, x = Attention(16, 8), torch.randn(1, 16, 3, 5)
+    with torch.no_grad():
+        weights = attention_weights(layer, x)
+        qkv = layer.qkv(layer.norm(x))
+        out = (weights.global_ @ heads_of(qkv, 3, 2)).transpose(-2, -1).reshape(1, 16, 3, 5)
+        torch.testing.assert_close(out, token_attention(2, qkv))
+    assert weights.local is None
+    assert weights.pool_size == 1
+
+
+def test_an_attention_in_windows_is_refused():
+    with pytest.raises(ValueError, match="expected H-MHSA or plain MHSA, got WindowAttention"):
+        attention_weights(WindowAttention(8, 8), torch.zeros(1, 8, 7, 7))
+
+
+def pointing(grid_size=4, pool_size=2):
+    """An attention whose every query asks for a large first channel: each position looks where that is largest."""
+    layer = HierarchicalAttention(4, 4, grid_size, pool_size)
+    with torch.no_grad():
+        for convolution in (layer.qkv, layer.q, layer.kv):
+            convolution.weight.zero_()
+            convolution.bias.zero_()
+        layer.qkv.bias[0] = layer.q.bias[0] = 40.0  # the query, the same everywhere
+        layer.qkv.weight[4, 0] = layer.kv.weight[0, 0] = 1.0  # the key is the first channel
+    return layer
+
+
+def test_attention_that_must_point_at_a_bright_position_does():
+    x = torch.zeros(1, 4, 12, 8)
+    x[0, 0, 5, 6] = 8.0  # in the grid of rows 4-7 and columns 4-7, in the pooled position (2, 3)
+    with torch.no_grad():
+        weights = attention_weights(pointing(), x)
+    inside, elsewhere = point_attention(weights, 7, 4, head=0), point_attention(weights, 0, 0)
+    assert (inside.top, inside.left) == (4, 4)
+    assert inside.local.shape == (4, 4)
+    assert inside.local[5 - 4, 6 - 4] > 0.99
+    torch.testing.assert_close(elsewhere.local, torch.full((4, 4), 1 / 16))  # nothing bright in that grid
+    for view in (inside, elsewhere):
+        assert view.global_.shape == (6, 4)
+        assert view.global_[2, 3] > 0.99
+
+
+def test_rollout_through_attention_that_points_somewhere_ends_there():
+    x = torch.zeros(1, 4, 12, 8)
+    x[0, 0, 5, 6] = 8.0
+    with torch.no_grad():
+        weights = attention_weights(pointing(), x)
+    share = rollout([[weights]], (0, 0))
+    assert share.sum().item() == pytest.approx(1)
+    # half stays by the residual of the block, half of the rest by that of A1, half of that spread over its own grid
+    assert share[0, 0].item() == pytest.approx(1 / 2 + 1 / 8 + 1 / 8 / 16)
+    # the global step gives each of the 2×2 of the pool a quarter; each keeps half, and sends half to the bright one
+    assert share[5, 6].item() == pytest.approx(1 / 4 * (1 / 8 + 4 * 1 / 8), rel=0.02)
+    assert share[4, 6].item() == pytest.approx(1 / 4 * 1 / 8, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (37, 50), (224, 224)])
+@pytest.mark.parametrize("point", [None, (0, 1)])
+def test_rollout_over_a_model_is_a_distribution_over_the_first_map(size, point):
+    torch.manual_seed(0)
+    recorded = record_weights(HATNet(**SMALL), torch.randn(1, 3, *size))
+    assert [len(stage) for stage in recorded] == [1, 2, 1, 1]
+    share = rollout(recorded, point)
+    assert share.shape == (-(-size[0] // 4), -(-size[1] // 4))
+    assert share.min() >= 0
+    assert share.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_point_is_found_on_the_map_of_a_stage():
+    image = Image.new("RGB", (300, 200))
+    recorded = record_weights(HATNet(**SMALL), torch.zeros(1, 3, 64, 96))
+    assert to_position((299, 0), image, recorded[0][0]) == (0, 23)
+    assert to_position((0, 199.9), image, recorded[2][0]) == (3, 0)
+    view = look(recorded, image, (150, 100), stage=3, block=0, head=1)
+    assert (view.attention.row, view.attention.column) == (4, 6)
+    assert (view.stage, view.block, view.head) == (3, 0, 1)
+    record = view.record()
+    assert len(record["global"]) * len(record["global"][0]) == view.attention.global_.numel()
+    assert sum(map(sum, record["local"])) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"point": (300, 0)}, "point must be inside the image of 300×200, got x=300, y=0"),
+        ({"point": (0, -1)}, "point must be inside the image of 300×200, got x=0, y=-1"),
+        ({"point": (float("nan"), 0)}, "point must be inside the image"),
+        ({"stage": 6}, "stage must be from 2 to 5, got 6"),
+        ({"block": 2}, "block of stage 3 must be from 0 to 1, got 2"),
+        ({"block": -1}, "block of stage 3 must be from 0 to 1, got -1"),
+        ({"head": 2}, "head must be from 0 to 1, got 2"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_name(arguments, message):
+    recorded = record_weights(HATNet(**SMALL), torch.zeros(1, 3, 64, 96))
+    with pytest.raises(ValueError, match=message):
+        look(recorded, Image.new("RGB", (300, 200)), **{"point": (0, 0), "stage": 3, **arguments})
+
+
+def test_a_picture_shows_the_point_in_five_panels(tmp_path):
+    image = Image.linear_gradient("L").resize((120, 80)).convert("RGB")
+    model = HATNet(**SMALL)
+    recorded = record_weights(model, to_input(image, (64, 96), (0.5,) * 3, (0.5,) * 3))
+    for stage in (2, 5):
+        figure = attention_figure(image, look(recorded, image, (70, 30), stage))
+        assert len(figure.axes) == 5
+        marks = [line for axes in figure.axes for line in axes.lines]
+        assert [line.get_xydata().tolist() for line in marks] == [[[70, 30]]] * 5
+        assert len(figure.axes[0].patches) == (1 if stage == 2 else 0)  # the frame of the grid
+        save_figure(figure, tmp_path / f"{stage}.png")
+        with Image.open(tmp_path / f"{stage}.png") as drawn:
+            assert drawn.convert("RGB").getcolors(100) is None  # more colours than that
+
+
+def test_a_checkpoint_says_which_model_it_is_and_how_images_are_normalised(tmp_path):
+    torch.manual_seed(0)
+    model = create_model("hatnet_tiny", num_classes=3)
+    save_checkpoint(model, tmp_path / "own.safetensors", {"mean": [0.1] * 3, "std": [0.2] * 3})
+    loaded, normalisation = read_model(tmp_path / "own.safetensors", None)
+    assert normalisation == ([0.1] * 3, [0.2] * 3)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict())
+    torch.save(model.state_dict(), tmp_path / "foreign.pth")
+    loaded, _ = read_model(tmp_path / "foreign.pth", "hatnet_tiny")
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match=r"foreign\.pth does not say which model it holds: name it with --variant"):
+        read_model(tmp_path / "foreign.pth", None)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        read_model(tmp_path / "absent.pth", "hatnet_tiny")
+    with pytest.raises(ValueError, match="expected --checkpoint, or --variant"):
+        read_model(None, None)
+
+
+def test_a_file_that_is_no_image_is_refused_by_name(tmp_path, monkeypatch):
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"text\.png is not a readable image"):
+        read_image(tmp_path / "text.png")
+    with pytest.raises(FileNotFoundError, match=r"no image at .*absent\.png: expected an existing image file"):
+        read_image(tmp_path / "absent.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"cut\.png is not a readable image"):
+        read_image(tmp_path / "cut.png")
+    monkeypatch.setattr("hatnet_analysis.attention_maps.MAX_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"whole\.png is 40×30: expected at most 100 pixels"):
+        read_image(tmp_path / "whole.png")

@@ -1,0 +1,84 @@
+"""Models by name: ours, timm's, and configs of the dense libraries; what is refused, and how."""
+
+import builtins
+import importlib.util
+
+import pytest
+import torch
+
+from hatnet_analysis.models import check_name, classifier, load_model, with_backbone
+from hatnet_core import HATNet
+
+
+def test_a_name_of_ours_is_our_model_ablations_included():
+    assert isinstance(load_model("hatnet_small_gelu"), HATNet)
+
+
+def test_a_model_of_timm_that_is_bound_to_a_size_is_built_for_the_size_asked_for():
+    image = torch.zeros(1, 3, 96, 160)
+    with torch.no_grad():
+        assert load_model("timm/deit_tiny_patch16_224", (96, 160)).eval()(image).shape == (1, 1000)
+        assert load_model("timm/resnet18", (96, 160)).eval()(image).shape == (1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("hatnet_smal", ["unknown model 'hatnet_smal'", "hatnet_tiny", "did you mean hatnet_small?"]),
+        ("timm/resnet_50", ["unknown model 'timm/resnet_50'", "timm/resnet50"]),
+        ("timm/hf-hub:someone/something", ["unknown model 'timm/hf-hub:someone/something'"]),
+        ("nowhere.py", ["no config nowhere.py"]),
+        ("mmdet::nowhere.py", ["no config nowhere.py in mmdet"]),
+        ("../configs/mask-rcnn_hatnet-t_fpn_1x_coco", ["unknown model"]),
+    ],
+)
+def test_an_unknown_name_is_refused_with_what_was_expected(name, said):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # the words are checked below
+        check_name(name)
+    assert all(words in str(error.value) for words in said)
+
+
+def test_a_size_that_a_model_cannot_be_built_for_is_refused():
+    with pytest.raises(ValueError, match="timm/twins_svt_small cannot be built for 8×8"):
+        load_model("timm/twins_svt_small", (8, 8))
+
+
+def test_without_timm_its_models_say_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def absent(name, *arguments, **keywords):
+        if name == "timm":
+            raise ImportError(name)
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(ImportError, match=r"timm/resnet18 needs timm: pip install 'hatnet-analysis\[timm\]'"):
+        check_name("timm/resnet18")
+
+
+def test_without_hatnet_dense_its_configs_say_what_to_install(monkeypatch):
+    monkeypatch.setattr("hatnet_analysis.models.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"mmdet::a\.py needs hatnet-dense: pip install 'hatnet-analysis\[dense\]'"):
+        check_name("mmdet::a.py")
+    with pytest.raises(ValueError, match="unknown model 'mask-rcnn_hatnet-t_fpn_1x_coco'"):
+        check_name("mask-rcnn_hatnet-t_fpn_1x_coco")
+
+
+dense = pytest.mark.skipif(importlib.util.find_spec("mmdet") is None, reason="needs MMDetection and MMSegmentation")
+
+
+@dense
+def test_a_segmenter_takes_the_backbone_of_a_detector():
+    head = "mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py"
+    model = with_backbone(head, "mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py")
+    assert type(model.model.backbone).__name__ == "PyramidVisionTransformer"
+    with torch.no_grad():
+        (logits,) = model(torch.zeros(1, 3, 64, 64))
+    assert logits.shape[:2] == (1, 150)
+
+
+@dense
+def test_a_backbone_becomes_a_classifier():
+    model = classifier("mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py").eval()
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)

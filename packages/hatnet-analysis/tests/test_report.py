@@ -1,0 +1,94 @@
+"""The page without a browser: one file, whole or absent, that holds what the command measured."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hatnet_analysis.attention_maps import record_weights, rollout, to_input
+from hatnet_analysis.report import _rows, write_report
+from hatnet_core import create_model, save_checkpoint
+
+
+def decoded(packed, size):
+    values = np.frombuffer(base64.b64decode(packed["values"]), np.uint8).reshape(-1, size) / 255
+    low, high = np.frombuffer(base64.b64decode(packed["ranges"]), np.float32).reshape(-1, 2).T
+    return torch.tensor(low[:, None] + (high - low)[:, None] * values)
+
+
+def test_rows_keep_their_values_to_a_part_in_510_of_their_range():
+    torch.manual_seed(0)
+    values = torch.rand(5, 7, 9)
+    error = (decoded(_rows(values), 9) - values.reshape(-1, 9)).abs().amax(-1)
+    spans = values.reshape(-1, 9).amax(-1) - values.reshape(-1, 9).amin(-1)
+    assert (error <= spans / 509).all()
+    assert (decoded(_rows(torch.full((2, 4), 0.25)), 4) == 0.25).all()
+
+
+def test_the_explorer_holds_the_weights_of_every_block_of_the_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    model = create_model("hatnet_tiny", num_classes=3)
+    save_checkpoint(model, tmp_path / "model.safetensors", {"mean": [0.5] * 3, "std": [0.5] * 3})
+    Image.linear_gradient("L").resize((90, 60)).convert("RGB").save(tmp_path / "image.png")
+    path = write_report(
+        tmp_path / "out",
+        ["attention"],
+        image=tmp_path / "image.png",
+        checkpoint=tmp_path / "model.safetensors",
+    )
+    assert path == tmp_path / "out" / "index.html"
+    assert [file.name for file in path.parent.iterdir()] == ["index.html"]
+    page = path.read_text(encoding="utf-8")
+    assert "{{" not in page
+    assert not re.search(r"""(src|href)=["'](?!data:|\#)""", page)  # nothing to load
+    assert "12.3 M parameters, the weights of model.safetensors" in page
+    data = json.loads(re.search(r'id="explorer-data">(.*?)</script>', page, re.DOTALL)[1])
+    with Image.open(tmp_path / "image.png") as image:
+        recorded = record_weights(model, to_input(image, (224, 224), [0.5] * 3, [0.5] * 3))
+    blocks = [weights for stage in recorded for weights in stage]
+    assert [(block["stage"], block["block"]) for block in data["blocks"]] == [
+        (stage + 2, i) for stage, number in enumerate((2, 2, 6, 3)) for i in range(number)
+    ]
+    for packed, weights in zip(data["blocks"], blocks, strict=True):
+        size = weights.global_.shape[-1]
+        torch.testing.assert_close(
+            decoded(packed["global"], size), weights.global_.reshape(-1, size).double(), atol=1e-3, rtol=0
+        )
+        assert (packed["local"] is None) == (weights.local is None)
+    shares = decoded(data["rollout"]["shares"], 56 * 56)
+    torch.testing.assert_close(shares[7 * 3 + 2], rollout(recorded, (3, 2)).flatten().double(), atol=1e-3, rtol=0)
+
+
+def test_tables_stand_in_the_page_with_their_verdicts(tmp_path):
+    page = write_report(tmp_path, ["tables"], tables=["1"]).read_text(encoding="utf-8")
+    assert page.count("<table>") == 1
+    for words in ("hatnet_large", "63.11", "equal", "C320 K3 E4 ×27", "Table 1"):
+        assert words in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sections": ["prices"]}, "unknown section 'prices'; expected one of tables, complexity"),
+        ({"device": "cuda:99"}, "device cuda:99 is not there"),
+        ({"sections": ["attention"], "variant": "hatnet_huge"}, "unknown model 'hatnet_huge'"),
+    ],
+)
+def test_what_is_refused_leaves_no_folder(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        write_report(tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_measurement_that_fails_leaves_no_page(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise ValueError("no such table")
+
+    monkeypatch.setattr("hatnet_analysis.report.table_rows", fails)
+    with pytest.raises(ValueError, match="no such table"):
+        write_report(tmp_path, ["tables"])
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,109 @@
+"""What is measured is what runs; the figures themselves are judged by nobody here."""
+
+import pytest
+import torch
+
+from hatnet_analysis.figures import compare_figure
+from hatnet_analysis.throughput import Settings, checked_device, compare, measure_throughput, paper_top1
+
+QUICK = {"batch": 2, "size": (32, 32), "rounds": 3, "seconds": 0.01}
+
+
+def test_models_take_turns_and_the_first_is_the_measure_of_the_others():
+    turns = []
+    first, second = measure_throughput(["hatnet_tiny", "timm/resnet18"], Settings(**QUICK), turns.append)
+    assert turns == [
+        "warming up hatnet_tiny",
+        "warming up timm/resnet18",
+        "round 1 of 3: hatnet_tiny",
+        "round 1 of 3: timm/resnet18",
+        "round 2 of 3: timm/resnet18",
+        "round 2 of 3: hatnet_tiny",
+        "round 3 of 3: hatnet_tiny",
+        "round 3 of 3: timm/resnet18",
+    ]
+    assert first["ratio"] == first["ratio_lowest"] == first["ratio_highest"] == 1
+    assert second["ratio_lowest"] <= second["ratio"] <= second["ratio_highest"]
+    for row in (first, second):
+        assert row["images_per_second_lowest"] <= row["images_per_second"] <= row["images_per_second_highest"]
+        assert row["latency_ms_p50"] <= row["latency_ms_p95"] <= row["latency_ms_p99"]
+        # two images a step
+        assert row["latency_ms_p50"] == pytest.approx(2000 / row["images_per_second"], rel=0.9)
+        assert row["mode"] == "inference"
+    assert first["params"] == 12_650_152
+
+
+def test_training_takes_more_memory_than_inference():
+    (inference,) = measure_throughput(["hatnet_tiny"], Settings(**QUICK))
+    (training,) = measure_throughput(["hatnet_tiny"], Settings(**QUICK, train=True))
+    assert training["mode"] == "training"
+    assert training["peak_memory"] > inference["peak_memory"] + 4 * training["params"]  # the gradients
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dtype": "bfloat16"}, {"channels_last": True}, {"dtype": "bfloat16", "train": True}]
+)
+def test_other_settings_run_and_stand_in_the_row(settings):
+    (row,) = measure_throughput(["hatnet_tiny"], Settings(**QUICK, **settings))
+    assert all(row["mode" if name == "train" else name] in (value, "training") for name, value in settings.items())
+    assert row["images_per_second"] > 0
+
+
+def test_the_settings_reach_the_model(monkeypatch):
+    seen = {}
+
+    class Probe(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 5)
+
+        def forward(self, x):
+            seen["format"] = x.is_contiguous(memory_format=torch.channels_last)
+            seen["training"] = self.training
+            out = self.linear(x.mean((-2, -1)))
+            seen["dtype"] = out.dtype
+            return out
+
+    monkeypatch.setattr("hatnet_analysis.throughput.load_model", lambda name, size: Probe())
+    measure_throughput(["probe"], Settings(**QUICK, dtype="bfloat16", channels_last=True, train=True))
+    assert seen == {"format": True, "training": True, "dtype": torch.bfloat16}
+    measure_throughput(["probe"], Settings(**QUICK))
+    assert seen == {"format": False, "training": False, "dtype": torch.float32}
+
+
+def test_a_comparison_joins_speed_flops_and_the_papers_top_1():
+    rows = compare(["hatnet_tiny", "timm/resnet18", "timm/convnext_atto"], Settings(**QUICK))
+    assert [row["paper_top1"] for row in rows] == [79.8, 68.5, None]
+    assert all(row["flops_complete"] >= row["flops_paper"] > 0 for row in rows)
+    flops, speed = compare_figure(rows).axes
+    assert len(flops.texts) == len(speed.texts) == 2  # without a figure of a paper there is no place on the plot
+
+
+def test_top_1_is_that_of_table_2_or_of_the_peers_own_paper():
+    assert paper_top1("hatnet_large") == 84.2
+    assert paper_top1("timm/swin_tiny_patch4_window7_224") == 81.3
+    assert paper_top1("timm/convnext_tiny") == 82.1
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("tpu9", "unknown device 'tpu9'; expected cpu, cuda or cuda:N"),
+        ("meta", "unknown device 'meta'; expected cpu, cuda or cuda:N"),
+        ("cuda:99", r"device cuda:99 is not there; found \d+ CUDA devices"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(device, message):
+    with pytest.raises(ValueError, match=message):
+        checked_device(device)
+
+
+def test_a_model_that_refuses_the_size_is_named():
+    with pytest.raises(ValueError, match="cannot run timm/coatnet_0_224 at 100×100, expected a size that it takes"):
+        measure_throughput(["timm/coatnet_0_224"], Settings(**{**QUICK, "size": (100, 100)}))
+
+
+def test_a_model_that_is_no_classifier_is_not_trained(monkeypatch):
+    monkeypatch.setattr("hatnet_analysis.throughput.load_model", lambda name, size: torch.nn.Conv2d(3, 4, 1))
+    with pytest.raises(ValueError, match=r"cannot run conv at 32×32.*only classifiers are trained here"):
+        measure_throughput(["conv"], Settings(**QUICK, train=True))
