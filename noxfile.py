@@ -179,8 +179,8 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("subject", ["training", "dense"], ids=["training", "dense"])
+@nox.parametrize("subject", ["training", "dense", "analysis"], ids=["training", "dense", "analysis"])
 def bench(session: nox.Session, subject: str) -> None:
-    """Measure; "bench(training)" is loader, engine, checkpoints and scaling, "bench(dense)" shapes and detectors."""
-    install(session, {"training": "train", "dense": "dense"}[subject], groups=("photographs",))
+    """Measure "training" (loader, engine, checkpoints), "dense" (shapes, detectors) or "analysis" (paper, peers)."""
+    install(session, {"training": "train"}.get(subject, subject), groups=("photographs",))
     session.run("python", f"benchmarks/{subject}.py", *(session.posargs or ["--out", "docs/benchmarks"]))

@@ -127,8 +127,8 @@ def compare(
         progress: likewise.
 
     Returns:
-        The rows of :func:`measure_throughput` with ``flops_paper``, ``flops_complete`` and ``paper_top1``, None for models
-        of no known paper.
+        The rows of :func:`measure_throughput` with ``flops_paper``, ``flops_complete`` and ``paper_top1``, None for
+        models of no known paper.
     """
     rows = measure_throughput(names, settings, progress)
     for row in rows:

@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-TORCH = 'pip install "torch>=2.10,<2.15"'
-"""MMCV 2.1 is C++17; the headers of torch 2.15 want C++20."""
+TORCH = 'pip install "torch>=2.10,<2.14"'
+"""MMCV 2.1 is C++17; the headers of torch 2.14 want C++20."""
 
 SETUPTOOLS = 'pip install "setuptools<81"'
 """MMEngine imports pkg_resources, which setuptools dropped with version 81."""
