@@ -13,7 +13,7 @@ from math import ceil
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hatnet_analysis.flops import example_image, trace
 from hatnet_core import HATNet
@@ -151,12 +151,12 @@ def reduction_weights(height: int, width: int, heads: int, reduction: int) -> in
     return heads * positions * (positions // reduction**2)
 
 
-def attention_macs(module: HierarchicalAttention | Attention, height: int, width: int) -> int:
-    """Multiply-adds that Eq. 15 (of stage 5: Eq. 5) speaks of, counted on a built attention that runs on an H×W map.
+def attention_macs(module: nn.Module, height: int, width: int) -> int:
+    """Multiply-adds that Eq. 5 and Eq. 15 speak of, counted on a built attention that runs on an H×W map.
 
-    Every convolution but W^p, and the products of the attention.
+    Every convolution but W^p, which is ``module.proj``, and the products of the attention.
     """
-    weight = module.qkv.weight
+    weight: Tensor = module.get_submodule("proj").weight  # type: ignore[assignment]
     x = torch.zeros(1, weight.shape[1], height, width, device=weight.device, dtype=weight.dtype)
     analysis = trace(module, x)
     operators = analysis.by_operator()

@@ -47,14 +47,15 @@ def save_figure(figure: Figure, path: Path) -> None:
 def growth_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     """Log-log plots over the side of the image: multiply-adds, time and memory; points are measured, lines formulas.
 
-    A line of time or memory is its formula, scaled so as to pass through the largest measured point.
+    A line of multiply-adds is its formula; one of time or memory is its formula, scaled so as to pass through the
+    largest measured point.
 
     Args:
         rows: of :func:`hatnet_analysis.growth.growth`.
     """
     figure = new_figure(13, 4.6)
     panels = figure.subplots(1, 3)
-    _panel(panels[0], rows, None, lambda row: row["macs"] / 1e9, "multiply-adds (G), Eq. 5 and 15")
+    _panel(panels[0], rows, "measured_macs", lambda row: row["macs"], "multiply-adds (G), Eq. 5 and 15", 1e9)
     _panel(panels[1], rows, "seconds_fused", lambda row: row["macs"], "time (s), fused attention")
     _panel(panels[2], rows, "memory_materialised", _values, "peak memory (MB), attention weights materialised", 1e6)
     panels[0].legend(frameon=False, fontsize=9)
@@ -67,20 +68,17 @@ def _values(row: dict[str, Any]) -> float:
 
 
 def _panel(
-    axes: Any, rows: Sequence[dict[str, Any]], measured: str | None, line: Any, title: str, unit: float = 1.0
+    axes: Any, rows: Sequence[dict[str, Any]], measured: str, line: Any, title: str, unit: float = 1.0
 ) -> None:
     for contender in CONTENDERS:
         own = [row for row in rows if row["attention"] == contender.name]
-        points = [(row["size"], row[measured] / unit) for row in own if measured and row[measured]]
-        lines = [line(row) for row in own]
-        if measured:
-            largest = next((row for row in reversed(own) if row[measured]), None)
-            if largest is None:
-                continue
-            scale = largest[measured] / unit / line(largest)
-            lines = [scale * value for value in lines]
-        colour = COLOURS[contender.name]
-        axes.plot([row["size"] for row in own], lines, color=colour, label=contender.name, linewidth=1.4)
+        points = [(row["size"], row[measured] / unit) for row in own if row[measured]]
+        largest = next((row for row in reversed(own) if row[measured]), None)
+        if largest is None:
+            continue
+        scale = 1 / unit if measured == "measured_macs" else largest[measured] / unit / line(largest)
+        colour, sizes = COLOURS[contender.name], [row["size"] for row in own]
+        axes.plot(sizes, [scale * line(row) for row in own], color=colour, label=contender.name, linewidth=1.4)
         axes.plot([size for size, _ in points], [value for _, value in points], "o", color=colour, markersize=5)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
