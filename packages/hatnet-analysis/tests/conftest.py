@@ -14,6 +14,8 @@ with warnings.catch_warnings():
     # torch.jit again, and importlib's own of pkg_resources; absent in an environment without the dense libraries
     warnings.simplefilter("ignore")
     with contextlib.suppress(ImportError):
+        import mmdet.models  # noqa: F401
+        import mmseg.models  # noqa: F401
         import pkg_resources  # noqa: F401
 
         import hatnet_dense  # noqa: F401

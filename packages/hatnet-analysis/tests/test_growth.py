@@ -87,6 +87,12 @@ def test_what_would_not_fit_or_take_too_long_is_left_out_with_the_reason(monkeyp
     assert row["not_measured"].startswith("both ways: ")
 
 
+def test_sizes_in_any_order_are_measured_once_and_in_order():
+    rows = growth((64, 32, 64), rounds=1)
+    assert [row["size"] for row in rows] == [32, 64] * len(CONTENDERS)
+    assert [row["macs"] for row in exponents(rows)] == [row["macs"] for row in exponents(growth((32, 64), rounds=1))]
+
+
 @pytest.mark.parametrize("size", [0, 100, -32])
 def test_a_size_that_is_no_multiple_of_32_is_refused(size):
     with pytest.raises(ValueError, match=f"sizes must be multiples of 32, got {size}"):

@@ -61,6 +61,8 @@ def test_a_detector_of_table_4_counts_as_was_found_with_another_program(monkeypa
     rows = rows_of(monkeypatch, "4", lambda row: row.model in ("RetinaNet, HAT-Net-Tiny", "RetinaNet, R-50"))
     tiny = rows["RetinaNet, HAT-Net-Tiny"]
     assert tiny["flops_g_complete"] == pytest.approx(203.3, abs=0.05)
+    assert tiny["difference_params_m"] == tiny["params_m"] - 21.6
+    assert tiny["difference_flops_g_complete"] == tiny["flops_g_complete"] - 212
     assert tiny["params_m"] == pytest.approx(22.16, abs=0.005)
     assert "0.5 M below" in tiny["reason"]
     r50 = rows["RetinaNet, R-50"]

@@ -84,6 +84,14 @@ def test_what_is_refused_leaves_no_folder(arguments, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_one_is_refused_before_any_measurement(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"needs a folder that can be made and written, got .*file"):
+            write_report(out, ["tables"], tables=["1"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_measurement_that_fails_leaves_no_page(tmp_path, monkeypatch):
     def fails(*arguments):
         raise ValueError("no such table")

@@ -99,11 +99,11 @@ def test_a_device_that_is_not_there_is_refused(device, message):
 
 
 def test_a_model_that_refuses_the_size_is_named():
-    with pytest.raises(ValueError, match="cannot run timm/coatnet_0_224 at 100×100, expected a size that it takes"):
+    with pytest.raises(ValueError, match="cannot run timm/coatnet_0_224 at 2 images of 100×100, expected a batch"):
         measure_throughput(["timm/coatnet_0_224"], Settings(**{**QUICK, "size": (100, 100)}))
 
 
 def test_a_model_that_is_no_classifier_is_not_trained(monkeypatch):
     monkeypatch.setattr("hatnet_analysis.throughput.load_model", lambda name, size: torch.nn.Conv2d(3, 4, 1))
-    with pytest.raises(ValueError, match=r"cannot run conv at 32×32.*only classifiers are trained here"):
+    with pytest.raises(ValueError, match=r"cannot run conv at 2 images of 32×32.*only classifiers are trained here"):
         measure_throughput(["conv"], Settings(**QUICK, train=True))

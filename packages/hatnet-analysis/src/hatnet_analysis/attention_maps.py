@@ -366,6 +366,7 @@ def read_model(checkpoint: Path | None, variant: str | None) -> tuple[HATNet, tu
     elif variant is not None:
         model = create_model(variant, num_classes=head_size(read_state(checkpoint)[0]))
     else:
+        read_state(checkpoint)  # says so if it is no checkpoint at all
         raise ValueError(f"{checkpoint} does not say which model it holds: name it with --variant")
     load_checkpoint(model, checkpoint)
     return model.eval(), (record.get("mean", MEAN), record.get("std", STD))

@@ -7,6 +7,7 @@ one line goes to stderr and the exit status is 2. What is measured is in the mod
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -33,10 +34,6 @@ One multiply-add is one FLOP. Two conventions stand side by side:
   complete  these and the products of activations, the two of every attention"""
 
 
-REFUSALS = (RuntimeError, AssertionError, IndexError, TypeError, KeyError)
-"""What models raise, beside ValueError, when they are built for or run at a size that they do not take."""
-
-
 class Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line."""
 
@@ -55,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with status 2 on bad input, 0 after ``--help`` and ``--version``.
     """
     parser = _parser()
-    args, unknown = parser.parse_known_args(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as below; names of models are looked up while they are read
+        args, unknown = parser.parse_known_args(argv)
     if unknown:
         usage = " ".join(args.parser.format_usage().split()).removeprefix("usage: ")
         args.parser.error(f"unknown argument {unknown[0]!r}; expected {usage}")
@@ -64,21 +63,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             # of torch's compiler, fvcore and the libraries of dense tasks; nothing a user of this command can change
             warnings.simplefilter("ignore")
             output = args.run(args)
+        print(output, flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough; what Python still holds goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        args.parser.exit(1)
     except (ValueError, ImportError, OSError) as error:
         args.parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
         args.parser.exit(130, f"{args.parser.prog}: interrupted\n")
-    print(output)
 
 
 def params(args: argparse.Namespace) -> str:
     """A row for each model or part: its number of parameters."""
     from hatnet_analysis.flops import block_names, count_params, stage_names
-    from hatnet_analysis.models import on_meta
+    from hatnet_analysis.models import on_meta, refusals
 
     rows: list[Row] = []
     for name in args.models:
-        model = on_meta(name)
+        with refusals(name, (224, 224)):
+            model = on_meta(name)
         if args.by == "model":
             rows.append({"model": name, "params": count_params(model)})
             continue
@@ -90,23 +93,14 @@ def params(args: argparse.Namespace) -> str:
 def flops(args: argparse.Namespace) -> str:
     """A row for each model or part: its FLOPs in both conventions at the size asked for."""
     from hatnet_analysis.flops import count_flops
-    from hatnet_analysis.models import load_model, run_error
+    from hatnet_analysis.models import load_model, refusals
 
     height, width = args.size
     rows: list[Row] = []
     for name in args.models:
         _progress(f"counting {name} at {height}×{width}")
-        try:
-            model = load_model(name, args.size)
-            counted = count_flops(model, height, width)
-        except (
-            RuntimeError,
-            AssertionError,
-            IndexError,
-            TypeError,
-            KeyError,
-        ) as error:  # a model that refuses the size
-            raise run_error(name, args.size, error) from error
+        with refusals(name, args.size):
+            counted = count_flops(load_model(name, args.size), height, width)
         parts = {"model": {"": counted.total}, "stage": counted.stages, "block": counted.blocks}
         parts["operator"] = counted.operators
         for part, count in parts[args.by].items():
@@ -120,8 +114,12 @@ def complexity(args: argparse.Namespace) -> str:
     """Eq. 5 and 15 beside the measured products, a row a stage; or the growth of four attentions."""
     from hatnet_analysis.paper import eq15_rows
 
+    if args.growth and args.models:
+        raise ValueError(f"--growth is about single layers and takes no model, got {args.models[0]}")
     if args.growth:
         return _growth(args)
+    if args.out is not None:
+        raise ValueError(f"--out is the plot of --growth, which is not given, got {args.out}")
     rows = []
     for name in args.models or list_models():
         if name not in list_models(ablations=True):
@@ -137,21 +135,24 @@ def _growth(args: argparse.Namespace) -> str:
 
     out = _writable(args.out)
     rows = growth(args.sizes, str(checked_device(args.device)), progress=_progress)
+    powers, found = exponents(rows), crossings(rows)
     if out is not None:
         save_figure(growth_figure(rows), out)
     if args.format == "json":
-        return render([{"growth": rows, "exponents": exponents(rows), "crossings": crossings(rows)}], "json")
-    named = [row for row in crossings(rows) if row["crossing"] is not None]
+        return render([{"growth": rows, "exponents": powers, "crossings": found}], "json")
+    named = [row for row in found if row["crossing"] is not None]
     parts = [render(rows, args.format), "power of the number of pixels between the two largest sizes measured:"]
-    parts += [render(exponents(rows), args.format), "from where on the first is the dearer one:"]
+    parts += [render(powers, args.format), "from where on the first is the dearer one:"]
     return "\n\n".join([*parts, render(named, args.format)])
 
 
 def paper(args: argparse.Namespace) -> str:
     """The tables of the paper beside what is measured."""
     from hatnet_analysis.paper import table_rows
+    from hatnet_analysis.throughput import checked_device
 
-    tables = {table: table_rows(table, _progress) for table in args.table}
+    device = str(checked_device(args.device))
+    tables = {table: table_rows(table, _progress, device) for table in args.table}
     if args.format == "json":
         return render([row for rows in tables.values() for row in rows], "json")
     titled = (f"{_title(table)}\n\n{render(rows, args.format)}" for table, rows in tables.items())
@@ -225,8 +226,8 @@ def _writable(path: Path | None) -> Path | None:
         return None
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"--out must end in .png or .svg, got {path}")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out must be in a folder that exists, got {path}")
+    if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--out must be a file in a folder that exists and can be written, got {path}")
     return path
 
 
@@ -308,6 +309,7 @@ def _add_paper(commands: Any) -> None:
     )
     command = _command(commands, "paper", paper, "the paper's tables, measured", text)
     _table(command)
+    command.add_argument("--device", default="cpu", help="for 'memory': cpu or cuda (default: cpu)")
 
 
 def _add_throughput(commands: Any) -> None:

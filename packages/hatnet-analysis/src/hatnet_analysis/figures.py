@@ -67,9 +67,7 @@ def _values(row: dict[str, Any]) -> float:
     return float(2 * row["weights"] + 5 * row["height"] * row["width"] * DIM)
 
 
-def _panel(
-    axes: Any, rows: Sequence[dict[str, Any]], measured: str, line: Any, title: str, unit: float = 1.0
-) -> None:
+def _panel(axes: Any, rows: Sequence[dict[str, Any]], measured: str, line: Any, title: str, unit: float = 1.0) -> None:
     for contender in CONTENDERS:
         own = [row for row in rows if row["attention"] == contender.name]
         points = [(row["size"], row[measured] / unit) for row in own if row[measured]]

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from hatnet_core.model import MIN_SIZE
 
 ACTIVATION_PRODUCTS = ("attention", "matmul", "mm", "bmm", "baddbmm", "einsum")
-"""Operators whose two factors are activations; only ``complete`` counts them."""
+"""Operators whose two factors are activations, as a rule: convolutions and linear layers have operators of their own.
+Only ``complete`` counts them; a product with a weight that a model writes as one of these counts as such, too."""
 
 MULTIPLIES = re.compile(
     r"mm|addmm|bmm|baddbmm|addbmm|matmul|mv|addmv|dot|vdot|inner|outer|ger|addr|einsum|tensordot|kron|cdist"

@@ -150,7 +150,7 @@ def growth(
             raise ValueError(f"sizes must be multiples of 32, got {size}")
     rows = []
     for contender in CONTENDERS:
-        for size in sizes:
+        for size in sorted(set(sizes)):
             progress(f"{contender.name} at {size}×{size}")
             rows.append(_point(contender, size, torch.device(device), rounds))
     return rows

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,7 +65,8 @@ def _timm_builder(name: str) -> Callable[[tuple[int, int]], nn.Module]:
         raise ImportError(f"timm/{name} needs timm: pip install 'hatnet-analysis[timm]'") from error
     if not timm.is_model(name):
         alike = ", ".join(f"timm/{found}" for found in difflib.get_close_matches(name, timm.list_models(), n=3))
-        raise ValueError(f"unknown model 'timm/{name}'; expected a name that timm.list_models() has {alike}".rstrip())
+        close = f", such as {alike}" if alike else ""
+        raise ValueError(f"unknown model 'timm/{name}'; expected timm/ and a name of timm.list_models(){close}")
 
     def build(size: tuple[int, int]) -> nn.Module:
         entrypoint: Any = timm.model_entrypoint(name)
@@ -163,12 +165,24 @@ def _backbone_channels(name: str) -> list[int]:
     return list(model.get("neck", model.get("decode_head")).in_channels)
 
 
-def run_error(name: str, size: tuple[int, int], error: Exception) -> ValueError:
-    """One line about a model that could not run at a size."""
+@contextmanager
+def refusals(name: str, size: tuple[int, int], batch: int = 1) -> Iterator[None]:
+    """Whatever a model raises while it is built or run, as a ValueError of one line that names model and size."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        if name in str(error):
+            raise
+        raise _refusal(name, size, batch, error) from error
+    except (RuntimeError, AssertionError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise _refusal(name, size, batch, error) from error
+
+
+def _refusal(name: str, size: tuple[int, int], batch: int, error: Exception) -> ValueError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ValueError(
-        f"cannot run {name} at {size[0]}×{size[1]}, expected a size that it takes and that fits: {reason}"
-    )
+    images = f"{batch} images of " if batch > 1 else ""
+    expected = "a batch and a size that it takes and that fit" if batch > 1 else "a size that it takes and that fits"
+    return ValueError(f"cannot run {name} at {images}{size[0]}×{size[1]}, expected {expected}: {reason}")
 
 
 def on_meta(name: str) -> nn.Module:

@@ -29,16 +29,20 @@ TABLES = ("1", "2", "3", "4", "6", "eq15", "memory")
 NOT_MEASURED = "not measured here"
 
 
-def table_rows(table: str, progress: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+def table_rows(
+    table: str, progress: Callable[[str], None] = lambda text: None, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """Measure one table.
 
     Args:
         table: one of :data:`TABLES`.
+        device: ``cpu`` or ``cuda``, for ``memory``; counting is the same on any.
         progress: takes one line before each model.
 
     Returns:
         Rows with ``table`` and ``model``, of Tables 2, 3, 4 and 6 also ``params_m``, ``paper_params_m``,
-        ``flops_g_paper_convention``, ``flops_g_complete``, ``paper_flops_g``, ``verdict_params``, ``verdict_flops``,
+        ``flops_g_paper_convention``, ``flops_g_complete``, ``paper_flops_g``, ``difference_…`` of each of these to
+        the paper's, ``verdict_params``, ``verdict_flops``,
         ``reason``, ``source``, ``paper_accuracy`` and ``accuracy`` (which says that it is not measured here).
 
     Raises:
@@ -52,7 +56,7 @@ def table_rows(table: str, progress: Callable[[str], None] = lambda text: None) 
     if table == "eq15":
         return [row for name in list_models() for row in eq15_rows(name)]
     if table == "memory":
-        return memory_rows(progress=progress)
+        return memory_rows(device, progress=progress)
     rows = {"2": table_2, "3": table_3, "4": table_4, "6": table_6}[table]()
     measured = []
     for row in rows:
@@ -177,6 +181,12 @@ def _measure(table: str, row: PaperRow) -> dict[str, Any]:
         verdict_params = _params_verdict(model, row.params_m)
         verdict_flops = _flops_verdict(paper_g, complete_g, row.flops_g)
     differs = "differs" in (verdict_params + verdict_flops)
+    for name, value, printed in (
+        ("difference_params_m", result["params_m"], result["paper_params_m"]),
+        ("difference_flops_g_paper_convention", result["flops_g_paper_convention"], result["paper_flops_g"]),
+        ("difference_flops_g_complete", result["flops_g_complete"], result["paper_flops_g"]),
+    ):
+        result[name] = None if value is None or printed is None else value - printed
     result |= {"verdict_params": verdict_params, "verdict_flops": verdict_flops}
     result |= {"reason": (row.reason or "not known") if differs else "", "source": row.source}
     return result | {"paper_accuracy": row.accuracy, "accuracy": NOT_MEASURED}

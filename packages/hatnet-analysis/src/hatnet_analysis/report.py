@@ -64,7 +64,6 @@ def write_report(
 
     Raises:
         ValueError: if a section is unknown, or image, checkpoint or device are refused.
-        OSError: if the folder cannot be written.
     """
     unknown = sorted(set(sections) - set(SECTIONS))
     if unknown:
@@ -72,9 +71,15 @@ def write_report(
     checked_device(device)
     picture = _drawn_shapes() if image is None else read_image(image)
     explored = read_model(checkpoint, variant if checkpoint or variant else "hatnet_tiny")  # before hours of work
-    out.mkdir(parents=True, exist_ok=True)
+    path, part = out / "index.html", out / f".index.html.{os.getpid()}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    except OSError as error:
+        raise ValueError(f"the report needs a folder that can be made and written, got {out}: {error}") from error
+    part.unlink()
     makers: dict[str, tuple[str, Callable[[], str]]] = {
-        "tables": ("The paper's tables", lambda: _tables(tables, progress)),
+        "tables": ("The paper's tables", lambda: _tables(tables, device, progress)),
         "complexity": ("Growth with the image", lambda: _complexity(device, progress)),
         "compare": ("Speed", lambda: _compare(device, progress)),
         "attention": ("Attention explorer", lambda: _explorer(picture, explored, checkpoint, progress)),
@@ -83,7 +88,6 @@ def write_report(
     parts = {name: f'<section id="{name}"><h2>{makers[name][0]}</h2>{makers[name][1]()}</section>' for name in wanted}
     contents = "".join(f'<a href="#{name}">{makers[name][0]}</a>' for name in wanted)
     page = _filled("report.html", about=_about(device), contents=contents, sections="\n".join(parts.values()))
-    path, part = out / "index.html", out / f".index.html.{os.getpid()}"
     try:
         part.write_text(page, encoding="utf-8")
         part.replace(path)
@@ -101,11 +105,11 @@ def _about(device: str) -> str:
     return html.escape(text)
 
 
-def _tables(tables: Sequence[str], progress: Progress) -> str:
+def _tables(tables: Sequence[str], device: str, progress: Progress) -> str:
     titles = {"eq15": "Eq. 5 and Eq. 15", "memory": "Sec. 4.4: memory of SiLU and GELU"}
     parts = []
     for table in tables:
-        rows = table_rows(table, progress)
+        rows = table_rows(table, progress, device)
         parts.append(f"<h3>{titles.get(table, f'Table {table}')}</h3>{_table(rows)}")
     return "".join(parts)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hatnet_analysis.flops import count_flops, count_params
 from hatnet_analysis.memory import peak_memory
-from hatnet_analysis.models import load_model, run_error
+from hatnet_analysis.models import load_model, refusals
 from hatnet_analysis.paper_tables import TABLE_2
 from hatnet_analysis.peers import TIMM
 
@@ -133,7 +133,8 @@ def compare(
     rows = measure_throughput(names, settings, progress)
     for row in rows:
         progress(f"counting {row['model']}")
-        total = count_flops(load_model(row["model"], settings.size), *settings.size).total
+        with refusals(row["model"], settings.size):
+            total = count_flops(load_model(row["model"], settings.size), *settings.size).total
         row |= {"flops_paper": total.paper, "flops_complete": total.complete, "paper_top1": paper_top1(row["model"])}
     return rows
 
@@ -161,15 +162,13 @@ def checked_device(name: str) -> torch.device:
 
 def _contender(name: str, settings: Settings, device: torch.device) -> _Contender:
     torch.manual_seed(0)
-    model = load_model(name, settings.size)
-    params = count_params(model)
-    try:
+    with refusals(name, settings.size, settings.batch):
+        model = load_model(name, settings.size)
+        params = count_params(model)
         step = _step(model, settings, device)
         step()
         contender = _Contender(name, params, step, peak_memory(step, device))
         _turn(contender, settings)  # warm-up, and compiling for whatever a second step changes
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        raise run_error(name, settings.size, error) from error
     contender.rates.clear()
     contender.latencies.clear()
     return contender
