@@ -107,3 +107,11 @@ def test_a_model_that_is_no_classifier_is_not_trained(monkeypatch):
     monkeypatch.setattr("hatnet_analysis.throughput.load_model", lambda name, size: torch.nn.Conv2d(3, 4, 1))
     with pytest.raises(ValueError, match=r"cannot run conv at 2 images of 32×32.*only classifiers are trained here"):
         measure_throughput(["conv"], Settings(**QUICK, train=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning")  # the compiler's own
+def test_a_compiled_model_is_measured_after_it_was_compiled():
+    (row,) = measure_throughput(["timm/resnet18"], Settings(**QUICK, compile=True))
+    assert row["compile"]
+    assert row["latency_ms_p99"] < 1000  # compiling takes seconds, and belongs to the warm-up
