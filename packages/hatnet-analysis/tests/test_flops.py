@@ -221,6 +221,14 @@ def test_products_in_models_of_timm_are_those_that_torch_dispatches(name):
     assert products == counter.get_total_flops() / 2
 
 
+def test_an_einsum_that_repeats_a_side_of_1_is_counted_in_full():
+    class Product(nn.Module):
+        def forward(self, x):
+            return torch.einsum("bij,bjk->bik", x, torch.ones(1, 4, 5))
+
+    assert trace(Product(), torch.zeros(8, 3, 4)).by_operator()["einsum"] == 8 * 3 * 4 * 5
+
+
 def test_a_multi_head_attention_with_a_mask_is_counted_and_the_fused_encoder_switched_on_again():
     class Masked(nn.Module):
         def __init__(self):

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hatnet_dense.config import load_config
-from hatnet_dense.flops import build_model, count
+from hatnet_dense.flops import build_model, count, traceable
 
 SIZE = (96, 160)
 
@@ -37,6 +37,17 @@ def test_the_complete_count_of_the_backbone_is_that_of_pytorch_and_the_norms():
 )
 def test_the_complete_count_of_the_detectors_of_table_4(name, size, expected):
     assert count(load_config(name), *size)["flops_complete"] / 1e9 == pytest.approx(expected, abs=0.05)
+
+
+def test_every_image_of_a_batch_has_proposals_of_its_own():
+    module = traceable(load_config("mask-rcnn_hatnet-t_fpn_1x_coco"))
+    proposals = []
+    module.model.roi_head.bbox_head.register_forward_pre_hook(lambda _, inputs: proposals.append(len(inputs[0])))
+    image = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        module(image)
+        module(image.repeat(3, 1, 1, 1))
+    assert proposals[1] == pytest.approx(3 * proposals[0], rel=0.02)  # equal images, but for rounding
 
 
 def test_a_row_of_table_6_costs_more_than_the_default_by_the_pooling_it_leaves_out():

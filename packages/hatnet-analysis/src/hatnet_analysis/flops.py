@@ -220,7 +220,8 @@ def _einsum_products(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
         shape = operand.type().sizes()
         if "." in letters or len(operands) != 2:
             raise ValueError(f"cannot count einsum {equation!r}: expected two operands without ellipses")
-        sizes |= dict(zip(letters, shape, strict=True))
+        for letter, side in zip(letters, shape, strict=True):
+            sizes[letter] = max(side, sizes.get(letter, 1))  # a side of 1 is repeated
     return Counter({"einsum": math.prod(sizes.values())})
 
 

@@ -261,15 +261,18 @@ def exponents(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         rows: of :func:`growth`.
 
     Returns:
-        For each contender ``attention``, and the powers of ``macs`` (by the formula), ``seconds_fused``,
-        ``memory_fused`` and ``memory_materialised``; 1 is linear in the number of pixels, 2 quadratic.
+        For each contender ``attention``, and ``power_of_…`` of ``macs`` (by the formula), ``seconds_fused``,
+        ``memory_fused`` and ``memory_materialised``; 1 is linear in the number of pixels, 2 quadratic, None
+        where fewer than two sizes were measured.
     """
     table = []
     for contender in CONTENDERS:
         row: dict[str, Any] = {"attention": contender.name}
         for quantity in ("macs", "seconds_fused", "memory_fused", "memory_materialised"):
             points = [(r["size"], r[quantity]) for r in rows if r["attention"] == contender.name and r[quantity]]
-            (a, low), (b, high) = points[-2:] if len(points) > 1 else ((1, 1.0), (2, math.nan))
-            row[quantity] = math.log(high / low) / math.log((b / a) ** 2)
+            row[f"power_of_{quantity}"] = None
+            if len(points) > 1:
+                (a, low), (b, high) = points[-2:]
+                row[f"power_of_{quantity}"] = math.log(high / low) / math.log((b / a) ** 2)
         table.append(row)
     return table

@@ -72,6 +72,10 @@ COLUMNS = {
     "paper_memory_gb_batch_128": Column("the paper's, batch 128 (GB)"),
     "paper_ratio_to_silu": Column("the paper's, to SiLU", 1, 3),
     "weight": Column("weight", 1, 4),
+    "power_of_macs": Column("multiply-adds", 1, 2),
+    "power_of_seconds_fused": Column("time, fused", 1, 2),
+    "power_of_memory_fused": Column("memory, fused", 1, 2),
+    "power_of_memory_materialised": Column("memory, materialised", 1, 2),
     "crossing": Column("from this side on (pixels)", 1, 0),
     "seconds": Column("time (s)", 1, 4),
 }

@@ -98,8 +98,9 @@ class _Tensors(nn.Module):
         meta: dict[str, Any] = {"img_shape": shape, "ori_shape": shape, "pad_shape": shape, "batch_input_shape": shape}
         meta["scale_factor"] = (1.0, 1.0)
         name = "DetDataSample" if self.library == "mmdet" else "SegDataSample"
-        sample = getattr(import_module(f"{self.library}.structures"), name)(metainfo=meta)
-        return tuple(_tensors(self.model(images, [sample], mode="tensor")))
+        sample = getattr(import_module(f"{self.library}.structures"), name)
+        samples = [sample(metainfo=meta) for _ in range(len(images))]
+        return tuple(_tensors(self.model(images, samples, mode="tensor")))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
