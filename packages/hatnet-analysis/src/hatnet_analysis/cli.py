@@ -340,7 +340,6 @@ def _add_attention(commands: Any) -> None:
     command.add_argument(
         "--point", metavar=("X", "Y"), nargs=2, type=float, required=True, help="in pixels of the image"
     )
-
     command.add_argument("--stage", type=int, choices=(2, 3, 4, 5), default=2, help="as the paper counts (default: 2)")
     command.add_argument("--block", type=int, help="of the stage, from 0 (default: the last)")
     command.add_argument("--head", type=int, help="from 0 (default: the mean of all)")
