@@ -61,15 +61,25 @@ def trained(launch, tmp_path_factory):
     return run
 
 
+def assert_trained_alike(tensor, expected):
+    """Alike up to the order of sums: AdamW moves every weight by about lr, 1e-3, in the direction of its gradient.
+
+    Where that is about 0, the order in which processes are summed decides on the direction: single weights may be a
+    tenth of a step apart, not their mean.
+    """
+    torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-4)
+    assert (tensor - expected).abs().mean() < 1e-6
+
+
 @pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (3, "fp32")])
 def test_weights_are_put_together_from_all_parts_and_equal_those_of_stage_0(stage, precision, trained):
     history, averaged, logits = trained(stage, precision)
     expected, expected_average, _ = trained(0, precision)
     assert history.keys() == expected.keys()
     for name, tensor in history.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+        assert_trained_alike(tensor, expected[name])
     for name, tensor in averaged.items():
-        torch.testing.assert_close(tensor, expected_average[name], rtol=1e-4, atol=1e-5)
+        assert_trained_alike(tensor, expected_average[name])
     torch.testing.assert_close(logits["inside"], logits["outside"], rtol=1e-4, atol=1e-5)
 
 
