@@ -1,15 +1,18 @@
 """Attention maps: against the model's own attention, and on weights that must point somewhere."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 from hatnet_analysis.attention_maps import (
     _from_grids,
     _to_grids,
     attention_weights,
+    check_size,
     look,
     point_attention,
     read_image,
@@ -208,3 +211,95 @@ def test_a_file_that_is_no_image_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr("hatnet_analysis.attention_maps.MAX_PIXELS", 100)
     with pytest.raises(ValueError, match=r"whole\.png is 40×30: expected at most 100 pixels"):
         read_image(tmp_path / "whole.png")
+
+
+def test_an_image_is_turned_as_its_exif_says(tmp_path):
+    image = Image.new("RGB", (40, 30))
+    image.putpixel((39, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its left side: to be turned by a quarter, clockwise
+    image.save(tmp_path / "image.png", exif=exif)
+    turned = read_image(tmp_path / "image.png")
+    assert turned.size == (30, 40)
+    assert turned.getpixel((29, 39)) == (255, 255, 255)
+
+
+def test_sixteen_bits_a_channel_become_eight(tmp_path):
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(values * 257).save(tmp_path / "deep.png")
+    assert (np.asarray(read_image(tmp_path / "deep.png")) == values[..., None]).all()
+    for mode, value in (("I", 2**16), ("F", 0.5)):
+        Image.new(mode, (2, 2), value).save(tmp_path / "deeper.tiff")
+        with pytest.raises(
+            ValueError, match=r"deeper\.tiff holds numbers of 32 bits; expected an image of 8 or 16 bits"
+        ):
+            read_image(tmp_path / "deeper.tiff")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "PA"])
+def test_what_a_viewer_shows_of_an_image_is_what_is_read(mode, tmp_path):
+    image = Image.new("RGBA", (4, 2), "white")
+    image.paste("black", (0, 0, 2, 2))
+    image.putpixel((0, 0), (0, 0, 0, 0 if mode in ("LA", "RGBA", "PA") else 255))
+    image.convert(mode).save(tmp_path / ("image.tiff" if mode == "PA" else "image.png"))
+    read = np.asarray(read_image(next(tmp_path.iterdir())))
+    expected = np.full((2, 4, 3), 255)
+    expected[:, :2] = 0
+    if mode in ("LA", "RGBA", "PA"):
+        expected[0, 0] = 255  # nothing, on white
+    assert (read == expected).all()
+
+
+def test_a_transparent_colour_of_a_palette_is_white(tmp_path):
+    Image.new("P", (2, 2), 0).save(tmp_path / "image.png", transparency=0)
+    assert (np.asarray(read_image(tmp_path / "image.png")) == 255).all()
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"mean": 0.5}, {"mean": [0.5] * 2}, {"mean": ["0.5"] * 3}, {"std": [0.2, 0, 0.2]}, {"std": None}],
+)
+def test_a_checkpoint_whose_images_cannot_be_normalised_is_refused(metadata, tmp_path):
+    save_checkpoint(create_model("hatnet_tiny", num_classes=0), tmp_path / "own.safetensors", metadata)
+    ((name, value),) = metadata.items()
+    with pytest.raises(ValueError, match=rf"own\.safetensors holds {name}=.*; expected three") as error:
+        read_model(tmp_path / "own.safetensors", None)
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("hatnet_tiny", {"in_chans": 1}, r"own\.safetensors takes images of 1 channels; expected 3"),
+        (
+            "hatnet_small_window34",
+            {},
+            r"own\.safetensors attends in windows in stage 3; expected H-MHSA in stages 2-4",
+        ),
+    ],
+)
+def test_a_checkpoint_whose_attention_is_not_drawn_is_refused(name, changes, message, tmp_path):
+    save_checkpoint(create_model(name, num_classes=0, **changes), tmp_path / "own.safetensors")
+    with pytest.raises(ValueError, match=message):
+        read_model(tmp_path / "own.safetensors", None)
+
+
+def test_a_safetensors_file_from_elsewhere_is_read_with_the_name_of_its_model(tmp_path):
+    model = create_model("hatnet_tiny", num_classes=3)
+    save_file(model.state_dict(), tmp_path / "foreign.safetensors")
+    loaded, _ = read_model(tmp_path / "foreign.safetensors", "hatnet_tiny")
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match=r"foreign\.safetensors holds no HAT-Net configuration"):
+        read_model(tmp_path / "foreign.safetensors", None)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (32, 33), (250, 147)])
+def test_weights_that_would_take_too_much_memory_are_refused_by_what_they_take(size, monkeypatch):
+    model = HATNet(**SMALL)
+    blocks = [block for stage in record_weights(model, torch.zeros(1, 3, *size)) for block in stage]
+    need = sum(weights.nbytes for block in blocks for weights in (block.local, block.global_) if weights is not None)
+    monkeypatch.setattr("hatnet_analysis.attention_maps.MAX_BYTES", need)
+    check_size(model, size)
+    monkeypatch.setattr("hatnet_analysis.attention_maps.MAX_BYTES", need - 1)
+    with pytest.raises(ValueError, match=r"attention weights of .* GiB; they may take .* GiB"):
+        check_size(model, size)

@@ -1,14 +1,19 @@
+import importlib.util
+import io
 import json
+import os
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from hatnet_analysis import __version__, count_flops
+from hatnet_analysis import __version__, choices, count_flops, growth, paper
 from hatnet_analysis.cli import main
 from hatnet_core import create_model, list_models
+from hatnet_core.model import MIN_SIZE
 
 BAD_INPUT = [
     (["flops", "hatnet_huge"], ["'hatnet_huge'", "expected one of hatnet_tiny, hatnet_small"]),
@@ -27,7 +32,11 @@ BAD_INPUT = [
     (["params", "hatnet_tiny", "--by", "operator"], ["--by", "'operator'", "'stage'"]),
     (["complexity", "timm/resnet18"], ["Eq. 15 is about HAT-Net", "'timm/resnet18'"]),
     (["complexity", "hatnet_tiny", "--growth"], ["--growth", "takes no model, got hatnet_tiny"]),
-    (["complexity", "--out", "growth.png"], ["--out is the plot of --growth"]),
+    (["complexity", "--out", "growth.png"], ["--out has an effect only with --growth, got growth.png"]),
+    (["complexity", "--sizes", "64", "96"], ["--sizes has an effect only with --growth, got 64 96"]),
+    (["complexity", "--device", "cpu"], ["--device has an effect only with --growth, got cpu"]),
+    (["complexity", "--growth", "--size", "64", "96"], ["--size has an effect only without --growth", "got 64 96"]),
+    (["paper", "--table", "1", "--device", "cpu"], ["--device has an effect only with the table memory, got cpu"]),
     (["paper", "--table", "memory", "--device", "cuda:99"], ["device cuda:99 is not there"]),
     (["flops", "timm/"], ["unknown model 'timm/'; expected timm/ and a name of timm.list_models()"]),
     (["complexity", "--growth", "--sizes", "100"], ["sizes must be multiples of 32, got 100"]),
@@ -48,6 +57,24 @@ BAD_INPUT = [
     (["report"], ["required: --out"]),
     (["report", "--out", "x", "--sections", "prices"], ["--sections", "'prices'", "'attention'"]),
     (["report", "--out", "x", "--image", "absent.png"], ["no image at absent.png"]),
+    (
+        ["report", "--out", "x", "--sections", "attention", "--table", "1"],
+        ["--table", "with the section tables, got 1"],
+    ),
+    (
+        ["report", "--out", "x", "--sections", "tables", "--image", "a.png"],
+        ["--image", "section attention, got a.png"],
+    ),
+    (["report", "--out", "x", "--sections", "tables", "--checkpoint", "a"], ["--checkpoint", "section attention"]),
+    (
+        ["report", "--out", "x", "--sections", "compare", "--variant", "hatnet_tiny"],
+        ["--variant", "section attention"],
+    ),
+    (["report", "--out", "x", "--sections", "attention", "--device", "cpu"], ["--device", "the sections complexity"]),
+    (
+        ["report", "--out", "x", "--sections", "tables", "--table", "1", "--device", "cpu"],
+        ["--device has an effect only with", "the table memory, got cpu"],
+    ),
 ]
 
 
@@ -93,17 +120,155 @@ def test_bad_input_exits_with_2_and_one_line_that_names_it_and_what_was_expected
     assert all(words in err for words in said)
 
 
-def test_an_image_that_does_not_fit_in_memory_is_one_line_too(capsys, monkeypatch):
+@pytest.fixture
+def small(tmp_path):
+    """Arguments with which each command is through in a second or two."""
+    Image.linear_gradient("L").save(tmp_path / "image.png")
+    tiny, speed = ["hatnet_tiny", "--size", "32", "32"], ["--batch", "1", "--rounds", "1"]
+    return {
+        "params": ["params", "hatnet_tiny"],
+        "flops": ["flops", *tiny],
+        "complexity": ["complexity", *tiny],
+        "growth": ["complexity", "--growth", "--sizes", "32"],
+        "paper": ["paper", "--table", "eq15"],
+        "throughput": ["throughput", *tiny, *speed],
+        "compare": ["compare", *tiny, *speed],
+        "attention": ["attention", str(tmp_path / "image.png"), "--variant", "hatnet_tiny", "--point", "3", "4"],
+        "report": ["report", "--out", str(tmp_path / "page"), "--sections", "tables", "--table", "eq15"],
+    }
+
+
+FAILING = {
+    "params": "hatnet_analysis.models.on_meta",
+    "flops": "hatnet_analysis.flops.count_flops",
+    "complexity": "hatnet_analysis.paper.eq15_rows",
+    "growth": "hatnet_analysis.growth.growth",
+    "paper": "hatnet_analysis.paper.eq15_rows",
+    "throughput": "hatnet_analysis.throughput.load_model",
+    "compare": "hatnet_analysis.throughput.count_flops",
+    "attention": "hatnet_analysis.attention_maps.record_weights",
+    "report": "hatnet_analysis.paper.eq15_rows",
+}
+"""A piece of each command's work."""
+
+
+@pytest.mark.parametrize("command", FAILING)
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("can't allocate memory\nframe #0"), "can't allocate memory"),
+        (MemoryError(), "MemoryError"),
+        (TypeError("int() of a list"), "TypeError: int() of a list"),
+    ],
+)
+def test_whatever_a_model_raises_is_one_line(command, error, said, small, capsys, monkeypatch, tmp_path):
+    def fails(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr(FAILING[command], fails)
+    with pytest.raises(SystemExit) as exit_:
+        main(small[command])
+    out, err = capsys.readouterr()
+    assert (exit_.value.code, out) == (2, "")
+    *progress, last = err.splitlines()
+    assert last.startswith(f"hatnet-analysis {small[command][0]}: error: ")
+    assert said in last
+    assert all(line.endswith(" ...") for line in progress)
+    assert not (tmp_path / "page").exists()
+
+
+def test_a_size_that_does_not_fit_is_named_with_the_model(small, capsys, monkeypatch):
     def out_of_memory(*arguments):
         raise RuntimeError("can't allocate memory\nframe #0")
 
     monkeypatch.setattr("hatnet_analysis.flops.count_flops", out_of_memory)
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit):
         main(["flops", "hatnet_tiny", "--size", "65536", "65536"])
+    expected = (
+        "cannot run hatnet_tiny at 65536×65536, expected a size that it takes and that fits: can't allocate memory\n"
+    )
+    assert capsys.readouterr().err.endswith(expected)
+    with pytest.raises(SystemExit):
+        main([*small["attention"], "--size", "60000", "60000"])  # refused before the image is scaled
+    assert "hatnet_tiny at 60000×60000, expected a size" in capsys.readouterr().err
+
+
+def test_where_an_error_comes_from_is_shown_if_asked_for(capsys, monkeypatch):
+    monkeypatch.setenv("HATNET_TRACEBACK", "1")
+    with pytest.raises(SystemExit) as exit_:
+        main(["attention", "absent.png", "--point", "1", "1"])
     assert exit_.value.code == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 2
-    assert "at 65536×65536, expected a size that it takes and that fits: can't allocate memory" in err
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert last == "hatnet-analysis attention: error: no image at absent.png: expected an existing image file"
+
+
+@pytest.mark.parametrize("command", [*FAILING, "help", "version", "help of a command"])
+def test_a_reader_that_has_closed_ends_the_command_without_a_word(command, small, capfd, monkeypatch):
+    special = {"help": ["--help"], "version": ["--version"], "help of a command": ["flops", "--help"]}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as nobody:  # noqa: PTH123  # a descriptor; Python flushes it at the end
+        monkeypatch.setattr(sys, "stdout", nobody)
+        with pytest.raises(SystemExit) as exit_:
+            main({**small, **special}[command])
+    assert exit_.value.code == 1
+    assert all(line.endswith(" ...") for line in capfd.readouterr().err.splitlines())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        command = Path(sysconfig.get_path("scripts")) / "hatnet-analysis"
+        done = subprocess.run(
+            [command, "params", "hatnet_tiny"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "hatnet-analysis params: error: [Errno 28] No space left on device\n",
+    )
+
+
+@pytest.mark.parametrize("style", ["table", "markdown", "json"])
+def test_an_output_without_the_letters_gets_question_marks_and_json_its_escapes(style, monkeypatch):
+    row = {"model": "hatnet_tiny", "stages": "C48 ×2, 14²"}
+    monkeypatch.setattr("hatnet_analysis.paper.table_rows", lambda *arguments: [row])
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    main(["paper", "--table", "1", "--format", style])
+    written = output.buffer.getvalue().decode("ascii")
+    if style == "json":
+        assert json.loads(written) == [row]
+    else:
+        assert "C48 ?2, 14?" in written
+
+
+def test_the_names_on_the_command_line_are_those_of_the_modules_that_measure():
+    assert choices.TABLES == paper.TABLES
+    assert choices.SIZES == growth.SIZES
+    assert list(choices.MODELS) == list_models()
+    assert choices.MIN_SIZE == MIN_SIZE
+
+
+def test_the_command_line_itself_imports_nothing_that_takes_seconds():
+    code = (
+        "import sys, types\n"
+        "package = types.ModuleType('hatnet_analysis')\n"
+        f"package.__path__ = {list(importlib.util.find_spec('hatnet_analysis').submodule_search_locations)!r}\n"
+        "sys.modules['hatnet_analysis'] = package\n"
+        "import hatnet_analysis.cli\n"
+        "hatnet_analysis.cli._parser().format_help()\n"
+        "assert not {'torch', 'matplotlib', 'fvcore', 'PIL'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mmdet") is None, reason="needs MMDetection")
+def test_the_libraries_of_dense_tasks_add_nothing_to_the_output():
+    done = run("params", "retinanet_hatnet-t_fpn_1x_coco", "--format", "json")
+    assert (done.returncode, done.stderr) == (0, "")
+    (row,) = json.loads(done.stdout)
+    assert row["model"] == "retinanet_hatnet-t_fpn_1x_coco"
 
 
 def test_params_lists_every_model_asked_for_in_order(capsys):

@@ -1,6 +1,7 @@
 """The page without a browser: one file, whole or absent, that holds what the command measured."""
 
 import base64
+import io
 import json
 import re
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from hatnet_analysis.attention_maps import record_weights, rollout, to_input
-from hatnet_analysis.report import _rows, write_report
+from hatnet_analysis.report import _filled, _rows, write_report
 from hatnet_core import create_model, save_checkpoint
 
 
@@ -27,6 +28,12 @@ def test_rows_keep_their_values_to_a_part_in_510_of_their_range():
     spans = values.reshape(-1, 9).amax(-1) - values.reshape(-1, 9).amin(-1)
     assert (error <= spans / 509).all()
     assert (decoded(_rows(torch.full((2, 4), 0.25)), 4) == 0.25).all()
+
+
+def test_braces_in_what_is_filled_in_are_left_alone():
+    page = _filled("explorer.html", model="{{data}}.pth", data="[]")
+    assert "{{data}}.pth" in page
+    assert 'id="explorer-data">[]</script>' in page
 
 
 def test_the_explorer_holds_the_weights_of_every_block_of_the_checkpoint(tmp_path):
@@ -47,6 +54,8 @@ def test_the_explorer_holds_the_weights_of_every_block_of_the_checkpoint(tmp_pat
     assert not re.search(r"""(src|href)=["'](?!data:|\#)""", page)  # nothing to load
     assert "12.3 M parameters, the weights of model.safetensors" in page
     data = json.loads(re.search(r'id="explorer-data">(.*?)</script>', page, re.DOTALL)[1])
+    with Image.open(io.BytesIO(base64.b64decode(data["image"].partition(",")[2]))) as shown:
+        assert shown.size == (448, 299)  # as 90 to 60
     with Image.open(tmp_path / "image.png") as image:
         recorded = record_weights(model, to_input(image, (224, 224), [0.5] * 3, [0.5] * 3))
     blocks = [weights for stage in recorded for weights in stage]
@@ -74,6 +83,7 @@ def test_tables_stand_in_the_page_with_their_verdicts(tmp_path):
     ("arguments", "message"),
     [
         ({"sections": ["prices"]}, "unknown section 'prices'; expected one of tables, complexity"),
+        ({"tables": ["5"]}, "unknown table '5'; expected one of 1, 2"),
         ({"device": "cuda:99"}, "device cuda:99 is not there"),
         ({"sections": ["attention"], "variant": "hatnet_huge"}, "unknown model 'hatnet_huge'"),
     ],
@@ -84,19 +94,42 @@ def test_what_is_refused_leaves_no_folder(arguments, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_one_is_refused_before_any_measurement(tmp_path):
+@pytest.mark.parametrize("name", ["file", "file/below", "new/" + "long" * 100])
+def test_a_folder_that_cannot_be_one_is_refused_before_any_measurement(name, tmp_path, measured):
     (tmp_path / "file").touch()
-    for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match=r"needs a folder that can be made and written, got .*file"):
-            write_report(out, ["tables"], tables=["1"])
+    with pytest.raises(ValueError, match=r"needs a folder that can be made and written, got "):
+        write_report(tmp_path / name, ["tables"])
+    assert measured == []
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_measurement_that_fails_leaves_no_page(tmp_path, monkeypatch):
-    def fails(*arguments):
-        raise ValueError("no such table")
+def test_a_page_that_would_replace_a_folder_is_refused_before_any_measurement(tmp_path, measured):
+    (tmp_path / "index.html").mkdir()
+    with pytest.raises(ValueError, match=r"written to .*index\.html, which is a folder; expected a file or nothing"):
+        write_report(tmp_path, ["tables"])
+    assert measured == []
+    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Tables whose measurement was begun; it fails."""
+    begun = []
+
+    def fails(table, *arguments):
+        begun.append(table)
+        raise ValueError("no such model")
 
     monkeypatch.setattr("hatnet_analysis.report.table_rows", fails)
-    with pytest.raises(ValueError, match="no such table"):
-        write_report(tmp_path, ["tables"])
-    assert list(tmp_path.iterdir()) == []
+    return begun
+
+
+def test_a_measurement_that_fails_leaves_what_was_there_before(tmp_path, measured):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "index.html").write_text("of last week")
+    for out in ("new", "new/below", "old", "old/new"):
+        with pytest.raises(ValueError, match="no such model"):
+            write_report(tmp_path / out, ["tables"])
+    assert measured == ["1"] * 4
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "old", tmp_path / "old" / "index.html"]
+    assert (tmp_path / "old" / "index.html").read_text() == "of last week"

@@ -7,6 +7,7 @@ positions and the pooled ones. :func:`rollout` multiplies them over all blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from hatnet_core import HATNet, create_model, load_checkpoint
@@ -26,6 +27,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 MAX_PIXELS = 2**26
 """Largest image that is read, in pixels."""
+
+MAX_BYTES = 2**32
+"""Most that the weights of all blocks may take; they grow with the square of the number of pixels."""
 
 
 @dataclass(frozen=True)
@@ -321,7 +325,7 @@ def _local_weights(qkv: Tensor, heads: int, grid: tuple[int, int]) -> Tensor:
     """[heads, rows, columns, g·g', g·g'] of a map [1, 3C, H, W]."""
     tokens = _to_grids(qkv[0], grid)  # [3C, rows, columns, n]
     q, k, _ = tokens.reshape(3, heads, -1, *tokens.shape[1:]).permute(0, 1, 3, 4, 5, 2).unbind()
-    exists = _to_grids(torch.ones(1, *qkv.shape[-2:]), grid)[0, :, :, None].bool().to(qkv.device)
+    exists = _to_grids(torch.ones(1, *qkv.shape[-2:], device=qkv.device), grid)[0, :, :, None].bool()
     return _softmax(q, k, exists)
 
 
@@ -348,46 +352,114 @@ def read_model(checkpoint: Path | None, variant: str | None) -> tuple[HATNet, tu
         variant: of :func:`hatnet_core.list_models`, for checkpoints that do not say what they hold.
 
     Returns:
-        The model in evaluation mode, and mean and standard deviation of its channels.
+        The model in evaluation mode, and mean and standard deviation of its three channels.
 
     Raises:
-        ValueError: if neither says which model it is, or the checkpoint cannot be read or is of another model.
+        ValueError: if neither says which model it is, the checkpoint cannot be read, is of another model or holds no
+            mean and standard deviation of three channels, or the model takes no RGB images or attends in windows.
         FileNotFoundError: if there is no such checkpoint.
+        ImportError: if the checkpoint is a safetensors file and safetensors is not installed.
     """
     if checkpoint is None:
         if variant is None:
             raise ValueError("expected --checkpoint, or --variant for a model with random weights")
-        return create_model(variant).eval(), (MEAN, STD)
+        return _drawable(create_model(variant), variant), (MEAN, STD)
     if not checkpoint.exists():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}: expected an existing file or folder")
-    record = read_metadata(checkpoint) if has_metadata(checkpoint) else {}
-    if "config" in record and variant is None:
-        model = build_model(record["config"], checkpoint)
-    elif variant is not None:
+    record = _record(checkpoint, variant)
+    if variant is not None:
         model = create_model(variant, num_classes=head_size(read_state(checkpoint)[0]))
+    elif "config" in record:
+        model = build_model(record["config"], checkpoint)
     else:
         read_state(checkpoint)  # says so if it is no checkpoint at all
         raise ValueError(f"{checkpoint} does not say which model it holds: name it with --variant")
+    _drawable(model, str(checkpoint))
     load_checkpoint(model, checkpoint)
-    return model.eval(), (record.get("mean", MEAN), record.get("std", STD))
+    return model, (_channels(record, "mean", MEAN, checkpoint), _channels(record, "std", STD, checkpoint))
+
+
+def _record(checkpoint: Path, variant: str | None) -> dict[str, Any]:
+    """What the checkpoint says of itself; nothing if it is another's, which ``variant`` has to stand in for."""
+    if not has_metadata(checkpoint):
+        return {}
+    try:
+        return read_metadata(checkpoint)
+    except ValueError:
+        if variant is None:
+            raise
+        return {}
+
+
+def _drawable(model: HATNet, origin: str) -> HATNet:
+    """``model`` in evaluation mode; ValueError if it is not one whose attention is drawn here."""
+    if model.config["in_chans"] != 3:
+        raise ValueError(f"{origin} takes images of {model.config['in_chans']} channels; expected 3, for RGB images")
+    if "window" in model.config["attention"]:
+        stage = 2 + model.config["attention"].index("window")
+        raise ValueError(f"{origin} attends in windows in stage {stage}; expected H-MHSA in stages 2-4")
+    return model.eval()
+
+
+def _channels(record: dict[str, Any], name: str, default: Sequence[float], checkpoint: Path) -> Sequence[float]:
+    values = record.get(name, default)
+    lowest = -math.inf if name == "mean" else 0
+    if not (
+        isinstance(values, list | tuple)
+        and len(values) == 3
+        and all(isinstance(value, int | float) and lowest < value < math.inf for value in values)
+    ):
+        what = "three numbers" if name == "mean" else "three positive numbers"
+        raise ValueError(f"{checkpoint} holds {name}={values!r}; expected {what}, one for each of its channels")
+    return values
+
+
+def check_size(model: HATNet, size: tuple[int, int]) -> None:
+    """ValueError if the weights of every block on an image of ``size`` (height, width) exceed ``MAX_BYTES``."""
+    stages: Any = model.stages
+    maps = [[-(-side // (4 * 2**i)) for side in size] for i in range(len(stages))]
+    need = 4 * sum(
+        _numbers(block.attn, *map_) for stage, map_ in zip(stages, maps, strict=True) for block in stage.blocks
+    )
+    if need > MAX_BYTES:
+        raise ValueError(f"attention weights of {need / 2**30:,.0f} GiB; they may take {MAX_BYTES / 2**30:g} GiB")
+
+
+def _numbers(module: Attention | HierarchicalAttention, height: int, width: int) -> int:
+    """How many weights :func:`attention_weights` holds of one layer on a map of H×W."""
+    if isinstance(module, Attention):
+        return module.num_heads * (height * width) ** 2
+    g, g2 = min(height, module.grid_size), min(width, module.grid_size)
+    local = -(-height // g) * -(-width // g2) * (g * g2) ** 2
+    pooled = -(-height // module.pool_size) * -(-width // module.pool_size)
+    return module.num_heads * (local + height * width * pooled)
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file in RGB.
+    """An image file in RGB: upright, 16 bits a channel scaled to 8, what is transparent on white.
 
     Raises:
-        ValueError: if it is no image that Pillow reads, or beyond ``MAX_PIXELS``.
+        ValueError: if it is no image that Pillow reads, beyond ``MAX_PIXELS``, or of numbers without a known range.
         FileNotFoundError: if there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}: expected an existing image file")
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{path} is {image.width}×{image.height}: expected at most {MAX_PIXELS} pixels")
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            too_large = image.width * image.height > MAX_PIXELS
+            upright = image if too_large else ImageOps.exif_transpose(image)
+    except Exception as error:  # a damaged file makes a decoder raise anything
         raise ValueError(f"{path} is not a readable image: {error}") from error
+    if too_large:
+        raise ValueError(f"{path} is {upright.width}×{upright.height}: expected at most {MAX_PIXELS} pixels")
+    if upright.mode == "F" or (upright.mode == "I" and upright.point(lambda value: value / 2**16).getbbox()):
+        raise ValueError(f"{path} holds numbers of 32 bits; expected an image of 8 or 16 bits a channel")
+    if upright.mode.startswith("I"):  # Pillow alone would cut off what is above 255
+        return upright.convert("I").point(lambda value: value / 257).convert("RGB")
+    if "transparency" in upright.info or upright.mode in ("LA", "PA", "RGBA"):
+        layer = upright.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return upright.convert("RGB")
 
 
 def to_input(image: Image.Image, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:

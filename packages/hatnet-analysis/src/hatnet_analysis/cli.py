@@ -1,31 +1,35 @@
 """The ``hatnet-analysis`` command: what the paper says of its models and attention, measured.
 
-Rows go to stdout, as a table for reading or as JSON for programs, pictures to files, progress to stderr. On bad input
-one line goes to stderr and the exit status is 2. What is measured is in the modules named after the commands.
+Rows go to stdout, as a table for reading or as JSON for programs, pictures to files, progress to stderr. Whatever
+goes wrong is one line on stderr and exit status 2. This module imports nothing that takes seconds; what measures is in
+modules of its own, and imported when its command runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
+import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hatnet_analysis.__about__ import __version__
+from hatnet_analysis.choices import MAX_SIZE, MIN_SIZE, MODELS, SECTIONS, SIZES, TABLES
 from hatnet_analysis.tables import Row, render
-from hatnet_core import list_models
-from hatnet_core.model import MIN_SIZE
 
-MAX_SIZE = 2**16
-"""Largest height and width of an image in pixels; far beyond, the number of values is no longer an int64."""
+TRACEBACK = "HATNET_TRACEBACK"
+"""Environment variable; if it is set, an error shows where it comes from."""
 
-MODELS = f"""\
-models: {", ".join(list_models())}; timm/NAME; a config of hatnet-dense,
-MMDetection or MMSegmentation, such as retinanet_hatnet-s_fpn_1x_coco or
-mmdet::retinanet/retinanet_r50_fpn_1x_coco.py. All have random weights."""
+NAMES = f"""\
+models: {", ".join(MODELS)}, or one of their ablations;
+timm/NAME; a config of hatnet-dense, MMDetection or MMSegmentation, such as
+retinanet_hatnet-s_fpn_1x_coco or mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.
+All have random weights."""
 
 CONVENTIONS = """\
 One multiply-add is one FLOP. Two conventions stand side by side:
@@ -49,28 +53,67 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the arguments behind the program's name; those of the process by default.
 
     Raises:
-        SystemExit: with status 2 on bad input, 0 after ``--help`` and ``--version``.
+        SystemExit: with status 0 after ``--help`` and ``--version``, 1 if nobody reads the output, 2 after an error,
+            130 if interrupted.
     """
     parser = _parser()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as below; names of models are looked up while they are read
-        args, unknown = parser.parse_known_args(argv)
+    try:
+        try:
+            with warnings.catch_warnings():
+                # torch's compiler, fvcore and the dense libraries warn of what a user of this command cannot change
+                warnings.simplefilter("ignore")
+                args = _parsed(parser, argv)
+                parser = args.parser
+                output = args.run(args)
+            print(_encodable(output, sys.stdout.encoding or "utf-8", getattr(args, "format", "table")))
+        finally:
+            _flush()  # what --help wrote, too
+    except BrokenPipeError:  # whoever reads has seen enough
+        parser.exit(1)
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
+    except Exception as error:  # models and libraries raise whatever they like
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        parser.error(_said(error))
+
+
+def _parsed(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
         usage = " ".join(args.parser.format_usage().split()).removeprefix("usage: ")
         args.parser.error(f"unknown argument {unknown[0]!r}; expected {usage}")
+    return args
+
+
+def _said(error: Exception) -> str:
+    """The message of an error in one line; one that does not speak to the user comes with its type and with a hint."""
+    message = " ".join(str(error).split())
+    if isinstance(error, ValueError | ImportError | OSError) and message:
+        return message
+    return f"{type(error).__name__}: {message} ({TRACEBACK}=1 in the environment shows where)"
+
+
+def _encodable(text: str, encoding: str, style: str) -> str:
+    """``text`` without what an output of this encoding cannot hold: escaped in JSON, question marks elsewhere."""
+    return text.encode(encoding, "json" if style == "json" else "replace").decode(encoding)
+
+
+def _escaped(error: Any) -> tuple[str, int]:
+    """What codecs asks for in place of letters that an encoding does not have: as JSON writes them in ASCII."""
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+codecs.register_error("json", _escaped)
+
+
+def _flush() -> None:
+    """Write what stdout still holds; if that fails, it goes nowhere, since Python would try once more at its end."""
     try:
-        with warnings.catch_warnings():
-            # of torch's compiler, fvcore and the libraries of dense tasks; nothing a user of this command can change
-            warnings.simplefilter("ignore")
-            output = args.run(args)
-        print(output, flush=True)
-    except BrokenPipeError:  # whoever reads has seen enough; what Python still holds goes nowhere
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        args.parser.exit(1)
-    except (ValueError, ImportError, OSError) as error:
-        args.parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        args.parser.exit(130, f"{args.parser.prog}: interrupted\n")
+        raise
 
 
 def params(args: argparse.Namespace) -> str:
@@ -112,29 +155,34 @@ def flops(args: argparse.Namespace) -> str:
 
 def complexity(args: argparse.Namespace) -> str:
     """Eq. 5 and 15 beside the measured products, a row a stage; or the growth of four attentions."""
-    from hatnet_analysis.paper import eq15_rows
-
-    if args.growth and args.models:
-        raise ValueError(f"--growth is about single layers and takes no model, got {args.models[0]}")
     if args.growth:
         return _growth(args)
-    if args.out is not None:
-        raise ValueError(f"--out is the plot of --growth, which is not given, got {args.out}")
-    rows = []
-    for name in args.models or list_models():
+    from hatnet_analysis.models import refusals
+    from hatnet_analysis.paper import eq15_rows
+    from hatnet_core import list_models
+
+    _refuse_unused(args, ("sizes", "device", "out"), "with --growth")
+    size, rows = args.size or (224, 224), []
+    for name in args.models or MODELS:
         if name not in list_models(ablations=True):
-            raise ValueError(f"Eq. 15 is about HAT-Net; expected one of {', '.join(list_models())}, got {name!r}")
-        rows += eq15_rows(name, *args.size)
+            raise ValueError(f"Eq. 15 is about HAT-Net; expected one of {', '.join(MODELS)}, got {name!r}")
+        with refusals(name, size):
+            rows += eq15_rows(name, *size)
     return render(rows, args.format)
 
 
 def _growth(args: argparse.Namespace) -> str:
     from hatnet_analysis.figures import growth_figure, save_figure
     from hatnet_analysis.growth import crossings, exponents, growth
+    from hatnet_analysis.models import refusals
     from hatnet_analysis.throughput import checked_device
 
-    out = _writable(args.out)
-    rows = growth(args.sizes, str(checked_device(args.device)), progress=_progress)
+    if args.models:
+        raise ValueError(f"--growth is about single layers and takes no model, got {args.models[0]}")
+    _refuse_unused(args, ("size",), "without --growth, which has --sizes")
+    out, device, sizes = _writable(args.out), str(checked_device(args.device or "cpu")), args.sizes or SIZES
+    with refusals("the four attentions", (max(sizes), max(sizes))):
+        rows = growth(sizes, device, progress=_progress)
     powers, found = exponents(rows), crossings(rows)
     if out is not None:
         save_figure(growth_figure(rows), out)
@@ -151,7 +199,9 @@ def paper(args: argparse.Namespace) -> str:
     from hatnet_analysis.paper import table_rows
     from hatnet_analysis.throughput import checked_device
 
-    device = str(checked_device(args.device))
+    if "memory" not in args.table:
+        _refuse_unused(args, ("device",), "with the table memory")
+    device = str(checked_device(args.device or "cpu"))
     tables = {table: table_rows(table, _progress, device) for table in args.table}
     if args.format == "json":
         return render([row for rows in tables.values() for row in rows], "json")
@@ -195,11 +245,14 @@ def attention(args: argparse.Namespace) -> str:
     """What one point of an image attends to, drawn and as rows."""
     from hatnet_analysis import attention_maps as maps
     from hatnet_analysis.figures import attention_figure, save_figure
+    from hatnet_analysis.models import refusals
 
-    out = _writable(args.out)
+    out, size = _writable(args.out), tuple(args.size)
     image = maps.read_image(args.image)
     model, (mean, std) = maps.read_model(args.checkpoint, args.variant)
-    recorded = maps.record_weights(model, maps.to_input(image, tuple(args.size), mean, std))
+    with refusals(str(args.checkpoint or args.variant), size):
+        maps.check_size(model, size)
+        recorded = maps.record_weights(model, maps.to_input(image, size, mean, std))
     view = maps.look(recorded, image, tuple(args.point), args.stage, args.block, args.head)
     if out is not None:
         save_figure(attention_figure(image, view), out)
@@ -210,10 +263,26 @@ def report(args: argparse.Namespace) -> str:
     """One HTML page."""
     from hatnet_analysis.report import write_report
 
+    tables = args.table or TABLES
+    if "tables" not in args.sections:
+        _refuse_unused(args, ("table",), "with the section tables")
+    if "attention" not in args.sections:
+        _refuse_unused(args, ("image", "checkpoint", "variant"), "with the section attention")
+    if not {"complexity", "compare"} & set(args.sections) and not ("tables" in args.sections and "memory" in tables):
+        _refuse_unused(args, ("device",), "with the sections complexity and compare, and the table memory")
     path = write_report(
-        args.out, args.sections, args.table, args.image, args.checkpoint, args.variant, args.device, _progress
+        args.out, args.sections, tables, args.image, args.checkpoint, args.variant, args.device or "cpu", _progress
     )
     return f"written: {path}"
+
+
+def _refuse_unused(args: argparse.Namespace, names: Sequence[str], when: str) -> None:
+    """ValueError for an option that was given where it has no effect; those named here have None as their default."""
+    for name in names:
+        given = getattr(args, name)
+        if given is not None:
+            shown = " ".join(map(str, given)) if isinstance(given, list) else given
+            raise ValueError(f"--{name} has an effect only {when}, got {shown}")
 
 
 def _progress(text: str) -> None:
@@ -235,7 +304,8 @@ def _parser() -> Parser:
     parser = Parser(
         prog="hatnet-analysis",
         description="Parameters, FLOPs, complexity, speed and attention of HAT-Net, beside the paper's figures.",
-        epilog="'hatnet-analysis COMMAND --help' describes a command.",
+        epilog="'hatnet-analysis COMMAND --help' describes a command. Exit status: 0; 2 after an error, which is one "
+        f"line; 130 if interrupted. {TRACEBACK}=1 in the environment shows where an error comes from.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -266,14 +336,14 @@ def _command(
 
 
 def _add_params(commands: Any) -> None:
-    text = f"Count the parameters of models; those for classification have 1000 classes.\n\n{MODELS}"
+    text = f"Count the parameters of models; those for classification have 1000 classes.\n\n{NAMES}"
     command = _command(commands, "params", params, "number of parameters", text)
     _models(command)
     _by(command, ("model", "stage", "block"))
 
 
 def _add_flops(commands: Any) -> None:
-    text = f"Count the FLOPs of one image. {CONVENTIONS}\n\n{MODELS}"
+    text = f"Count the FLOPs of one image. {CONVENTIONS}\n\n{NAMES}"
     command = _command(commands, "flops", flops, "FLOPs of one image, as the paper counts them and completely", text)
     _models(command)
     _by(command, ("model", "stage", "block", "operator"))
@@ -287,33 +357,34 @@ def _add_complexity(commands: Any) -> None:
         "map of stage 2."
     )
     command = _command(commands, "complexity", complexity, "Eq. 5 and Eq. 15, measured; growth with the image", text)
-    _models(command, "*")
+    _models(command, "*", f"{', '.join(MODELS)}, or one of their ablations (default: the four)")
     _size(command)
+    command.set_defaults(size=None)
     command.add_argument("--growth", action="store_true", help="measure the growth with the size of the image")
     command.add_argument(
         "--sizes",
         metavar="SIDE",
         nargs="+",
         type=_side,
-        default=[224, 320, 448, 640, 896, 1280, 2048],
-        help="sides of the images of --growth, multiples of 32 (default: 224 320 448 640 896 1280 2048)",
+        help=f"sides of the images of --growth, multiples of 32 (default: {' '.join(map(str, SIZES))})",
     )
-    _device_and_out(command, "log-log plot of --growth, .png or .svg")
+    command.add_argument("--device", help="of --growth, cpu or cuda (default: cpu)")
+    command.add_argument("--out", metavar="FILE", type=Path, help="log-log plot of --growth, .png or .svg")
 
 
 def _add_paper(commands: Any) -> None:
     text = (
-        "Every row of the paper's tables: measured #Param and FLOPs beside the printed ones, with a verdict. Columns\n"
-        "that need datasets are shown as the paper's. 'memory' is the claim of Sec. 4.4. Tables 2, 3, 4 and 6 take\n"
-        "minutes, and timm and hatnet-dense for the peers."
+        "Every row of the paper's Tables 1-4 and 6: measured #Param and FLOPs beside the printed ones, with a\n"
+        "verdict; accuracies, which need datasets, are shown as the paper's. 'eq15' is Eq. 5 and Eq. 15, 'memory'\n"
+        "the claim of Sec. 4.4. Tables 2, 3, 4 and 6 take minutes and need hatnet-dense, 2 timm as well."
     )
     command = _command(commands, "paper", paper, "the paper's tables, measured", text)
     _table(command)
-    command.add_argument("--device", default="cpu", help="for 'memory': cpu or cuda (default: cpu)")
+    command.add_argument("--device", help="for 'memory': cpu or cuda (default: cpu)")
 
 
 def _add_throughput(commands: Any) -> None:
-    text = f"Images a second of models that take turns; ratios are against the first.\n\n{MODELS}"
+    text = f"Images a second of models that take turns; ratios are against the first.\n\n{NAMES}"
     command = _command(commands, "throughput", throughput, "images a second, latency and peak memory", text)
     _models(command)
     _speed(command)
@@ -322,10 +393,10 @@ def _add_throughput(commands: Any) -> None:
 def _add_compare(commands: Any) -> None:
     text = (
         "Throughput, FLOPs, parameters and the top-1 that the papers state, of HAT-Net and its peers (which need\n"
-        f"timm), or of the models named.\n\n{MODELS}"
+        f"timm), or of the models named.\n\n{NAMES}"
     )
     command = _command(commands, "compare", compare, "speed and size beside the papers' top-1", text)
-    _models(command, "*")
+    _models(command, "*", "name of a model, see above (default: HAT-Net and its peers)")
     _speed(command)
     command.add_argument("--out", metavar="FILE", type=Path, help="scatter plot, .png or .svg")
 
@@ -333,12 +404,17 @@ def _add_compare(commands: Any) -> None:
 def _add_attention(commands: Any) -> None:
     text = (
         "What the local step (Eq. 6-8) and the global step (Eq. 11-13) attend to from one point of an image, and\n"
-        "rollout over all blocks. The image is scaled to --size."
+        "rollout over all blocks. The image is scaled to --size. Needs --checkpoint or --variant."
     )
     command = _command(commands, "attention", attention, "what a point of an image attends to", text)
     command.add_argument("image", metavar="IMAGE", type=Path, help="image file")
     command.add_argument(
-        "--point", metavar=("X", "Y"), nargs=2, type=float, required=True, help="in pixels of the image"
+        "--point",
+        metavar=("X", "Y"),
+        nargs=2,
+        type=float,
+        required=True,
+        help="in pixels from the top left corner of the image, turned as its EXIF says",
     )
     command.add_argument("--stage", type=int, choices=(2, 3, 4, 5), default=2, help="as the paper counts (default: 2)")
     command.add_argument("--block", type=int, help="of the stage, from 0 (default: the last)")
@@ -358,19 +434,20 @@ def _add_report(commands: Any) -> None:
     command.add_argument(
         "--sections",
         nargs="+",
-        choices=("tables", "complexity", "compare", "attention"),
-        default=["tables", "complexity", "compare", "attention"],
+        choices=SECTIONS,
+        default=SECTIONS,
         metavar="SECTION",
-        help="what the page holds: tables, complexity, compare, attention (default: all)",
+        help=f"what the page holds: {', '.join(SECTIONS)} (default: all)",
     )
     _table(command)
+    command.set_defaults(table=None)
     command.add_argument("--image", metavar="FILE", type=Path, help="for the explorer (default: drawn shapes)")
     _checkpoint(command)
-    command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    command.add_argument("--device", help="of the measurements, cpu or cuda (default: cpu)")
 
 
-def _models(command: argparse.ArgumentParser, number: str = "+") -> None:
-    command.add_argument("models", metavar="MODEL", nargs=number, type=_model, help="name of a model, see above")
+def _models(command: argparse.ArgumentParser, number: str = "+", text: str = "name of a model, see above") -> None:
+    command.add_argument("models", metavar="MODEL", nargs=number, type=_model, help=text)
 
 
 def _by(command: argparse.ArgumentParser, choices: tuple[str, ...]) -> None:
@@ -378,14 +455,13 @@ def _by(command: argparse.ArgumentParser, choices: tuple[str, ...]) -> None:
 
 
 def _table(command: argparse.ArgumentParser) -> None:
-    tables = ("1", "2", "3", "4", "6", "eq15", "memory")
     command.add_argument(
         "--table",
         nargs="+",
-        choices=tables,
-        default=list(tables),
+        choices=TABLES,
+        default=TABLES,
         metavar="TABLE",
-        help=f"{', '.join(tables)} (default: all)",
+        help=f"{', '.join(TABLES)} (default: all)",
     )
 
 
@@ -404,15 +480,10 @@ def _checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument("--checkpoint", metavar="PATH", type=Path, help="file, or folder of hatnet-train")
     command.add_argument(
         "--variant",
-        choices=list_models(),
+        choices=MODELS,
         metavar="MODEL",
-        help=f"one of {', '.join(list_models())}; for checkpoints that do not say it; alone, random weights",
+        help=f"one of {', '.join(MODELS)}; for checkpoints that do not say it; alone, random weights",
     )
-
-
-def _device_and_out(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    command.add_argument("--out", metavar="FILE", type=Path, help=what)
 
 
 def _speed(command: argparse.ArgumentParser) -> None:

@@ -12,7 +12,9 @@ import io
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,16 +25,18 @@ from torch import Tensor
 
 from hatnet_analysis.__about__ import __version__
 from hatnet_analysis.attention_maps import AttentionWeights, read_image, read_model, record_weights, rollout, to_input
+from hatnet_analysis.choices import SECTIONS, TABLES
 from hatnet_analysis.figures import compare_figure, growth_figure
 from hatnet_analysis.growth import crossings, exponents, growth
 from hatnet_analysis.paper import table_rows
 from hatnet_analysis.tables import render
 from hatnet_analysis.throughput import COMPARED, Settings, checked_device, compare
 
-SECTIONS = ("tables", "complexity", "compare", "attention")
-
 SIZE = 224
-"""Side of the explorer's image in pixels."""
+"""Height and width in pixels that the explorer's image is scaled to for the model."""
+
+SHOWN = 448
+"""Longer side in pixels of the image that the explorer shows, in its own aspect ratio."""
 
 Progress = Callable[[str], None]
 
@@ -40,7 +44,7 @@ Progress = Callable[[str], None]
 def write_report(
     out: Path,
     sections: Sequence[str] = SECTIONS,
-    tables: Sequence[str] = ("1", "2", "3", "4", "6", "eq15", "memory"),
+    tables: Sequence[str] = TABLES,
     image: Path | None = None,
     checkpoint: Path | None = None,
     variant: str | None = None,
@@ -50,34 +54,31 @@ def write_report(
     """Measure, and write ``index.html``.
 
     Args:
-        out: folder, made if it is not there.
-        sections: out of :data:`SECTIONS`.
+        out: folder, made if it is not there, and kept only if the page is written.
+        sections: out of :data:`hatnet_analysis.choices.SECTIONS`.
         tables: of the section ``tables``, as for :func:`hatnet_analysis.paper.table_rows`.
         image: for the explorer; drawn shapes by default.
         checkpoint: for the explorer, as for :func:`hatnet_analysis.attention_maps.read_model`.
         variant: likewise; HAT-Net-Tiny with random weights if both are None.
-        device: for the measurements.
+        device: for growth, comparison and the table ``memory``; the rest is counted or computed on a CPU.
         progress: takes one line before each piece of work.
 
     Returns:
-        The path of the page; it is whole or not there.
+        The path of the page. Unless it is whole, what was there before stays.
 
     Raises:
-        ValueError: if a section is unknown, or image, checkpoint or device are refused.
+        ValueError: if a section or table is unknown, the folder or the page cannot be written, or image, checkpoint
+            or device are refused; all of that before anything is measured.
+        FileNotFoundError: if there is no such image or checkpoint.
+        ImportError: if timm or hatnet-dense, which peers come from, is not installed.
     """
-    unknown = sorted(set(sections) - set(SECTIONS))
-    if unknown:
-        raise ValueError(f"unknown section {unknown[0]!r}; expected one of {', '.join(SECTIONS)}")
+    for what, wanted, known in (("section", sections, SECTIONS), ("table", tables, TABLES)):
+        unknown = sorted(set(wanted) - set(known))
+        if unknown:
+            raise ValueError(f"unknown {what} {unknown[0]!r}; expected one of {', '.join(known)}")
     checked_device(device)
     picture = _drawn_shapes() if image is None else read_image(image)
     explored = read_model(checkpoint, variant if checkpoint or variant else "hatnet_tiny")  # before hours of work
-    path, part = out / "index.html", out / f".index.html.{os.getpid()}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        part.touch()
-    except OSError as error:
-        raise ValueError(f"the report needs a folder that can be made and written, got {out}: {error}") from error
-    part.unlink()
     makers: dict[str, tuple[str, Callable[[], str]]] = {
         "tables": ("The paper's tables", lambda: _tables(tables, device, progress)),
         "complexity": ("Growth with the image", lambda: _complexity(device, progress)),
@@ -85,15 +86,40 @@ def write_report(
         "attention": ("Attention explorer", lambda: _explorer(picture, explored, checkpoint, progress)),
     }
     wanted = [name for name in SECTIONS if name in sections]
-    parts = {name: f'<section id="{name}"><h2>{makers[name][0]}</h2>{makers[name][1]()}</section>' for name in wanted}
-    contents = "".join(f'<a href="#{name}">{makers[name][0]}</a>' for name in wanted)
-    page = _filled("report.html", about=_about(device), contents=contents, sections="\n".join(parts.values()))
+    with _page_in(out) as part:
+        parts = [f'<section id="{name}"><h2>{makers[name][0]}</h2>{makers[name][1]()}</section>' for name in wanted]
+        contents = "".join(f'<a href="#{name}">{makers[name][0]}</a>' for name in wanted)
+        page = _filled("report.html", about=_about(device), contents=contents, sections="\n".join(parts))
+        part.write_text(page, encoding="utf-8", errors="replace")
+    return out / "index.html"
+
+
+@contextmanager
+def _page_in(folder: Path) -> Iterator[Path]:
+    """A file to write, which becomes ``index.html`` of the folder; after an error neither it nor a new folder is left.
+
+    Raises:
+        ValueError: if the folder cannot be made or written in, or ``index.html`` is a folder.
+    """
+    path, part = folder / "index.html", folder / f".index.html.{os.getpid()}"
+    made: list[Path] = []
     try:
-        part.write_text(page, encoding="utf-8")
+        try:
+            made += [parent for parent in (folder, *folder.parents) if not parent.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            part.touch()
+        except OSError as error:
+            reason = f"the report needs a folder that can be made and written, got {folder}"
+            raise ValueError(f"{reason}: {error}") from error
+        if path.is_dir():
+            raise ValueError(f"the report is written to {path}, which is a folder; expected a file or nothing there")
+        yield part
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    except BaseException:
+        for remove in (part.unlink, *(parent.rmdir for parent in made)):
+            with suppress(OSError):  # not there, or no longer empty
+                remove()
+        raise
 
 
 def _about(device: str) -> str:
@@ -146,7 +172,8 @@ def _explorer(picture: Image.Image, explored: Any, checkpoint: Path | None, prog
     progress("attention weights of every block")
     recorded = record_weights(model, to_input(picture, (SIZE, SIZE), mean, std))
     buffer = io.BytesIO()
-    picture.resize((2 * SIZE, 2 * SIZE)).save(buffer, format="JPEG", quality=88)
+    scale = SHOWN / max(picture.size)
+    picture.resize([max(1, round(scale * side)) for side in picture.size]).save(buffer, format="JPEG", quality=88)
     blocks = [
         {"stage": i + 2, "block": j, **_packed(weights)}
         for i, stage in enumerate(recorded)
@@ -193,7 +220,7 @@ def _base64(values: Tensor) -> str:
 
 def _drawn_shapes() -> Image.Image:
     """A picture without an origin: four shapes of different colours on a gradient."""
-    image = Image.linear_gradient("L").resize((2 * SIZE, 2 * SIZE)).convert("RGB")
+    image = Image.linear_gradient("L").resize((SHOWN, SHOWN)).convert("RGB")
     draw = ImageDraw.Draw(image)
     draw.ellipse((40, 50, 170, 180), fill="#d1495b")
     draw.rectangle((260, 60, 400, 170), fill="#edae49")
@@ -203,7 +230,6 @@ def _drawn_shapes() -> Image.Image:
 
 
 def _filled(template: str, **values: str) -> str:
+    """A template with what stands for each ``{{name}}`` in it; braces inside of a value are left alone."""
     text = files("hatnet_analysis").joinpath(template).read_text(encoding="utf-8")
-    for name, value in values.items():
-        text = text.replace("{{" + name + "}}", value)
-    return text
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], text)
