@@ -182,5 +182,6 @@ def demo(session: nox.Session) -> None:
 @nox.parametrize("subject", ["training", "dense", "analysis"], ids=["training", "dense", "analysis"])
 def bench(session: nox.Session, subject: str) -> None:
     """Measure "training" (loader, engine, checkpoints), "dense" (shapes, detectors) or "analysis" (paper, peers)."""
-    install(session, {"training": "train"}.get(subject, subject), groups=("photographs",))
+    package = {"training": "train"}.get(subject, subject)
+    install(session, package, groups=() if subject == "analysis" else ("photographs",))
     session.run("python", f"benchmarks/{subject}.py", *(session.posargs or ["--out", "docs/benchmarks"]))
