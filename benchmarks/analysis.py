@@ -42,8 +42,8 @@ def main() -> int:
         header |= {"machine": machine(), "versions": versions(PACKAGES)}
         tables = MEASUREMENTS[name](stem.with_suffix(".png"))
         record = header | ({"rows": tables[""]} if "" in tables else tables)
-        stem.with_suffix(".json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        stem.with_suffix(".md").write_text(_markdown(name, header, tables, stem.with_suffix(".png")))
+        stem.with_suffix(".json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        stem.with_suffix(".md").write_text(_markdown(name, header, tables, stem.with_suffix(".png")), encoding="utf-8")
         print(f"wrote {stem}.json and {stem}.md")
     return 0
 

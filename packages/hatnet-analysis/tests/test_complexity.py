@@ -1,7 +1,10 @@
+import inspect
 import math
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,9 +18,21 @@ from hatnet_analysis import (
     stage_complexity,
     window_macs,
 )
-from hatnet_analysis.complexity import attention_macs, h_mhsa_bound
+from hatnet_analysis.complexity import (
+    attention_macs,
+    h_mhsa_bound,
+    h_mhsa_bytes,
+    h_mhsa_weights,
+    mhsa_bytes,
+    mhsa_weights,
+    reduction_bytes,
+    reduction_weights,
+    window_bytes,
+    window_weights,
+)
 from hatnet_analysis.flops import trace
 from hatnet_analysis.growth import SpatialReductionAttention
+from hatnet_analysis.memory import peak_memory
 from hatnet_core import HierarchicalAttention, create_model
 from hatnet_core.attention import Attention, WindowAttention
 
@@ -140,11 +155,109 @@ def test_every_stage_of_a_model_is_measured_equal_to_its_formula(name, size):
     rows = stage_complexity(create_model(name), *size)
     assert [row["stage"] for row in rows] == [2, 3, 4, 5]
     for row in rows:
-        assert row["measured_macs"] == row["h_mhsa_macs"]
-        if row["divides"] and row["grid_size"]:
-            sizes = row["grid_size"], row["pool_size"]
-            assert row["h_mhsa_macs"] == h_mhsa_macs(row["height"], row["width"], row["dim"], *sizes)
+        assert row["measured_macs"] == row["h_mhsa_macs_completed"] <= row["h_mhsa_bound"]
         assert row["mhsa_macs"] == mhsa_macs(row["height"], row["width"], row["dim"])
+        if row["grid_size"] is None:
+            assert row["measured_macs"] == row["mhsa_macs"]
+        elif row["divides"]:
+            sizes = row["grid_size"], row["pool_size"]
+            expected = h_mhsa_macs(row["height"], row["width"], row["dim"], *sizes)
+            assert row["measured_macs"] == row["h_mhsa_macs"] == expected
+
+
+def test_where_sizes_do_not_divide_equation_15_stands_beside_the_completed_count_and_the_bound():
+    # 480×320 pixels: maps of 120×80, 60×40 and 30×20 with G1 = 8, 7, 7 and G2 = 8, 4, 2; the first one divides
+    rows = stage_complexity(create_model("hatnet_tiny"), 480, 320)
+    assert [row["divides"] for row in rows] == [True, False, False, True]
+    for row in rows[1:3]:
+        assert row["measured_macs"] == row["h_mhsa_macs_completed"] < row["h_mhsa_bound"]
+        assert row["measured_macs"] != row["h_mhsa_macs"]
+    # stage 3, C = 96: 2400·96·(4·96 + 2·7²) + 2·(2400/4²)·96·(96 + 2400), and 63·42 positions in its grids
+    assert rows[1]["h_mhsa_macs"] == 182_937_600
+    assert rows[1]["h_mhsa_macs_completed"] == 182_937_600 + 2 * (63 * 42 - 2400) * 49 * 96
+    assert rows[1]["h_mhsa_bound"] == pytest.approx(182_937_600 * (66 / 60) * (46 / 40))
+    dense = stage_complexity(create_model("hatnet_tiny"), 36, 36)[0]  # 9×9 positions: 81/8² pools
+    assert dense["h_mhsa_macs"] == pytest.approx(81 * 48 * (4 * 48 + 128) + 2 * 81 / 64 * 48 * (48 + 81))
+
+
+def attended_weights(module, height, width):
+    """Of each attention that the module runs, how many weights its queries and keys make."""
+    attention, seen = F.scaled_dot_product_attention, []
+
+    def record(q, k, v, **kwargs):
+        seen.append(q.shape[:-1].numel() * k.shape[-2])
+        return attention(q, k, v, **kwargs)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", record):
+        module(torch.zeros(1, module.proj.in_channels, height, width))
+    return seen
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    heads=st.integers(1, 3),
+    grid_size=st.integers(1, 8),
+    pool_size=st.integers(1, 8),
+)
+def test_weights_are_as_many_as_queries_and_keys_make_at_any_size(size, heads, grid_size, pool_size):
+    module = HierarchicalAttention(heads * 2, 2, grid_size, pool_size)
+    assert max(attended_weights(module, *size)) == h_mhsa_weights(*size, heads, grid_size, pool_size)
+    assert attended_weights(Attention(heads * 2, 2), *size) == [mhsa_weights(*size, heads)]
+
+
+@settings(max_examples=10, deadline=None)
+@given(multiples=st.tuples(st.integers(1, 3), st.integers(1, 3)), heads=st.integers(1, 3), size=st.integers(1, 6))
+def test_weights_of_windows_and_spatial_reduction_are_as_many_as_queries_and_keys_make(multiples, heads, size):
+    height, width = (m * size for m in multiples)
+    windows = attended_weights(WindowAttention(heads * 2, 2, size), height, width)
+    assert windows == [window_weights(height, width, heads, size)]
+    reduced = attended_weights(SpatialReductionAttention(2, size), height, width)
+    assert reduced == [reduction_weights(height, width, 1, size)]
+
+
+@pytest.mark.parametrize("function", [mhsa_weights, h_mhsa_weights, window_weights, reduction_weights])
+@pytest.mark.parametrize("value", [0, -8, 8.0])
+def test_weights_refuse_what_is_not_a_positive_integer_by_name(function, value):
+    names = list(inspect.signature(function).parameters)
+    for name in names:
+        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got {value}"):
+            function(**dict.fromkeys(names, 8) | {name: value})
+
+
+def test_weights_of_windows_and_reduction_need_sizes_that_divide():
+    with pytest.raises(ValueError, match="window_size must divide height and width, got window_size=7 and 30×28"):
+        window_weights(30, 28, 1, 7)
+    with pytest.raises(ValueError, match="reduction must divide height and width, got reduction=8 and 28×28"):
+        reduction_weights(28, 28, 1, 8)
+
+
+def measured_bytes(module, height, width):
+    x = torch.randn(1, module.proj.in_channels, height, width)
+    module.eval()
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+        return peak_memory(lambda: module(x), x.device)
+
+
+# the tolerance is for what PyTorch holds beside: scalars, sums and, of windows, the table of the bias
+@pytest.mark.parametrize("dim_heads", [(64, 1), (48, 3)])
+@pytest.mark.parametrize("size", [(56, 56), (50, 37), (28, 100), (5, 40)])
+@pytest.mark.parametrize("sizes", [(8, 8), (7, 4), (12, 2)])
+def test_bytes_of_mhsa_and_h_mhsa_are_what_is_held_at_the_peak_at_any_size(dim_heads, size, sizes):
+    dim, heads = dim_heads
+    module = HierarchicalAttention(dim, dim // heads, *sizes)
+    assert measured_bytes(module, *size) == pytest.approx(h_mhsa_bytes(*size, dim, heads, *sizes), rel=0.02)
+    module = Attention(dim, dim // heads)
+    assert measured_bytes(module, *size) == pytest.approx(mhsa_bytes(*size, dim, heads), rel=0.02)
+
+
+@pytest.mark.parametrize("size", [(56, 56), (40, 96)])
+def test_bytes_of_windows_and_spatial_reduction_are_what_is_held_at_the_peak(size):
+    for heads in (1, 3):
+        window = WindowAttention(48, 48 // heads, 8)
+        assert measured_bytes(window, *size) == pytest.approx(window_bytes(*size, 48, heads, 8), rel=0.02)
+    reduction = SpatialReductionAttention(48, 8)
+    assert measured_bytes(reduction, *size) == pytest.approx(reduction_bytes(*size, 48, 1, 8), rel=0.02)
 
 
 def test_a_stage_of_windows_is_none_that_equation_15_speaks_of():

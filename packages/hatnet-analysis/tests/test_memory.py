@@ -29,6 +29,16 @@ def test_what_was_there_before_does_not_count():
     assert peak_memory(lambda: before.sum(), CPU) < 2**10
 
 
+def test_what_was_there_before_and_is_released_makes_no_room_on_a_cpu():
+    before = [torch.ones(MEGABYTE)]
+
+    def exchange():
+        before.clear()
+        before.append(torch.ones(MEGABYTE))
+
+    assert peak_memory(exchange, CPU) == 2**20
+
+
 def _scalars(work):
     """PyTorch keeps a Python number as a tensor of some bytes while it adds it."""
     surplus = peak_memory(work, CPU) % 2**20

@@ -1,14 +1,19 @@
 """Complexity of attention in closed form: Eq. 5 and 15, their relatives, and the same products measured.
 
 Eq. 5 and 15 leave out the output projection W^p (HWC²), normalisation, softmax and pooling, and count one multiply-add
-as one; the forms for windows and spatial reduction here do the same, so that all four compare. Space is the number of
-attention weights and pooled values that the same products need at once.
+as one; the forms for windows and spatial reduction here do the same, so that all four compare.
+
+Space has two measures. ``*_weights`` is the number of attention weights held at once, the term that Sec. 3 calls
+O(H²W²). ``*_bytes`` is all that PyTorch holds at the peak of a layer's forward pass beyond its input and parameters:
+one image, float32, inference, and the attention as plain products (``torch.nn.attention.SDPBackend.MATH``). Each says
+which tensors of ``hatnet_core.attention`` are alive then; nothing in them is fitted. A fused attention holds less.
 
 ``growth.py`` measures time and memory beside these; ``flops.py`` counts built models.
 """
 
 from __future__ import annotations
 
+from fractions import Fraction
 from math import ceil
 from typing import Any
 
@@ -31,7 +36,7 @@ def mhsa_macs(height: int, width: int, dim: int) -> int:
     Raises:
         ValueError: if an argument is not a positive integer.
     """
-    positions = positive_int("height", height) * positive_int("width", width)
+    positions = _positions(height, width)
     positive_int("dim", dim)
     return 3 * positions * dim**2 + 2 * positions**2 * dim
 
@@ -50,11 +55,8 @@ def h_mhsa_macs(height: int, width: int, dim: int, grid_size: int, pool_size: in
         ValueError: if an argument is not a positive integer, or a size does not divide H and W: Eq. 15 counts
             whole grids and pools.
     """
-    positions = positive_int("height", height) * positive_int("width", width)
-    positive_int("dim", dim)
     _dividing(height, width, grid_size=grid_size, pool_size=pool_size)
-    pooled = positions // pool_size**2
-    return positions * dim * (4 * dim + 2 * grid_size**2) + 2 * pooled * dim * (dim + positions)
+    return int(_eq15(height, width, dim, grid_size, pool_size))
 
 
 def h_mhsa_macs_completed(height: int, width: int, dim: int, grid_size: int, pool_size: int) -> int:
@@ -74,13 +76,9 @@ def h_mhsa_macs_completed(height: int, width: int, dim: int, grid_size: int, poo
     Raises:
         ValueError: if an argument is not a positive integer.
     """
-    positions = positive_int("height", height) * positive_int("width", width)
-    positive_int("dim", dim)
-    rows, columns = (min(side, positive_int("grid_size", grid_size)) for side in (height, width))
-    completed = _up(height, rows) * _up(width, columns)
-    pooled = ceil(height / positive_int("pool_size", pool_size)) * ceil(width / pool_size)
-    local = 4 * positions * dim**2 + 2 * completed * rows * columns * dim
-    return local + 2 * pooled * dim * (dim + positions)
+    positions, _, pooled = _h_mhsa_positions(height, width, grid_size, pool_size)
+    in_grids, _ = _h_mhsa_step_weights(height, width, 1, grid_size, pool_size)
+    return 4 * positions * positive_int("dim", dim) ** 2 + 2 * in_grids * dim + 2 * pooled * dim * (dim + positions)
 
 
 def h_mhsa_bound(height: int, width: int, dim: int, grid_size: int, pool_size: int) -> float:
@@ -94,11 +92,13 @@ def h_mhsa_bound(height: int, width: int, dim: int, grid_size: int, pool_size: i
         dim: C, number of channels.
         grid_size: G1.
         pool_size: G2.
+
+    Raises:
+        ValueError: if an argument is not a positive integer.
     """
-    positions = height * width
-    eq15 = positions * dim * (4 * dim + 2 * grid_size**2) + 2 * positions / pool_size**2 * dim * (dim + positions)
+    eq15 = _eq15(height, width, dim, grid_size, pool_size)
     longest = max(grid_size, pool_size) - 1
-    return eq15 * (1 + longest / height) * (1 + longest / width)
+    return float(eq15 * (1 + Fraction(longest, height)) * (1 + Fraction(longest, width)))
 
 
 def window_macs(height: int, width: int, dim: int, window_size: int) -> int:
@@ -109,8 +109,12 @@ def window_macs(height: int, width: int, dim: int, window_size: int) -> int:
         width: W, likewise.
         dim: C, number of channels.
         window_size: M, side of a window in positions.
+
+    Raises:
+        ValueError: if an argument is not a positive integer, or M does not divide H and W.
     """
     positions = _dividing(height, width, window_size=window_size)
+    positive_int("dim", dim)
     return 3 * positions * dim**2 + 2 * window_size**2 * positions * dim
 
 
@@ -124,31 +128,128 @@ def reduction_macs(height: int, width: int, dim: int, reduction: int) -> int:
         width: W, likewise.
         dim: C, number of channels.
         reduction: R, kernel and stride of the convolution.
+
+    Raises:
+        ValueError: if an argument is not a positive integer, or R does not divide H and W.
     """
     positions = _dividing(height, width, reduction=reduction)
+    positive_int("dim", dim)
     return 2 * positions * dim**2 + 2 * (positions // reduction**2) * dim * (dim + positions)
 
 
 def mhsa_weights(height: int, width: int, heads: int) -> int:
-    """Attention weights of MHSA: (HW)² a head."""
-    return heads * (height * width) ** 2
+    """Attention weights of MHSA: (HW)² a head.
+
+    Raises:
+        ValueError: if an argument is not a positive integer, here and in the three below.
+    """
+    return positive_int("heads", heads) * _positions(height, width) ** 2
 
 
 def h_mhsa_weights(height: int, width: int, heads: int, grid_size: int, pool_size: int) -> int:
-    """Most attention weights that H-MHSA holds at once, a head: HW·G1² in its grids or (HW)²/G2² of the pooled map."""
-    positions = height * width
-    return heads * max(positions * grid_size**2, positions * (positions // pool_size**2))
+    """Most attention weights that H-MHSA holds at once, those of its grids or those to the pooled map.
+
+    A head: H'W'·G1² or HW·⌈H/G2⌉⌈W/G2⌉, completed as in :func:`h_mhsa_macs_completed`.
+    """
+    return max(_h_mhsa_step_weights(height, width, heads, grid_size, pool_size))
 
 
 def window_weights(height: int, width: int, heads: int, window_size: int) -> int:
-    """Attention weights of window attention: HW·M² a head."""
-    return heads * height * width * window_size**2
+    """Attention weights of window attention: HW·M² a head, M dividing H and W."""
+    return positive_int("heads", heads) * _dividing(height, width, window_size=window_size) * window_size**2
 
 
 def reduction_weights(height: int, width: int, heads: int, reduction: int) -> int:
-    """Attention weights of spatial reduction attention: (HW)²/R² a head."""
-    positions = height * width
-    return heads * positions * (positions // reduction**2)
+    """Attention weights of spatial reduction attention: (HW)²/R² a head, R dividing H and W."""
+    return positive_int("heads", heads) * _dividing(height, width, reduction=reduction) ** 2 // reduction**2
+
+
+def mhsa_bytes(height: int, width: int, dim: int, heads: int) -> int:
+    """Peak bytes of MHSA: 4·6HWC and the plain products of (HW)² weights a head.
+
+    Alive at the peak: the map of queries, keys and values, 3HWC, and their tokens, which are a copy of it.
+
+    Args:
+        height: H, in positions of the feature map.
+        width: W, likewise.
+        dim: C, number of channels.
+        heads: number of heads.
+
+    Raises:
+        ValueError: if an argument is not a positive integer.
+    """
+    values = _positions(height, width) * positive_int("dim", dim)
+    return 4 * 6 * values + _product_bytes(mhsa_weights(height, width, heads), values)
+
+
+def h_mhsa_bytes(height: int, width: int, dim: int, heads: int, grid_size: int, pool_size: int) -> int:
+    """Peak bytes of H-MHSA at any size, those of the dearer of its two steps.
+
+    Local: the map of queries, keys and values, 3H'W'C, and its grids, a copy; where the grids are completed, their
+    mask too, as a byte and as a float a position. Global: the result of the local step, A1, the map of queries and its
+    tokens, 4HWC together; the pooled map, the map of keys and values and its tokens, 5⌈H/G2⌉⌈W/G2⌉C. Each with its
+    plain products; completed as in :func:`h_mhsa_macs_completed`.
+
+    Args:
+        height: H, in positions of the feature map.
+        width: W, likewise.
+        dim: C, number of channels.
+        heads: number of heads.
+        grid_size: G1.
+        pool_size: G2.
+
+    Raises:
+        ValueError: if an argument is not a positive integer.
+    """
+    in_grids, in_pools = _h_mhsa_step_weights(height, width, heads, grid_size, pool_size)
+    positions, completed, pooled = _h_mhsa_positions(height, width, grid_size, pool_size)
+    positive_int("dim", dim)
+    mask = 5 * completed if completed > positions else 0
+    local = 4 * 6 * completed * dim + mask + _product_bytes(in_grids, completed * dim)
+    return max(local, 4 * (4 * positions + 5 * pooled) * dim + _product_bytes(in_pools, positions * dim))
+
+
+def window_bytes(height: int, width: int, dim: int, heads: int, window_size: int) -> int:
+    """Peak bytes of window attention: 4·9HWC, its mask, and the plain products of HW·M² weights a head.
+
+    Alive at the peak: the map of queries, keys and values, the same rolled, and its windows, a copy, 9HWC together;
+    for each weight the mask with the bias, twice as a float, and a byte for all heads that tells who sees whom. The
+    table of the bias, and what else is smaller than a map by an order, is left out.
+
+    Args:
+        height: H, in positions of the feature map.
+        width: W, likewise.
+        dim: C, number of channels.
+        heads: number of heads.
+        window_size: M, dividing H and W.
+
+    Raises:
+        ValueError: if an argument is not a positive integer, or M does not divide H and W.
+    """
+    weights = window_weights(height, width, heads, window_size)
+    values = _positions(height, width) * positive_int("dim", dim)
+    return 4 * 9 * values + 8 * weights + weights // heads + _product_bytes(weights, values)
+
+
+def reduction_bytes(height: int, width: int, dim: int, heads: int, reduction: int) -> int:
+    """Peak bytes of PVT's spatial reduction attention: 4(3HWC + 4HWC/R²) and the plain products of (HW)²/R² weights.
+
+    Alive at the peak: the normalised input, the map of queries and its tokens; the map of keys and values and its
+    tokens, a copy. On small maps what a CPU copies of the convolution's weights, up to 4R²C², is more; it is left out.
+
+    Args:
+        height: H, in positions of the feature map.
+        width: W, likewise.
+        dim: C, number of channels.
+        heads: number of heads.
+        reduction: R, dividing H and W.
+
+    Raises:
+        ValueError: if an argument is not a positive integer, or R does not divide H and W.
+    """
+    weights = reduction_weights(height, width, heads, reduction)
+    values = _positions(height, width) * positive_int("dim", dim)
+    return 4 * (3 * values + 4 * values // reduction**2) + _product_bytes(weights, values)
 
 
 def attention_macs(module: nn.Module, height: int, width: int) -> int:
@@ -173,8 +274,9 @@ def stage_complexity(model: HATNet, height: int, width: int) -> list[dict[str, A
 
     Returns:
         For each of the paper's stages 2-5: ``stage``, ``height``, ``width`` and ``dim`` of its map, ``grid_size``,
-        ``pool_size``, ``mhsa_macs`` (Eq. 5), ``h_mhsa_macs`` (Eq. 15; completed where G1 or G2 does not divide; of
-        stage 5, which is plain, Eq. 5), ``measured_macs`` and ``divides``.
+        ``pool_size``, ``mhsa_macs`` (Eq. 5), ``h_mhsa_macs`` (Eq. 15 as it stands, a fraction where it is one),
+        ``h_mhsa_macs_completed``, ``h_mhsa_bound``, ``divides`` and ``measured_macs``. Of stage 5, which is plain, all
+        of them are Eq. 5.
     """
     maps: list[tuple[int, int]] = []
     handles = [
@@ -194,24 +296,72 @@ def _stage_row(i: int, attention: nn.Module, height: int, width: int) -> dict[st
     if not isinstance(attention, HierarchicalAttention | Attention):
         raise ValueError(f"stage {i + 2} attends in windows, which Eq. 15 does not speak of; expected H-MHSA or MHSA")
     dim = attention.qkv.in_channels
-    row = {"stage": i + 2, "height": height, "width": width, "dim": dim, "grid_size": None, "pool_size": None}
-    row["mhsa_macs"] = row["h_mhsa_macs"] = mhsa_macs(height, width, dim)
+    row: dict[str, Any] = {
+        "stage": i + 2,
+        "height": height,
+        "width": width,
+        "dim": dim,
+        "grid_size": None,
+        "pool_size": None,
+    }
+    plain = mhsa_macs(height, width, dim)
+    row |= dict.fromkeys(("mhsa_macs", "h_mhsa_macs", "h_mhsa_macs_completed", "h_mhsa_bound"), plain)
     row["divides"] = True
     if isinstance(attention, HierarchicalAttention):
-        sizes = row["grid_size"], row["pool_size"] = attention.grid_size, attention.pool_size
-        row["h_mhsa_macs"] = h_mhsa_macs_completed(height, width, dim, *sizes)
+        row["grid_size"], row["pool_size"] = sizes = attention.grid_size, attention.pool_size
+        eq15 = _eq15(height, width, dim, *sizes)
+        row["h_mhsa_macs"] = int(eq15) if eq15.denominator == 1 else float(eq15)
+        row["h_mhsa_macs_completed"] = h_mhsa_macs_completed(height, width, dim, *sizes)
+        row["h_mhsa_bound"] = h_mhsa_bound(height, width, dim, *sizes)
         row["divides"] = not any(side % size for side in (height, width) for size in sizes)
     return row | {"measured_macs": attention_macs(attention, height, width)}
 
 
-def _up(side: int, grid: int) -> int:
-    return ceil(side / grid) * grid
+def _positions(height: int, width: int) -> int:
+    return positive_int("height", height) * positive_int("width", width)
 
 
 def _dividing(height: int, width: int, **sizes: int) -> int:
     """H·W; ValueError unless every size divides both."""
-    positions = positive_int("height", height) * positive_int("width", width)
+    positions = _positions(height, width)
     for name, size in sizes.items():
         if height % positive_int(name, size) or width % size:
             raise ValueError(f"{name} must divide height and width, got {name}={size} and {height}×{width}")
     return positions
+
+
+def _eq15(height: int, width: int, dim: int, grid_size: int, pool_size: int) -> Fraction:
+    """Eq. 15 as it stands, at any size."""
+    positions, g1 = _positions(height, width), positive_int("grid_size", grid_size)
+    pooled = Fraction(positions, positive_int("pool_size", pool_size) ** 2)
+    return positions * positive_int("dim", dim) * (4 * dim + 2 * g1**2) + 2 * pooled * dim * (dim + positions)
+
+
+def _h_mhsa_positions(height: int, width: int, grid_size: int, pool_size: int) -> tuple[int, int, int]:
+    """HW, H'W' of the completed grids and ⌈H/G2⌉⌈W/G2⌉; a grid that holds a whole side is no longer than it."""
+    positions = _positions(height, width)
+    rows, columns = _grid(height, width, grid_size)
+    pooled = ceil(height / positive_int("pool_size", pool_size)) * ceil(width / pool_size)
+    return positions, ceil(height / rows) * rows * ceil(width / columns) * columns, pooled
+
+
+def _h_mhsa_step_weights(height: int, width: int, heads: int, grid_size: int, pool_size: int) -> tuple[int, int]:
+    """Attention weights of the local and of the global step."""
+    positions, completed, pooled = _h_mhsa_positions(height, width, grid_size, pool_size)
+    rows, columns = _grid(height, width, grid_size)
+    positive_int("heads", heads)
+    return heads * completed * rows * columns, heads * positions * pooled
+
+
+def _grid(height: int, width: int, grid_size: int) -> tuple[int, int]:
+    positive_int("grid_size", grid_size)
+    return min(height, grid_size), min(width, grid_size)
+
+
+def _product_bytes(weights: int, values: int) -> int:
+    """Peak bytes of attention as plain products, beyond queries, keys and values; ``values`` are those of the queries.
+
+    The queries scaled; and the weights before and after the softmax, with a byte of each that tells whether it is
+    −∞ (PyTorch's softmax of masked rows asks), or, where that is more, the weights and the result.
+    """
+    return 4 * values + max((4 + 4 + 1) * weights, 4 * weights + 4 * values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from hatnet_analysis.growth import CONTENDERS, DIM
+from hatnet_analysis.growth import CONTENDERS, by_formula, crossings, fastest_rate, points
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,47 +47,85 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def growth_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Log-log plots over the side of the image: multiply-adds, time and memory; points are measured, lines formulas.
+    """Log-log plots over the side of the image: multiply-adds, memory and time; points are measured, lines formulas.
 
-    A line of multiply-adds is its formula; one of time or memory is its formula, scaled so as to pass through the
-    largest measured point.
+    No line is fitted to its points. Multiply-adds and bytes are drawn as the formulas give them; for time, one rate
+    for all contenders and both ways turns multiply-adds into seconds, that of the fastest point. A diamond in two
+    colours is where the upper one becomes the dearer: by the formulas for multiply-adds and memory, as measured for
+    time.
 
     Args:
         rows: of :func:`hatnet_analysis.growth.growth`.
     """
-    figure = new_figure(13, 4.6)
-    panels = figure.subplots(1, 3)
-    _panel(panels[0], rows, "measured_macs", lambda row: row["macs"], "multiply-adds (G), Eq. 5 and 15", 1e9)
-    _panel(panels[1], rows, "seconds_fused", lambda row: row["macs"], "time (s), fused attention")
-    _panel(panels[2], rows, "memory_materialised", _values, "peak memory (MB), attention weights materialised", 1e6)
-    panels[0].legend(frameon=False, fontsize=9)
+    figure = new_figure(13, 10)
+    panels = figure.subplots(2, 2)
+    _panel(panels[0, 0], rows, ("measured_macs", 1e9), ("macs", 1e9), "macs", "multiply-adds (G)")
+    title, memory = "peak memory (MB), plain products", ("memory_formula", 1e6)
+    _panel(panels[0, 1], rows, ("memory_materialised", 1e6), memory, "memory_formula", title)
+    panels[1, 1].sharey(panels[1, 0])
+    rate = fastest_rate(rows)
+    for axes, quantity, way in (
+        (panels[1, 0], "seconds_fused", "fused"),
+        (panels[1, 1], "seconds_materialised", "plain products"),
+    ):
+        at_rate = "" if rate is None else f"; lines: multiply-adds at {rate / 1e9:.3g} G/s, the fastest point's rate"
+        _panel(axes, rows, (quantity, 1.0), ("macs", rate), quantity, f"time (s), {way}{at_rate}")
+    handles = [Line2D([], [], color=colour, marker="o", markersize=5, label=name) for name, colour in COLOURS.items()]
+    label = "from this side on, the upper colour is the dearer"
+    handles.append(Line2D([], [], linestyle="", marker="D", color="#888888", markersize=8, label=label))
+    panels[0, 0].legend(
+        handles=handles,
+        frameon=False,
+        fontsize=9,
+        title="line: formula, point: measured",
+        title_fontsize=9,
+        alignment="left",
+    )
     return figure
 
 
-def _values(row: dict[str, Any]) -> float:
-    """What has to be held, in values: the weights before and after the softmax, and some maps of C channels."""
-    return float(2 * row["weights"] + 5 * row["height"] * row["width"] * DIM)
-
-
-def _panel(axes: Any, rows: Sequence[dict[str, Any]], measured: str, line: Any, title: str, unit: float = 1.0) -> None:
+def _panel(
+    axes: Any,
+    rows: Sequence[dict[str, Any]],
+    measured: tuple[str, float],
+    formula: tuple[str, float | None],
+    crossed: str,
+    title: str,
+) -> None:
+    """One plot of a measured quantity over a formula, each with its divisor, and the crossings of ``crossed``."""
+    sizes = sorted({row["size"] for row in rows})
+    sides = range(sizes[0], sizes[-1] + 1, 32)
+    curves = {}
     for contender in CONTENDERS:
-        own = [row for row in rows if row["attention"] == contender.name]
-        points = [(row["size"], row[measured] / unit) for row in own if row[measured]]
-        largest = next((row for row in reversed(own) if row[measured]), None)
-        if largest is None:
-            continue
-        scale = 1 / unit if measured == "measured_macs" else largest[measured] / unit / line(largest)
-        colour, sizes = COLOURS[contender.name], [row["size"] for row in own]
-        axes.plot(sizes, [scale * line(row) for row in own], color=colour, label=contender.name, linewidth=1.4)
-        axes.plot([size for size, _ in points], [value for _, value in points], "o", color=colour, markersize=5)
+        dots = {size: value / measured[1] for size, value in points(rows, contender, measured[0]).items()}
+        line = {side: by_formula(contender, formula[0], side) / formula[1] for side in sides} if formula[1] else {}
+        colour = COLOURS[contender.name]
+        axes.plot(list(line.keys()), list(line.values()), color=colour, linewidth=1.4)
+        axes.plot(list(dots.keys()), list(dots.values()), "o", color=colour, markersize=5)
+        curves[contender.name] = line if crossed == formula[0] else dots
+    shown = [row for row in crossings(rows) if row["quantity"] == crossed and row["crossing"] is not None]
+    inside = [row for row in shown if sizes[0] <= row["crossing"] <= sizes[-1]]
+    for i, row in enumerate(sorted(inside, key=lambda row: float(row["crossing"]))):
+        _mark(axes, row, curves[row["dearer"]], (-30, 6) if i % 2 == 0 else (9, -14))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    sizes = sorted({row["size"] for row in rows})
     axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
     axes.minorticks_off()
     axes.set_xlabel("side of the image (pixels)")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
+
+
+def _mark(axes: Any, crossing: dict[str, Any], curve: dict[int, float], offset: tuple[int, int]) -> None:
+    """A diamond on the curve of the dearer one, its upper half in that one's colour, its lower in the other's."""
+    side, colours = crossing["crossing"], (COLOURS[crossing["dearer"]], COLOURS[crossing["cheaper"]])
+    below, above = max(s for s in curve if s <= side), min(s for s in curve if s >= side)
+    share = math.log(side / below) / math.log(above / below) if above > below else 0.0
+    height = curve[below] ** (1 - share) * curve[above] ** share
+    half = {"color": colours[0], "markerfacecoloralt": colours[1], "fillstyle": "top", "markeredgecolor": "black"}
+    axes.plot([side], [height], "D", markersize=8, zorder=3, **half)
+    back = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    axes.annotate(f"{side:.0f}", (side, height), offset, textcoords="offset points", fontsize=9, bbox=back)
 
 
 def compare_figure(rows: Sequence[dict[str, Any]]) -> Figure:

@@ -1,9 +1,9 @@
 """How time and space of an attention grow with the image: MHSA, windows, spatial reduction and H-MHSA, measured.
 
 One attention layer on the map of stage 2, a quarter of the image's sides, with 64 channels and one head: the stage
-where the difference is largest. Each runs in two ways. ``materialised`` holds the attention weights as a tensor,
-which is what the formulas of space speak of; ``fused`` is what a user gets, where the weights exist only in parts. A
-point that would take too long or too much memory is left out, and says so.
+where the difference is largest. Each runs in two ways. ``materialised`` is the plain products, which hold the
+attention weights as a tensor and which the formulas of space speak of; ``fused`` is what a user gets, where the
+weights exist only in parts. A point that would take too long or too much memory is left out, and says so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -23,12 +23,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hatnet_analysis.complexity import (
     attention_macs,
+    h_mhsa_bytes,
     h_mhsa_macs_completed,
     h_mhsa_weights,
+    mhsa_bytes,
     mhsa_macs,
     mhsa_weights,
+    reduction_bytes,
     reduction_macs,
     reduction_weights,
+    window_bytes,
     window_macs,
     window_weights,
 )
@@ -50,6 +54,12 @@ MAX_MACS = 1.5e12
 
 MEMORY_SHARE = 0.6
 """Part of the free memory that a point may be expected to take."""
+
+LARGEST = 8192
+"""Side in pixels up to which the formulas are compared with each other."""
+
+MEASURED = ("seconds_fused", "seconds_materialised", "memory_materialised")
+"""Measured quantities whose crossings are named."""
 
 WAYS = {"materialised": SDPBackend.MATH, "fused": None}
 
@@ -86,12 +96,14 @@ class Contender:
         build: makes the layer.
         macs: its multiply-adds on a map of H×W (Eq. 5, Eq. 15 or their relative).
         weights: attention weights that it holds at once.
+        memory: bytes that it holds at the peak, as plain products.
     """
 
     name: str
     build: Callable[[], nn.Module]
     macs: Callable[[int, int], int]
     weights: Callable[[int, int], int]
+    memory: Callable[[int, int], int]
 
 
 CONTENDERS = (
@@ -100,24 +112,28 @@ CONTENDERS = (
         lambda: Attention(DIM, DIM),
         lambda h, w: mhsa_macs(h, w, DIM),
         lambda h, w: mhsa_weights(h, w, 1),
+        lambda h, w: mhsa_bytes(h, w, DIM, 1),
     ),
     Contender(
         "spatial reduction (PVT)",
         lambda: SpatialReductionAttention(DIM, REDUCTION),
         lambda h, w: reduction_macs(h, w, DIM, REDUCTION),
         lambda h, w: reduction_weights(h, w, 1, REDUCTION),
+        lambda h, w: reduction_bytes(h, w, DIM, 1, REDUCTION),
     ),
     Contender(
         "H-MHSA",
         lambda: HierarchicalAttention(DIM, DIM, GRID_SIZE, POOL_SIZE),
         lambda h, w: h_mhsa_macs_completed(h, w, DIM, GRID_SIZE, POOL_SIZE),
         lambda h, w: h_mhsa_weights(h, w, 1, GRID_SIZE, POOL_SIZE),
+        lambda h, w: h_mhsa_bytes(h, w, DIM, 1, GRID_SIZE, POOL_SIZE),
     ),
     Contender(
         "window (Swin)",
         lambda: WindowAttention(DIM, DIM, WINDOW_SIZE),
         lambda h, w: window_macs(h, w, DIM, WINDOW_SIZE),
         lambda h, w: window_weights(h, w, 1, WINDOW_SIZE),
+        lambda h, w: window_bytes(h, w, DIM, 1, WINDOW_SIZE),
     ),
 )
 
@@ -137,10 +153,10 @@ def growth(
         progress: takes one line before each point.
 
     Returns:
-        For each contender and size ``attention``, ``size``, ``height`` and ``width`` of the map, ``macs`` and
-        ``weights`` by the formulas, ``measured_macs``, the same products counted, and, a way, ``seconds_…`` and
-        ``memory_…`` (bytes, beyond input and parameters),
-        None where ``not_measured`` tells the reason.
+        For each contender and size ``attention``, ``size``, ``height`` and ``width`` of the map, ``macs``, ``weights``
+        and ``memory_formula`` (bytes) by the formulas, ``measured_macs``, the same products counted, and, a way,
+        ``seconds_…`` and ``memory_…`` (bytes, beyond input and parameters), None where ``not_measured`` tells the
+        reason.
 
     Raises:
         ValueError: if a size is no multiple of 32.
@@ -158,20 +174,19 @@ def growth(
 
 def _point(contender: Contender, size: int, device: torch.device, rounds: int) -> dict[str, Any]:
     side = size // 4
-    macs, weights = contender.macs(side, side), contender.weights(side, side)
+    macs, memory = contender.macs(side, side), contender.memory(side, side)
     row: dict[str, Any] = {"attention": contender.name, "size": size, "height": side, "width": side}
-    row |= {"macs": macs, "weights": weights}
+    row |= {"macs": macs, "weights": contender.weights(side, side), "memory_formula": memory}
     row |= {f"{what}_{way}": None for way in WAYS for what in ("seconds", "memory")}
     row |= {"measured_macs": None, "not_measured": None}
     layer = contender.build().eval().to(device)
     x = torch.randn(1, DIM, side, side, device=device)
     for way, backend in WAYS.items():
-        reason = _too_much(macs, weights if way == "materialised" else 0, device)
+        reason = _too_much(macs, memory if way == "materialised" else 0, device)
         if reason:
             row["not_measured"] = f"{way}: {reason}" if row["not_measured"] is None else f"both ways: {reason}"
             continue
-        seconds, memory = _measure(layer, x, backend, rounds)
-        row[f"seconds_{way}"], row[f"memory_{way}"] = seconds, memory
+        row[f"seconds_{way}"], row[f"memory_{way}"] = _measure(layer, x, backend, rounds)
         row["measured_macs"] = row["measured_macs"] or attention_macs(layer, side, side)
     return row
 
@@ -198,60 +213,99 @@ def _measure(layer: nn.Module, x: Tensor, backend: SDPBackend | None, rounds: in
     return statistics.median(times), memory
 
 
-def _too_much(macs: int, weights: int, device: torch.device) -> str | None:
-    """Why a point is left out; the materialised way holds the weights before and after the softmax."""
+def _too_much(macs: int, memory: int, device: torch.device) -> str | None:
+    """Why a point is left out: what it computes, or the bytes it would hold."""
     if device.type == "cpu" and macs > MAX_MACS:
         return f"{macs:.1e} multiply-adds"
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    need = 3 * 4 * weights
-    return f"{need / 1e9:.0f} GB" if need > MEMORY_SHARE * free else None
+    return f"{memory / 1e9:.0f} GB" if memory > MEMORY_SHARE * free else None
 
 
-def crossings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Where one contender becomes dearer than another as images grow.
+def fastest_rate(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Multiply-adds a second of the point that reached most, of all contenders, sizes and ways.
+
+    With this one scale the multiply-adds of every contender become the least time that they could take here.
 
     Args:
         rows: of :func:`growth`.
 
     Returns:
-        For each pair of contenders ``first`` and ``second``, and each ``quantity`` (``macs`` by the formulas, measured
-        ``seconds_fused`` and ``memory_materialised``), the side of the square image at ``crossing`` in pixels, from
-        which on ``first`` is the dearer one; None where one of them is dearer at every size compared.
+        None where nothing was timed.
+    """
+    rates = (row["macs"] / row[f"seconds_{way}"] for row in rows for way in WAYS if row[f"seconds_{way}"])
+    return max(rates, default=None)
+
+
+def crossings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """From which size on one contender is dearer than another.
+
+    Args:
+        rows: of :func:`growth`.
+
+    Returns:
+        For each pair of contenders and each ``quantity`` (``macs`` and ``memory_formula`` by the formulas, measured
+        ``seconds_fused``, ``seconds_materialised`` and ``memory_materialised``) the ``dearer`` and the ``cheaper`` one
+        at the largest size compared, and the side of the square image in pixels from which on this order holds,
+        ``crossing``, a real number; None where it holds at every size compared. Formulas are compared up to
+        :data:`LARGEST`; a pair without a size that both were measured at is left out.
     """
     found = []
-    for i, first in enumerate(CONTENDERS):
-        for second in CONTENDERS[i + 1 :]:
-            pair = {"first": first.name, "second": second.name}
-            found.append({**pair, "quantity": "macs", "crossing": _formula_crossing(first, second)})
-            for quantity in ("seconds_fused", "memory_materialised"):
-                points = [
-                    {row["size"]: row[quantity] for row in rows if row["attention"] == c.name and row[quantity]}
-                    for c in (first, second)
-                ]
-                found.append({**pair, "quantity": quantity, "crossing": _measured_crossing(*points)})
+    for first, second in combinations(CONTENDERS, 2):
+        for quantity in ("macs", "memory_formula", *MEASURED):
+            compare = _measured_change if quantity in MEASURED else _formula_change
+            first_is_dearer, crossing = compare(first, second, quantity, rows)
+            if first_is_dearer is not None:
+                dearer, cheaper = (first, second) if first_is_dearer else (second, first)
+                pair = {"dearer": dearer.name, "cheaper": cheaper.name}
+                found.append({**pair, "quantity": quantity, "crossing": crossing})
     return found
 
 
-def _formula_crossing(first: Contender, second: Contender, largest: int = 8192) -> float | None:
-    """The smallest multiple of 32 from which on the first has more multiply-adds, if it had fewer at 32."""
-    sizes = range(32, largest + 1, 32)
-    dearer = [first.macs(size // 4, size // 4) > second.macs(size // 4, size // 4) for size in sizes]
-    if dearer[0] or not dearer[-1]:
-        return None
-    return next(size for size, is_dearer in zip(sizes, dearer, strict=True) if is_dearer)
+def by_formula(contender: Contender, quantity: str, size: int) -> int:
+    """``macs`` or ``memory_formula`` of a contender on the map of an image of ``size``², a multiple of 32."""
+    formula = contender.macs if quantity == "macs" else contender.memory
+    return formula(size // 4, size // 4)
 
 
-def _measured_crossing(first: dict[int, float], second: dict[int, float]) -> float | None:
-    """Between two sizes the quotient is interpolated as a power of the size."""
-    sizes = sorted(first.keys() & second.keys())
-    for a, b in pairwise(sizes):
-        below, above = (math.log(first[size] / second[size]) for size in (a, b))
-        if below <= 0 < above:
-            return float(math.exp(math.log(a) + (math.log(b) - math.log(a)) * -below / (above - below)))
-    return None
+def points(rows: Sequence[dict[str, Any]], contender: Contender, quantity: str) -> dict[int, float]:
+    """What was measured of a contender, by size."""
+    return {row["size"]: row[quantity] for row in rows if row["attention"] == contender.name and row[quantity]}
+
+
+Change = tuple[bool | None, float | None]
+"""Whether the first is the dearer one in the end, None if that is open; the size from which on, None if always."""
+
+
+def _formula_change(first: Contender, second: Contender, quantity: str, _: Sequence[dict[str, Any]]) -> Change:
+    """Multiply-adds a position are linear in the number of positions, so that between two sizes no root is missed."""
+    sizes = range(32, LARGEST + 1, 32)
+    differences = [by_formula(first, quantity, size) - by_formula(second, quantity, size) for size in sizes]
+    squares = [float(size**2) for size in sizes]
+    dearer, square = _last_change(squares, [d / square for d, square in zip(differences, squares, strict=True)])
+    return dearer, None if square is None else math.sqrt(square)
+
+
+def _measured_change(first: Contender, second: Contender, quantity: str, rows: Sequence[dict[str, Any]]) -> Change:
+    """Between two sizes the quotient is taken as a power of the size."""
+    ours, theirs = (points(rows, contender, quantity) for contender in (first, second))
+    sizes = sorted(ours.keys() & theirs.keys())
+    dearer, log = _last_change([math.log(size) for size in sizes], [math.log(ours[s] / theirs[s]) for s in sizes])
+    return dearer, None if log is None else math.exp(log)
+
+
+def _last_change(places: Sequence[float], values: Sequence[float]) -> Change:
+    """Whether the last value is above zero, and the place of its last root, on straight lines between the places."""
+    if not values or values[-1] == 0:
+        return None, None
+    above = values[-1] > 0
+    other = [i for i, value in enumerate(values) if value == 0 or (value > 0) != above]
+    if not other:
+        return above, None
+    (a, b), (low, high) = places[other[-1] : other[-1] + 2], values[other[-1] : other[-1] + 2]
+    return above, a + (b - a) * -low / (high - low)
 
 
 def exponents(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

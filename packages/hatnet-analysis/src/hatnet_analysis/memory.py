@@ -1,7 +1,8 @@
 """Peak memory of a piece of work: what PyTorch's allocator holds at most beyond what it held before.
 
-On a GPU the caching allocator keeps the figure itself. On a CPU the profiler reports every allocation and release;
-what libraries such as oneDNN allocate for themselves is not among them, on either.
+On a GPU the caching allocator keeps the figure itself, scratch space that PyTorch hands to cuDNN and cuBLAS included.
+On a CPU the profiler reports every allocation of PyTorch's own and its release; what oneDNN allocates for itself is
+not among them, nor is the release of what existed before.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages, 
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes that tensors take at most while ``work`` runs, beyond those that exist before.
+    """Bytes that PyTorch's allocator holds at most while ``work`` runs, beyond those that it holds before.
+
+    What existed before and is released meanwhile makes room on a GPU, and none on a CPU.
 
     Args:
         work: runs once; its time is of no use, since a profiler watches it on a CPU.

@@ -1,9 +1,10 @@
 """The paper's Tables 1-4 and 6 beside what is measured here: parameters and FLOPs; accuracies stand as the paper's.
 
 HAT-Net is ours; a peer is built by timm, MMDetection or MMSegmentation where they have it, and is otherwise listed
-without a measurement. Figures of the paper are kept as they are printed, so that "equal" means equal to the last
-printed digit. The verdicts compare with both conventions of ``flops.py``; where the two sides differ, ``reason`` says
-why as far as that is known. No counter is adjusted until it agrees.
+without a measurement. Figures of the paper are kept as they are printed: "equal" means that the measured figure,
+rounded to as many digits, is the printed one. A figure that is printed with its further digits cut off differs, and
+its verdict says that. The verdicts compare with both conventions of ``flops.py``; where the two sides differ,
+``reason`` says why as far as that is known. No counter is adjusted until it agrees.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ TABLES = ("1", "2", "3", "4", "6", "eq15", "memory")
 
 NOT_MEASURED = "not measured here"
 
+CONTRACT = ("params_m", "paper_params_m", "flops_g_paper_convention", "flops_g_complete", "paper_flops_g")
+"""Keys of every row beside ``table`` and ``model``; None in ``eq15`` and ``memory``, which have other figures."""
+
+CUT = "cut, not rounded"
+
 
 def table_rows(
     table: str, progress: Callable[[str], None] = lambda text: None, device: str = "cpu"
@@ -40,10 +46,10 @@ def table_rows(
         progress: takes one line before each model.
 
     Returns:
-        Rows with ``table`` and ``model``, of Tables 2, 3, 4 and 6 also ``params_m``, ``paper_params_m``,
-        ``flops_g_paper_convention``, ``flops_g_complete``, ``paper_flops_g``, ``difference_…`` of each of these to
-        the paper's, ``verdict_params``, ``verdict_flops``,
-        ``reason``, ``source``, ``paper_accuracy`` and ``accuracy`` (which says that it is not measured here).
+        Rows with ``table``, ``model`` and the keys of :data:`CONTRACT`, None where there is no such figure. Tables 2,
+        3, 4 and 6 have the ``difference_…`` of each measured one to the paper's, ``verdict_params``,
+        ``verdict_flops``, ``reason``, ``source``, ``paper_accuracy`` and ``accuracy`` (which says that it is not
+        measured here); Table 1 the stages; ``eq15`` and ``memory`` what :func:`eq15_rows` and :func:`memory_rows` say.
 
     Raises:
         ValueError: if the table is another.
@@ -72,11 +78,15 @@ def eq15_rows(name: str, height: int = 224, width: int = 224) -> list[dict[str, 
         name: of :func:`hatnet_core.list_models`.
         height: H of the image in pixels.
         width: W, likewise.
+
+    Returns:
+        The rows of :func:`hatnet_analysis.complexity.stage_complexity` with the keys of :data:`CONTRACT` and a
+        ``verdict``: ``equal`` where the measured products are those of Eq. 15; ``within the bound`` or ``beyond the
+        bound`` where G1 or G2 does not divide the map.
     """
     rows = stage_complexity(create_model(name), height, width)
     return [
-        {"table": "eq15", "model": name, **row, "verdict": _exactness(row["h_mhsa_macs"], row["measured_macs"])}
-        for row in rows
+        {"table": "eq15", "model": name, **dict.fromkeys(CONTRACT), **row, "verdict": _exactness(row)} for row in rows
     ]
 
 
@@ -92,6 +102,10 @@ def memory_rows(
         batch: images of a step; the paper's is 128.
         size: side of the images in pixels.
         progress: takes one line before each model.
+
+    Returns:
+        A row for each activation with ``peak_memory_gib`` and ``ratio_to_silu`` beside the paper's, the keys of
+        :data:`CONTRACT` and a ``verdict``, ``equal`` where the two ratios have the same two digits after the point.
     """
     peaks = {}
     for activation in ("silu", "gelu"):
@@ -106,6 +120,7 @@ def memory_rows(
         {
             "table": "memory",
             "model": f"hatnet_small ({activation})",
+            **dict.fromkeys(CONTRACT),
             "device": device,
             "batch": batch,
             "peak_memory_gib": peak / 2**30,
@@ -180,7 +195,6 @@ def _measure(table: str, row: PaperRow) -> dict[str, Any]:
         result |= {"params_m": params, "flops_g_paper_convention": paper_g, "flops_g_complete": complete_g}
         verdict_params = _params_verdict(model, row.params_m)
         verdict_flops = _flops_verdict(paper_g, complete_g, row.flops_g)
-    differs = "differs" in (verdict_params + verdict_flops)
     for name, value, printed in (
         ("difference_params_m", result["params_m"], result["paper_params_m"]),
         ("difference_flops_g_paper_convention", result["flops_g_paper_convention"], result["paper_flops_g"]),
@@ -188,8 +202,18 @@ def _measure(table: str, row: PaperRow) -> dict[str, Any]:
     ):
         result[name] = None if value is None or printed is None else value - printed
     result |= {"verdict_params": verdict_params, "verdict_flops": verdict_flops}
-    result |= {"reason": (row.reason or "not known") if differs else "", "source": row.source}
+    result |= {"reason": _reason((verdict_params, verdict_flops), row.reason), "source": row.source}
     return result | {"paper_accuracy": row.accuracy, "accuracy": NOT_MEASURED}
+
+
+def _reason(verdicts: tuple[str, str], known: str) -> str:
+    """Why a row differs; a figure that is cut needs no further reason."""
+    differing = [verdict for verdict in verdicts if verdict.startswith("differs")]
+    if not differing:
+        return ""
+    if all(CUT in verdict for verdict in differing):
+        return "the printed figure is the measured one without its further digits"
+    return known or "not known"
 
 
 def _params_verdict(model: nn.Module, printed: str | None) -> str:
@@ -197,7 +221,7 @@ def _params_verdict(model: nn.Module, printed: str | None) -> str:
         return "no figure in the paper"
     verdict = _verdict(count_params(model) / 1e6, printed)
     trainable = sum(p.numel() for p in model.train().parameters() if p.requires_grad) / 1e6
-    if "differs" in verdict and "equal" in _verdict(trainable, printed):
+    if verdict != "equal" and _verdict(trainable, printed) == "equal":
         return "equal (without the layers that are frozen)"
     return verdict
 
@@ -210,24 +234,20 @@ def _verdict(measured: float, printed: str) -> str:
     digits = _digits(printed)
     if f"{measured:.{digits}f}" == printed:
         return "equal"
-    if _is_cut(measured, printed):
-        return "equal (cut, not rounded)"
-    return f"differs by {measured - float(printed):+.{digits + 1}f}"
+    cut = f" ({CUT})" if _is_cut(measured, printed) else ""
+    return f"differs by {measured - float(printed):+.{digits + 1}f}{cut}"
 
 
 def _flops_verdict(paper_g: float, complete_g: float, printed: str) -> str:
-    equal = [
-        name
-        for name, value in (("paper", paper_g), ("complete", complete_g))
-        if f"{value:.{_digits(printed)}f}" == printed
-    ]
+    conventions = {"paper": paper_g, "complete": complete_g}
+    equal = [name for name, value in conventions.items() if f"{value:.{_digits(printed)}f}" == printed]
     if equal:
         return "equal" if len(equal) == 2 else f"equal ({equal[0]} convention)"
-    cut = [name for name, value in (("paper", paper_g), ("complete", complete_g)) if _is_cut(value, printed)]
+    percent = {name: f"{100 * (value / float(printed) - 1):+.1f} %" for name, value in conventions.items()}
+    cut = [name for name, value in conventions.items() if _is_cut(value, printed)]
     if cut:
-        return f"equal ({cut[0]} convention; cut, not rounded)"
-    percent = [100 * (value / float(printed) - 1) for value in (paper_g, complete_g)]
-    return f"differs by {percent[0]:+.1f} % (paper convention), {percent[1]:+.1f} % (complete)"
+        return f"differs by {percent[cut[0]]} ({cut[0]} convention; {CUT})"
+    return f"differs by {percent['paper']} (paper convention), {percent['complete']} (complete)"
 
 
 def _is_cut(measured: float, printed: str) -> bool:
@@ -236,8 +256,13 @@ def _is_cut(measured: float, printed: str) -> bool:
     return math.floor(measured * scale) == round(float(printed) * scale)
 
 
-def _exactness(formula: int, measured: int) -> str:
-    return "equal" if formula == measured else f"differs by {measured - formula:+d}"
+def _exactness(row: dict[str, Any]) -> str:
+    measured = row["measured_macs"]
+    if measured == row["h_mhsa_macs"]:
+        return "equal"
+    if row["divides"]:
+        return f"differs by {measured - row['h_mhsa_macs']:+d}"
+    return "within the bound" if measured <= row["h_mhsa_bound"] else "beyond the bound"
 
 
 def _relative(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

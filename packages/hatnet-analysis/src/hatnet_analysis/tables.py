@@ -43,12 +43,15 @@ COLUMNS = {
     "dim": Column("C"),
     "mhsa_macs": Column("Eq. 5, MHSA (M)", 1e6, 2),
     "h_mhsa_macs": Column("Eq. 15, H-MHSA (M)", 1e6, 2),
+    "h_mhsa_macs_completed": Column("completed (M)", 1e6, 2),
+    "h_mhsa_bound": Column("bound (M)", 1e6, 2),
     "measured_macs": Column("measured (M)", 1e6, 2),
     "macs": Column("multiply-adds (G)", 1e9, 3),
     "seconds_materialised": Column("time, materialised (s)", 1, 4),
     "seconds_fused": Column("time, fused (s)", 1, 4),
     "memory_materialised": _megabytes("memory, materialised"),
     "memory_fused": _megabytes("memory, fused"),
+    "memory_formula": _megabytes("memory, formula"),
     "params_m": Column("#Param (M)", 1, 2),
     "paper_params_m": Column("the paper's"),
     "flops_g_paper_convention": Column("FLOPs, paper (G)", 1, 2),
@@ -109,10 +112,11 @@ HIDDEN = frozenset(
 
 
 def render(rows: Sequence[Row], style: str) -> str:
-    """Rows in one of ``json`` and :data:`FORMATS`."""
+    """Rows in one of ``json`` and :data:`FORMATS`; for readers, without the columns that no row has a value in."""
     if style == "json":
         return json.dumps(rows, indent=2, ensure_ascii=False)
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in HIDDEN]
+    shown = dict.fromkeys(key for row in rows for key in row if key not in HIDDEN)
+    keys = [key for key in shown if any(row.get(key) is not None for row in rows)]
     table = [[_text(key, row.get(key)) for key in keys] for row in rows]
     headings = [COLUMNS[key].heading if key in COLUMNS else key.replace("_", " ") for key in keys]
     right = [any(isinstance(row.get(key), int | float) for row in rows) for key in keys]
