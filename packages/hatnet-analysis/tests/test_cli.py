@@ -348,7 +348,7 @@ def test_growth_is_a_table_a_picture_and_one_json(capsys, tmp_path):
     main(["complexity", "--growth", "--sizes", "64", "128", "--out", str(tmp_path / "growth.png")])
     out = capsys.readouterr().out
     assert out.count("H-MHSA") >= 3
-    assert "from where on the first is the dearer one:" in out
+    assert "from where on one is dearer than the other:" in out
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
     main(["complexity", "--growth", "--sizes", "64", "128", "--format", "json"])
     (record,) = json.loads(capsys.readouterr().out)

@@ -190,7 +190,7 @@ def _growth(args: argparse.Namespace) -> str:
         return render([{"growth": rows, "exponents": powers, "crossings": found}], "json")
     named = [row for row in found if row["crossing"] is not None]
     parts = [render(rows, args.format), "power of the number of pixels between the two largest sizes measured:"]
-    parts += [render(powers, args.format), "from where on the first is the dearer one:"]
+    parts += [render(powers, args.format), "from where on one is dearer than the other:"]
     return "\n\n".join([*parts, render(named, args.format)])
 
 

@@ -145,7 +145,7 @@ def _complexity(device: str, progress: Progress) -> str:
     named = [row for row in crossings(rows) if row["crossing"] is not None]
     parts = [_figure(growth_figure(rows), "growth of four attentions with the image"), _table(rows)]
     parts += ["<h3>Power of the number of pixels, between the two largest sizes</h3>", _table(exponents(rows))]
-    return "".join([*parts, "<h3>From where on the first is the dearer one</h3>", _table(named)])
+    return "".join([*parts, "<h3>From where on one is dearer than the other</h3>", _table(named)])
 
 
 def _compare(device: str, progress: Progress) -> str:

@@ -1,7 +1,9 @@
 """The report in headless Chromium: opened, clicked, read; ``nox -s browser`` runs this, and nothing else does."""
 
+import base64
 import io
 import os
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,24 +11,28 @@ import torch
 from PIL import Image, ImageDraw
 from playwright.sync_api import sync_playwright
 
+from hatnet_analysis.attention_maps import look, record_weights, to_input
 from hatnet_analysis.report import write_report
 from hatnet_core import create_model, save_checkpoint
 
 CHROMIUM = os.environ["CHROMIUM"]
-BRIGHT = (100, 164)
-"""x and y of a white spot, in pixels of an image of 224×224."""
+
+WIDTH, HEIGHT = 448, 224
+"""Of the image in pixels; the model sees it as 224×224, so that a position of stage 2 is 8 pixels wide and 4 high."""
+
+BRIGHT = (200, 164)
+"""x and y of a white spot in the image, at row 41 and column 25 of stage 2."""
 
 
 @pytest.fixture(scope="module")
-def page_file(tmp_path_factory):
-    """A report on an image with one white spot, of weights whose every query in stage 2 asks for brightness."""
-    folder = tmp_path_factory.mktemp("report")
+def explored(tmp_path_factory):
+    """An image with one white spot, and a model whose every query in stage 2 asks for brightness; else random."""
     torch.manual_seed(0)
-    model = create_model("hatnet_tiny", num_classes=3)
+    model = create_model("hatnet_tiny", num_classes=3).eval()
     with torch.no_grad():
         for convolution in (model.stem.conv1, model.stem.conv2):
-            convolution.weight.zero_()
-            convolution.bias.zero_()
+            convolution.weight[0].zero_()
+            convolution.bias[0].zero_()
             convolution.weight[0, : 3 if convolution is model.stem.conv1 else 1] = 0.1  # brightness, in channel 0
         attention = model.stages[0].blocks[0].attn
         for convolution in (attention.qkv, attention.q, attention.kv):
@@ -34,17 +40,31 @@ def page_file(tmp_path_factory):
             convolution.bias.zero_()
         attention.qkv.bias[0] = attention.q.bias[0] = 30
         attention.qkv.weight[48, 0] = attention.kv.weight[0, 0] = 1
+    image = Image.new("RGB", (WIDTH, HEIGHT), "black")
+    ImageDraw.Draw(image).ellipse([BRIGHT[0] - 10, BRIGHT[1] - 5, BRIGHT[0] + 10, BRIGHT[1] + 5], fill="white")
+    return model, image
+
+
+def written(model, image, folder, sections):
+    """A report on that image and that model."""
     save_checkpoint(model, folder / "model.safetensors")
-    image = Image.new("RGB", (224, 224), "black")
-    ImageDraw.Draw(image).ellipse([BRIGHT[0] - 5, BRIGHT[1] - 5, BRIGHT[0] + 5, BRIGHT[1] + 5], fill="white")
     image.save(folder / "image.png")
-    return write_report(
-        folder / "out", ["tables", "attention"], ["1"], folder / "image.png", folder / "model.safetensors"
-    )
+    return write_report(folder / "out", sections, ["1"], folder / "image.png", folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def page_file(explored, tmp_path_factory):
+    return written(*explored, tmp_path_factory.mktemp("report"), ["tables", "attention"])
 
 
 @pytest.fixture
 def page(page_file):
+    with opened(page_file) as tab:
+        yield tab
+
+
+@contextmanager
+def opened(page_file):
     """The open page; an error on its console, or a request for anything but itself, fails the test."""
     complaints = []
     with sync_playwright() as playwright:
@@ -67,39 +87,117 @@ def is_foreign(request):
 
 
 def click(page, x, y):
+    """Click on a pixel of the image; what the page says then."""
     box = page.locator("#explorer-image").bounding_box()
-    place = {"x": x / 224 * box["width"], "y": y / 224 * box["height"]}
+    place = {"x": x / WIDTH * box["width"], "y": y / HEIGHT * box["height"]}
     page.locator("#explorer-image").click(position=place)
     return page.locator("#explorer-text").inner_text()
 
 
-def picture(page, name):
-    """A canvas as the browser paints it, as [224, 224, 3]."""
+def screenshot(page, name):
+    """A canvas as the browser shows it, as [HEIGHT, WIDTH, 3]; its edges lie between pixels of the screen."""
     taken = Image.open(io.BytesIO(page.locator(f"#explorer-{name}").screenshot()))
-    return np.asarray(taken.convert("RGB").resize((224, 224), Image.Resampling.NEAREST)).astype(int)
+    return np.asarray(taken.convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.NEAREST)).astype(int)
+
+
+def picture(page, name):
+    """What is drawn on a canvas, as [HEIGHT, WIDTH, 3]."""
+    url = page.locator(f"#explorer-{name}").evaluate("canvas => canvas.toDataURL()")
+    drawn = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
+    assert drawn.size == (WIDTH, HEIGHT)
+    return np.asarray(drawn).astype(int)
+
+
+def likeness(painted, weights):
+    """Correlation of the brightness of a picture with a map of weights, taken in the middle of each cell."""
+    rows = ((np.arange(weights.shape[0]) + 0.5) * HEIGHT / weights.shape[0]).astype(int)
+    columns = ((np.arange(weights.shape[1]) + 0.5) * WIDTH / weights.shape[1]).astype(int)
+    brightness = painted.sum(-1)[np.ix_(rows, columns)]
+    return np.corrcoef(brightness.flatten(), np.asarray(weights).flatten())[0, 1]
+
+
+def test_the_image_is_shown_in_its_own_aspect_ratio(page):
+    for name in ("image", "local", "global", "rollout"):
+        box = page.locator(f"#explorer-{name}").bounding_box()
+        assert box["width"] / box["height"] == pytest.approx(WIDTH / HEIGHT, rel=0.01)
 
 
 def test_a_click_shows_the_grid_and_the_pooled_position_that_the_weights_point_at(page):
-    text = click(page, 90, 150)
+    text = click(page, 180, 150)
     assert text.startswith("stage 2, position (37, 22) of 56×56, grid at (32, 16)")
     assert "strongest pooled position at (40, 24)" in text  # of the spot at row 41, column 25 of the map
-    pooled = picture(page, "global")
-    cell = pooled[162:190, 98:126].mean((0, 1))  # rows 40-47 and columns 24-31 of the map, in pixels
-    elsewhere = pooled[20:40, 20:40].mean((0, 1))
+    pooled = screenshot(page, "global")
+    cell = pooled[162:190, 196:252].mean((0, 1))  # rows 40-47 and columns 24-31 of the map, in pixels
+    elsewhere = pooled[20:40, 40:80].mean((0, 1))
     assert cell[0] > 150 > 60 > elsewhere[0]  # yellow, and black
 
 
 def test_the_local_map_is_painted_in_the_grid_of_the_point_alone(page):
-    click(page, 20, 20)
+    click(page, 40, 20)
     first = picture(page, "local")
-    click(page, 100, 164)
+    click(page, 224, 176)
     second = picture(page, "local")
     changed = np.abs(first - second).sum(-1) > 30
     rows, columns = np.nonzero(changed)
-    inside = ((rows < 34) & (columns < 34)) | ((rows > 158) & (rows < 194) & (columns > 94) & (columns < 130))
+    inside = ((rows < 32) & (columns < 64)) | ((rows >= 160) & (rows < 192) & (columns >= 192) & (columns < 256))
     assert changed.any()
-    assert inside.all()  # the two grids of 8×8 positions, 32×32 pixels each
-    assert np.abs(first[60:150, 140:] - second[60:150, 140:]).sum() == 0
+    assert inside.all()  # the two grids of 8×8 positions, 64×32 pixels each
+
+
+def weights_of(model, image):
+    return record_weights(model, to_input(image, (224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+def test_rollout_is_that_of_the_point_clicked(tmp_path):
+    torch.manual_seed(0)
+    model, image = create_model("hatnet_tiny", num_classes=3).eval(), Image.new("RGB", (WIDTH, HEIGHT), "black")
+    points = [(40, 20), (420, 20), (230, 200)]
+    expected = [look(weights_of(model, image), image, point, stage=2).rollout for point in points]
+    with opened(written(model, image, tmp_path, ["attention"])) as page:
+        for i, point in enumerate(points):
+            click(page, *point)
+            like = [likeness(picture(page, "rollout"), shares) for shares in expected]
+            assert np.argmax(like) == i
+            assert like[i] > 0.9
+
+
+def test_the_head_that_is_chosen_is_the_one_that_is_drawn(page, explored):
+    model, image = explored
+    recorded = weights_of(model, image)
+    page.locator("#explorer-block").select_option(label="stage 4, block 3")
+    click(page, 100, 100)
+    assert page.locator("#explorer-head option").all_inner_texts() == ["mean of all", "0", "1", "2", "3", "4"]
+    for choice, head in (("mean", None), ("1", 1), ("4", 4)):
+        page.locator("#explorer-head").select_option(choice)
+        painted = picture(page, "global")
+        like = {
+            other: likeness(painted, look(recorded, image, (100, 100), 4, 3, other).attention.global_)
+            for other in (None, 0, 1, 2, 3, 4)
+        }
+        assert max(like, key=like.get) == head
+        assert like[head] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "position"),
+    [
+        (0, 0, (0, 0)),
+        (WIDTH - 1, 0, (0, 55)),
+        (0, HEIGHT - 1, (55, 0)),
+        (WIDTH - 1, HEIGHT - 1, (55, 55)),
+        (WIDTH / 2, HEIGHT - 1, (55, 28)),
+    ],
+)
+def test_a_click_at_the_edge_is_the_position_there(page, x, y, position):
+    assert click(page, x, y).startswith(f"stage 2, position {position} of 56×56, grid at ")
+
+
+def test_a_mouse_beside_the_edge_is_taken_as_on_it(page):
+    box = page.locator("#explorer-image").bounding_box()
+    for x, y, position in ((-1, -1, (0, 0)), (box["width"] + 1, box["height"] + 1, (55, 55))):
+        event = {"clientX": box["x"] + x, "clientY": box["y"] + y}
+        page.locator("#explorer-image").dispatch_event("click", event)
+        assert f"position {position} of" in page.locator("#explorer-text").inner_text()
 
 
 def test_stage_5_has_no_local_step_and_as_many_heads_as_the_model(page):
@@ -107,7 +205,7 @@ def test_stage_5_has_no_local_step_and_as_many_heads_as_the_model(page):
     assert "no local step" in page.locator("#explorer-text").inner_text()
     assert page.locator("#explorer-head option").count() == 1 + 8
     page.locator("#explorer-head").select_option("7")
-    assert "stage 5, position" in click(page, 10, 200)
+    assert "stage 5, position" in click(page, 20, 200)
 
 
 def test_the_tables_are_on_the_page(page):
