@@ -270,7 +270,7 @@ def test_a_checkpoint_whose_images_cannot_be_normalised_is_refused(metadata, tmp
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("hatnet_tiny", {"in_chans": 1}, r"own\.safetensors takes images of 1 channels; expected 3"),
+        ("hatnet_tiny", {"in_chans": 1}, r"own\.safetensors holds a model of in_chans=1; expected 3"),
         (
             "hatnet_small_window34",
             {},
@@ -282,6 +282,8 @@ def test_a_checkpoint_whose_attention_is_not_drawn_is_refused(name, changes, mes
     save_checkpoint(create_model(name, num_classes=0, **changes), tmp_path / "own.safetensors")
     with pytest.raises(ValueError, match=message):
         read_model(tmp_path / "own.safetensors", None)
+    with pytest.raises(ValueError, match=message):
+        read_model(tmp_path / "own.safetensors", name)
 
 
 def test_a_safetensors_file_from_elsewhere_is_read_with_the_name_of_its_model(tmp_path):
@@ -301,5 +303,5 @@ def test_weights_that_would_take_too_much_memory_are_refused_by_what_they_take(s
     monkeypatch.setattr("hatnet_analysis.attention_maps.MAX_BYTES", need)
     check_size(model, size)
     monkeypatch.setattr("hatnet_analysis.attention_maps.MAX_BYTES", need - 1)
-    with pytest.raises(ValueError, match=r"attention weights of .* GiB; they may take .* GiB"):
+    with pytest.raises(ValueError, match=r"attention weights of .* GiB; expected at most .* GiB"):
         check_size(model, size)

@@ -31,6 +31,7 @@ BAD_INPUT = [
     (["flops", "timm/coatnet_0_224", "--size", "100", "100"], ["cannot run timm/coatnet_0_224 at 100×100"]),
     (["params", "hatnet_tiny", "--by", "operator"], ["--by", "'operator'", "'stage'"]),
     (["complexity", "timm/resnet18"], ["Eq. 15 is about HAT-Net", "'timm/resnet18'"]),
+    (["complexity", "hatnet_small_window4"], ["hatnet_small_window4 at 224×224: stage 4 attends in windows"]),
     (["complexity", "hatnet_tiny", "--growth"], ["--growth", "takes no model, got hatnet_tiny"]),
     (["complexity", "--out", "growth.png"], ["--out has an effect only with --growth, got growth.png"]),
     (["complexity", "--sizes", "64", "96"], ["--sizes has an effect only with --growth, got 64 96"]),
@@ -190,7 +191,8 @@ def test_a_size_that_does_not_fit_is_named_with_the_model(small, capsys, monkeyp
     assert capsys.readouterr().err.endswith(expected)
     with pytest.raises(SystemExit):
         main([*small["attention"], "--size", "60000", "60000"])  # refused before the image is scaled
-    assert "hatnet_tiny at 60000×60000, expected a size" in capsys.readouterr().err
+    expected = "cannot run hatnet_tiny at 60000×60000: attention weights of 15,470,730 GiB; expected at most 4 GiB\n"
+    assert capsys.readouterr().err.endswith(expected)
 
 
 def test_where_an_error_comes_from_is_shown_if_asked_for(capsys, monkeypatch):

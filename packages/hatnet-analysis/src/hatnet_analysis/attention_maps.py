@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hatnet_core import HATNet, create_model, load_checkpoint
 from hatnet_core.attention import Attention, HierarchicalAttention, average_pool, grid_attention
-from hatnet_core.checkpoint import build_model, has_metadata, head_size, read_metadata, read_state
+from hatnet_core.checkpoint import build_model, has_metadata, head_size, read_metadata, read_state, stem_channels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, for checkpoints that do not name their own."""
@@ -368,7 +368,8 @@ def read_model(checkpoint: Path | None, variant: str | None) -> tuple[HATNet, tu
         raise FileNotFoundError(f"no checkpoint at {checkpoint}: expected an existing file or folder")
     record = _record(checkpoint, variant)
     if variant is not None:
-        model = create_model(variant, num_classes=head_size(read_state(checkpoint)[0]))
+        state, _ = read_state(checkpoint)
+        model = create_model(variant, num_classes=head_size(state), in_chans=stem_channels(state))
     elif "config" in record:
         model = build_model(record["config"], checkpoint)
     else:
@@ -394,7 +395,7 @@ def _record(checkpoint: Path, variant: str | None) -> dict[str, Any]:
 def _drawable(model: HATNet, origin: str) -> HATNet:
     """``model`` in evaluation mode; ValueError if it is not one whose attention is drawn here."""
     if model.config["in_chans"] != 3:
-        raise ValueError(f"{origin} takes images of {model.config['in_chans']} channels; expected 3, for RGB images")
+        raise ValueError(f"{origin} holds a model of in_chans={model.config['in_chans']}; expected 3, for RGB images")
     if "window" in model.config["attention"]:
         stage = 2 + model.config["attention"].index("window")
         raise ValueError(f"{origin} attends in windows in stage {stage}; expected H-MHSA in stages 2-4")
@@ -422,7 +423,7 @@ def check_size(model: HATNet, size: tuple[int, int]) -> None:
         _numbers(block.attn, *map_) for stage, map_ in zip(stages, maps, strict=True) for block in stage.blocks
     )
     if need > MAX_BYTES:
-        raise ValueError(f"attention weights of {need / 2**30:,.0f} GiB; they may take {MAX_BYTES / 2**30:g} GiB")
+        raise ValueError(f"attention weights of {need / 2**30:,.0f} GiB; expected at most {MAX_BYTES / 2**30:g} GiB")
 
 
 def _numbers(module: Attention | HierarchicalAttention, height: int, width: int) -> int:

@@ -166,6 +166,7 @@ def complexity(args: argparse.Namespace) -> str:
     for name in args.models or MODELS:
         if name not in list_models(ablations=True):
             raise ValueError(f"Eq. 15 is about HAT-Net; expected one of {', '.join(MODELS)}, got {name!r}")
+        _progress(f"counting {name} at {size[0]}×{size[1]}")
         with refusals(name, size):
             rows += eq15_rows(name, *size)
     return render(rows, args.format)

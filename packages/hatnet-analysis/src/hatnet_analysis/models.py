@@ -167,22 +167,30 @@ def _backbone_channels(name: str) -> list[int]:
 
 @contextmanager
 def refusals(name: str, size: tuple[int, int], batch: int = 1) -> Iterator[None]:
-    """Whatever a model raises while it is built or run, as a ValueError of one line that names model and size."""
+    """Whatever a model raises while it is built or run, as a ValueError of one line that names model and size.
+
+    A ValueError, ImportError or OSError that names the model passes as it is.
+    """
     try:
         yield
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         if name in str(error):
             raise
         raise _refusal(name, size, batch, error) from error
-    except (RuntimeError, AssertionError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except Exception as error:  # a library's model may raise anything, and lack of memory has errors of its own
         raise _refusal(name, size, batch, error) from error
 
 
 def _refusal(name: str, size: tuple[int, int], batch: int, error: Exception) -> ValueError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     images = f"{batch} images of " if batch > 1 else ""
+    refused = f"cannot run {name} at {images}{size[0]}×{size[1]}"
+    reason = str(error).strip().partition("\n")[0]
+    if reason and isinstance(error, ValueError | ImportError | OSError):  # it says what was expected
+        return ValueError(f"{refused}: {reason}")
+    if not reason or isinstance(error, LookupError | TypeError | AttributeError):
+        reason = f"{type(error).__name__}: {reason}".removesuffix(": ")  # a message that says little without
     expected = "a batch and a size that it takes and that fit" if batch > 1 else "a size that it takes and that fits"
-    return ValueError(f"cannot run {name} at {images}{size[0]}×{size[1]}, expected {expected}: {reason}")
+    return ValueError(f"{refused}, expected {expected}: {reason}")
 
 
 def on_meta(name: str) -> nn.Module:
