@@ -43,11 +43,11 @@ def test_materialised_attention_holds_its_weights_twice_and_the_fused_one_does_n
 
 @pytest.mark.parametrize("size", [224, 320, 448])
 @pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.name)
-def test_the_measured_peak_of_the_plain_products_is_the_formulas_within_a_tenth(contender, size):
+def test_the_measured_peak_of_the_plain_products_is_the_formulas_within_a_quarter(contender, size):
     layer, x = contender.build().eval(), torch.randn(1, 64, size // 4, size // 4)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
         peak = peak_memory(lambda: layer(x), x.device)
-    assert peak == pytest.approx(by_formula(contender, "memory_formula", size), rel=0.1)
+    assert peak == pytest.approx(by_formula(contender, "memory_formula", size), rel=0.25)
 
 
 def test_weights_are_counted_by_hand_at_one_size(rows):
@@ -193,7 +193,7 @@ def test_the_picture_has_a_panel_for_each_quantity_and_unfitted_lines_under_the_
         for contender, (line, dots) in zip(CONTENDERS, drawn, strict=True):
             assert tuple(dots) == SIZES
             assert line == {s: pytest.approx(by_formula(contender, formula, s) / divisor) for s in range(64, 257, 32)}
-    assert all(dots[256] == pytest.approx(line[256], rel=0.1) for line, dots in curves(figure.axes[1]))
+    assert all(dots[256] == pytest.approx(line[256], rel=0.25) for line, dots in curves(figure.axes[1]))
     for axes in figure.axes[2:]:
         assert all(dots[size] >= 0.999 * line[size] for line, dots in curves(axes) for size in SIZES)
         assert f"{rate / 1e9:.3g} G/s" in axes.get_title()

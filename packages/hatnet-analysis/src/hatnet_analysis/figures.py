@@ -71,7 +71,7 @@ def growth_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         at_rate = "" if rate is None else f"; lines: multiply-adds at {rate / 1e9:.3g} G/s, the fastest point's rate"
         _panel(axes, rows, (quantity, 1.0), ("macs", rate), quantity, f"time (s), {way}{at_rate}")
     handles = [Line2D([], [], color=colour, marker="o", markersize=5, label=name) for name, colour in COLOURS.items()]
-    label = "from this side on, the upper colour is the dearer"
+    label = "from this side on, the upper half's is the dearer"
     handles.append(Line2D([], [], linestyle="", marker="D", color="#888888", markersize=8, label=label))
     panels[0, 0].legend(
         handles=handles,
@@ -106,7 +106,7 @@ def _panel(
     shown = [row for row in crossings(rows) if row["quantity"] == crossed and row["crossing"] is not None]
     inside = [row for row in shown if sizes[0] <= row["crossing"] <= sizes[-1]]
     for i, row in enumerate(sorted(inside, key=lambda row: float(row["crossing"]))):
-        _mark(axes, row, curves[row["dearer"]], (-30, 6) if i % 2 == 0 else (9, -14))
+        _mark(axes, row, curves[row["dearer"]], (9, -14) if i == len(inside) - 1 else (-30, 6))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
