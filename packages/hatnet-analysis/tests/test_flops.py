@@ -7,9 +7,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hatnet_analysis import Count, count_flops, count_params, h_mhsa_macs, mhsa_macs
-from hatnet_analysis.flops import trace
+from hatnet_analysis.flops import example_image, trace
 from hatnet_analysis.models import load_model
 from hatnet_core import HATNet, create_model
+from hatnet_core.flop_handles import ACTIVATION_PRODUCTS
 
 PARTS = ["stem", "stages.0", "stages.1", "stages.2", "stages.3", "head"]
 SMALL = {"embed_dims": (8, 16, 16, 24), "depths": (1, 2, 1, 1), "head_dim": 8, "mlp_ratios": (2, 2, 2, 2)}
@@ -141,8 +142,27 @@ class OwnOperator(nn.Module):
         return self.Product.apply(x)
 
 
+class Spectrum(nn.Module):
+    """A short-time Fourier transform of every row, and what it leaves of it."""
+
+    def forward(self, x):
+        rows = torch.stft(x.flatten(0, 2), 4, window=torch.ones(4), return_complex=True)
+        return torch.istft(rows, 4, window=torch.ones(4), length=x.shape[-1]).view_as(x)
+
+
+class Frequencies(nn.Module):
+    def forward(self, x):
+        return torch.fft.rfft2(x).abs()[..., :1] + x
+
+
 @pytest.mark.parametrize(
-    ("layer", "operator"), [(FusedProduct(), "aten::addbmm"), (OwnOperator(), "prim::PythonOp.Product")]
+    ("layer", "operator"),
+    [
+        (FusedProduct(), "aten::addbmm"),
+        (OwnOperator(), "prim::PythonOp.Product"),
+        (Spectrum(), "aten::istft, aten::stft"),
+        (Frequencies(), "aten::fft_rfft2"),
+    ],
 )
 def test_an_operator_that_cannot_be_counted_is_refused_by_name(layer, operator):
     model = HATNet(**SMALL)
@@ -205,20 +225,82 @@ def test_blocks_and_operators_add_up_to_the_model():
     [
         "resnet18",
         "swin_tiny_patch4_window7_224",
+        "swinv2_tiny_window8_256",
         "pvt_v2_b0",
         "twins_svt_small",
         "convnext_atto",
+        "convnextv2_atto",
         "deit_tiny_patch16_224",
         "mvitv2_tiny",
+        "xcit_nano_12_p8_224",
+        "edgenext_small",
+        "mobilevit_s",
+        "gcvit_xxtiny",
+        "efficientformerv2_s0",
+        "halonet26t",
     ],
 )
 def test_products_in_models_of_timm_are_those_that_torch_dispatches(name):
     model = load_model(f"timm/{name}").eval()
-    counted = trace(model, torch.zeros(1, 3, 224, 224)).by_operator()
-    products = sum(counted[name] for name in ("conv", "linear", "addmm", "attention", "matmul", "bmm", "einsum"))
+    image = example_image(model, *model.pretrained_cfg["input_size"][1:])
+    counted = trace(model, image).by_operator()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, 224, 224))
-    assert products == counter.get_total_flops() / 2
+        model(image)
+    assert sum(counted[name] for name in ("conv", "linear", *ACTIVATION_PRODUCTS)) == counter.get_total_flops() / 2
+
+
+def test_a_recurrent_model_is_refused_for_its_lstm():
+    model = nn.Sequential(nn.Flatten(2), nn.LSTM(64 * 64, 4, batch_first=True))
+    with pytest.raises(ValueError, match="cannot count aten::lstm: expected operators that fvcore counts"):
+        count_flops(model, 64, 64)
+
+
+class Projection(nn.Module):
+    """A linear layer in the words of a matrix product."""
+
+    def __init__(self, weight, product):
+        super().__init__()
+        self.weight = weight
+        self.product = product
+
+    def forward(self, x):
+        return self.product(x.flatten(2).transpose(1, 2), self.weight)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, weight: x @ weight.t(),
+        lambda x, weight: torch.matmul(x, weight.transpose(0, 1)),
+        lambda x, weight: torch.einsum("bic,oc->bio", x, weight),
+    ],
+)
+def test_a_linear_layer_counts_alike_however_it_is_written(product):
+    layer = nn.Linear(3, 8, bias=False)
+    written = count_flops(Projection(layer.weight, product), 32, 48)
+    usual = count_flops(Projection(layer.weight, nn.functional.linear), 32, 48)
+    assert written == usual
+    assert written.total == Count(paper=32 * 48 * 3 * 8, complete=32 * 48 * 3 * 8)
+
+
+@pytest.mark.parametrize(
+    ("norm", "a_value"),
+    [
+        (nn.BatchNorm2d(3), 2),
+        (nn.BatchNorm2d(3, affine=False), 1),
+        (nn.BatchNorm2d(3, track_running_stats=False), 5),
+        (nn.GroupNorm(1, 3), 5),
+        (nn.GroupNorm(1, 3, affine=False), 4),
+        (nn.LayerNorm(48), 5),
+        (nn.InstanceNorm2d(3, affine=True), 5),
+        (nn.InstanceNorm2d(3), 4),
+    ],
+)
+def test_a_norm_counts_by_its_values_in_both_conventions(norm, a_value):
+    convolution = nn.Conv2d(3, 1, 1, bias=False)
+    norms = count_flops(nn.Sequential(norm, convolution), 32, 48).total
+    expected = a_value * 3 * 32 * 48 + 3 * 32 * 48
+    assert norms == Count(paper=expected, complete=expected)
 
 
 def test_an_einsum_that_repeats_a_side_of_1_is_counted_in_full():

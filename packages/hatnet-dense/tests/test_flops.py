@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from mmengine.analysis import FlopAnalyzer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hatnet_core.flop_handles import HANDLES
 from hatnet_dense.config import load_config
 from hatnet_dense.flops import build_model, count, traceable
 
@@ -50,9 +52,42 @@ def test_every_image_of_a_batch_has_proposals_of_its_own():
     assert proposals[1] == pytest.approx(3 * proposals[0], rel=0.02)  # equal images, but for rounding
 
 
+def test_a_detector_of_two_stages_counts_the_same_every_time_and_leaves_the_generator_as_it_was():
+    config = load_config("mask-rcnn_hatnet-t_fpn_1x_coco")
+    before = torch.get_rng_state()
+    first = count(config, *SIZE)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert count(config, *SIZE) == first
+
+
+def test_at_the_size_of_the_tables_a_detector_keeps_the_1000_proposals_of_its_config():
+    module = traceable(load_config("mask-rcnn_hatnet-t_fpn_1x_coco"))
+    proposals = []
+    module.model.roi_head.bbox_head.register_forward_pre_hook(lambda _, inputs: proposals.append(len(inputs[0])))
+    with torch.no_grad():
+        module(torch.zeros(1, 3, 800, 1280))
+        module(torch.zeros(1, 3, *SIZE))
+    assert proposals[0] == 1000 > proposals[1]
+
+
 def test_a_row_of_table_6_costs_more_than_the_default_by_the_pooling_it_leaves_out():
     finer = count(load_config("mask-rcnn_hatnet-s-g8-8-8-p8-4-2_fpn_1x_coco"), 800, 1280)
     assert finer["flops_complete"] / 1e9 - 276.1 == pytest.approx(37.7, abs=0.1)  # the paper: 338 - 303 = 35
+
+
+def test_a_product_with_a_weight_is_a_linear_layer_and_one_that_adds_a_mask_is_counted():
+    class Products(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(7, 5))
+
+        def forward(self, x):
+            rows = torch.baddbmm(x[..., :1], x, x.transpose(1, 2)) @ x
+            return torch.einsum("bic,oc->bio", rows, self.weight)
+
+    analysis = FlopAnalyzer(Products(), torch.zeros(3, 4, 5)).set_op_handle(**HANDLES)
+    assert analysis.by_operator() == {"baddbmm": 3 * 4 * 5 * 4, "matmul": 3 * 4 * 4 * 5, "linear": 3 * 4 * 5 * 7}
 
 
 def test_a_model_of_the_library_itself_is_counted_and_products_outside_the_fused_operator_are_attention():

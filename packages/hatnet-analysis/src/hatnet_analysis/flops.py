@@ -2,49 +2,50 @@
 
 One multiply-add is one FLOP in both:
 
-- ``paper``: convolutions, linear layers and normalisations (5 a value, as fvcore counts them), and what fvcore counts
-  of resampling and adaptive pooling. For HAT-Net this is what Table 2 states.
+- ``paper``: convolutions, linear layers and normalisations, and what fvcore counts of resampling and adaptive pooling.
+  For HAT-Net this is what Table 2 states. A product with a weight is a linear layer, however a model writes it.
 - ``complete``: these and every product of two activations, which in these models are the two matrix products of the
   attention. A counter does not see them when they run inside one fused operator; here it does.
 
-The closed forms of the attention alone (Eq. 5 and 15) are in ``complexity.py``; models by name in ``models.py``.
+fvcore counts 5 a value of group, layer and instance norms, and of batch norms, which are evaluated with their running
+statistics, 2; one less each without weights.
+
+The handles of products are in ``hatnet_core.flop_handles``; the closed forms of the attention alone (Eq. 5 and 15) in
+``complexity.py``; models by name in ``models.py``.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
+from hatnet_core.flop_handles import HANDLES, conventions
 from hatnet_core.model import MIN_SIZE
 
-ACTIVATION_PRODUCTS = ("attention", "matmul", "mm", "bmm", "baddbmm", "einsum")
-"""Operators whose two factors are activations, as a rule: convolutions and linear layers have operators of their own.
-Only ``complete`` counts them; a product with a weight that a model writes as one of these counts as such, too."""
-
 MULTIPLIES = re.compile(
-    r"mm|addmm|bmm|baddbmm|addbmm|matmul|mv|addmv|dot|vdot|inner|outer|ger|addr|einsum|tensordot|kron|cdist"
-    r"|linear|bilinear|conv\w*|attention|lstm|gru|rnn|linalg|fft|addmm_|baddbmm_"
+    r"\w*mm|matmul|mv|addmv|dot|vdot|inner|outer|ger|addr|einsum|tensordot|kron|cdist|pdist|cov|corrcoef"
+    r"|(bi|tri)?linear|conv\w*|attention|transformer|lstm|gru|rnn|fft|i?stft"
+    r"|linalg|matrix|solve|cholesky|p?inverse|(log|slog)?det|svd|qr|geqrf|orgqr|ormqr"
 )
 """A word of the name of an operator that multiplies; without a handle such an operator is refused."""
 
-OPAQUE_WITHOUT_PRODUCTS = frozenset(
+WITHOUT_PRODUCTS = frozenset(
     {
+        "aten::linalg_vector_norm",
         "prim::PythonOp.RoIAlignFunction",  # interpolates
         "prim::PythonOp.NMSop",
         "torchvision::nms",
         "torchvision::roi_align",
     }
 )
-"""Operators from outside PyTorch that are known to hold no product; any other one is refused."""
+"""Operators that are known to hold no product, against their names or from outside PyTorch."""
 
 CONTAINERS = ("stages", "layers", "blocks")
 """Names of children that stand for the modules in them."""
@@ -130,15 +131,14 @@ def trace(module: nn.Module, x: Tensor) -> FlopCountAnalysis:
     """Run ``module`` on ``x`` in evaluation mode and count each operator, products of the attention included.
 
     Returns:
-        fvcore's analysis, with the products of every ``scaled_dot_product_attention`` under ``attention``.
+        fvcore's analysis, with the products of every ``scaled_dot_product_attention`` under ``attention``, and every
+        product with a weight under ``conv`` or ``linear``.
 
     Raises:
         ValueError: if an operator may hold products and fvcore has no count of it.
     """
     analysis = FlopCountAnalysis(module, x)
-    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_products)
-    analysis.set_op_handle("aten::baddbmm", _baddbmm_products)
-    analysis.set_op_handle("aten::einsum", _einsum_products)
+    analysis.set_op_handle(**HANDLES)
     # unsupported operators are an error below; uncalled are stochastic depth and identities, which compute nothing
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     # checks of the input shape become constants of the trace, which is of one shape
@@ -187,42 +187,15 @@ def _parts(module: nn.Module) -> list[str]:
 
 
 def _count(operators: Counter[str]) -> Count:
-    complete = int(sum(operators.values()))
-    return Count(paper=complete - int(sum(operators[name] for name in ACTIVATION_PRODUCTS)), complete=complete)
+    return Count(*conventions(operators))
 
 
 def _may_multiply(operator: str) -> bool:
     """Whether an operator without a handle has to be refused; torchvision's or one's own is, unless it is known."""
+    if operator in WITHOUT_PRODUCTS:
+        return False
     namespace, _, name = operator.partition("::")
-    if namespace != "aten":
-        return operator not in OPAQUE_WITHOUT_PRODUCTS
-    return any(MULTIPLIES.fullmatch(word) for word in name.split("_"))
-
-
-def _attention_products(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    """Q·Kᵀ and its product with V, of queries [..., n, d], keys [..., m, d] and values [..., m, e]."""
-    q, k, v = (value.type().sizes() for value in inputs[:3])
-    scores = math.prod(q[:-1]) * k[-2]
-    return Counter({"attention": scores * q[-1] + scores * v[-1]})
-
-
-def _baddbmm_products(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    """The product of [b, n, d] and [b, d, m], which is added to a mask."""
-    a, b = (value.type().sizes() for value in inputs[1:3])
-    return Counter({"baddbmm": math.prod(a) * b[-1]})
-
-
-def _einsum_products(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    """One multiply-add for each combination of indices; fvcore reads four digits off NumPy's estimate."""
-    equation, operands = inputs[0].toIValue(), list(inputs[1].node().inputs())
-    sizes: dict[str, int] = {}
-    for letters, operand in zip(equation.replace(" ", "").partition("->")[0].split(","), operands, strict=True):
-        shape = operand.type().sizes()
-        if "." in letters or len(operands) != 2:
-            raise ValueError(f"cannot count einsum {equation!r}: expected two operands without ellipses")
-        for letter, side in zip(letters, shape, strict=True):
-            sizes[letter] = max(side, sizes.get(letter, 1))  # a side of 1 is repeated
-    return Counter({"einsum": math.prod(sizes.values())})
+    return namespace != "aten" or any(MULTIPLIES.fullmatch(word) for word in name.split("_"))
 
 
 @contextmanager

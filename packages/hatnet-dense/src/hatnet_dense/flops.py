@@ -1,14 +1,12 @@
-"""Parameters and FLOPs of a whole detector or segmenter, in the two conventions of hatnet-analysis.
+"""Parameters and FLOPs of a whole detector or segmenter, in the two conventions of ``hatnet_core.flop_handles``.
 
 One multiply-add is one FLOP in both: ``paper`` counts convolutions, linear layers and normalisations, ``complete`` the
 products of two activations as well, those of the attention. MMEngine counts, by running the model on one image: the
-network without post-processing; a two-stage detector includes its heads on the proposals of its first stage, of which
-there are as many as the config keeps (1000 in those of COCO).
+network without post-processing; a two-stage detector includes its heads on the proposals that its first stage keeps.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -22,12 +20,8 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
+from hatnet_core.flop_handles import HANDLES, conventions
 from hatnet_dense.errors import cut, said
-
-ATTENTION = "aten::scaled_dot_product_attention"
-
-ACTIVATION_PRODUCTS = ("attention", "matmul", "mm", "bmm", "einsum")
-"""Operators whose two factors are activations; only ``complete`` counts them."""
 
 
 def build_model(config: Config) -> Any:
@@ -63,7 +57,7 @@ def count(config: Config, height: int, width: int) -> dict[str, Any]:
     module = traceable(config)
     model: Any = module.model
     analysis = FlopAnalyzer(module, torch.zeros(1, 3, height, width))
-    analysis.set_op_handle(ATTENTION, _attention_products)
+    analysis.set_op_handle(**HANDLES)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer, about what the libraries do with shapes
@@ -81,8 +75,14 @@ def count(config: Config, height: int, width: int) -> dict[str, Any]:
 
 
 def traceable(config: Config) -> nn.Module:
-    """The model of a config as tracers want it, images [B, 3, H, W] → a tuple of tensors, under the name ``model``."""
-    return _Tensors(build_model(config), config.default_scope)
+    """The model of a config as tracers want it, images [B, 3, H, W] → a tuple of tensors, under the name ``model``.
+
+    Its random weights are the same every time, since a two-stage detector keeps as many proposals as they say.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = build_model(config)
+    return _Tensors(model, config.default_scope)
 
 
 class _Tensors(nn.Module):
@@ -115,17 +115,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _conventions(name: str, operators: Counter[str]) -> dict[str, int]:
-    complete = sum(operators.values())
-    products = sum(operators[operator] for operator in ACTIVATION_PRODUCTS)
-    return {f"{name}_paper": int(complete - products), f"{name}_complete": int(complete)}
+    paper, complete = conventions(operators)
+    return {f"{name}_paper": paper, f"{name}_complete": complete}
 
 
 def _params(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _attention_products(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    """Q·Kᵀ and its product with V, of queries [..., n, d], keys [..., m, d] and values [..., m, e]."""
-    q, k, v = (value.type().sizes() for value in inputs[:3])
-    scores = math.prod(q[:-1]) * k[-2]
-    return Counter({"attention": scores * q[-1] + scores * v[-1]})

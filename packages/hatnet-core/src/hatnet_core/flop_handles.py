@@ -1,0 +1,105 @@
+"""What fvcore and MMEngine have to be told of attention to count it: handles of operators, and two conventions.
+
+Both libraries trace a model on one image and ask a handle what an operator of the trace costs; they know neither the
+fused attention nor whether a matrix product is one with a weight. Neither is imported here:
+
+    analysis = FlopCountAnalysis(model, image).set_op_handle(**HANDLES)
+    paper, complete = conventions(analysis.by_operator())
+
+One multiply-add is one FLOP.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+Handle = Callable[[list[Any], list[Any]], "Counter[str]"]
+"""FLOPs by name of an operator, from its inputs and outputs, which are values of the traced graph."""
+
+FIRST_FACTOR = {"matmul": 0, "mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
+"""Operators that are one matrix product, with the place of its first factor among the inputs."""
+
+ACTIVATION_PRODUCTS = ("attention", "einsum", *FIRST_FACTOR)
+"""Names under which :data:`HANDLES` count products of two activations; one with a weight counts as ``linear``."""
+
+RESHAPED = re.compile(
+    r"aten::(t|mT|numpy_T|transpose|permute|view|reshape|flatten|unflatten|expand|squeeze|unsqueeze|select|slice"
+    r"|contiguous|clone|detach|to|type_as)"
+)
+"""Operators that give the values of their first input, or some of them, in another shape or dtype."""
+
+
+def conventions(operators: Counter[str]) -> tuple[int, int]:
+    """FLOPs in the two conventions, from those of every operator.
+
+    Returns:
+        ``paper``: without the products of two activations; for HAT-Net what Table 2 states. ``complete``: all.
+    """
+    complete = int(sum(operators.values()))
+    return complete - int(sum(operators[name] for name in ACTIVATION_PRODUCTS)), complete
+
+
+def _attention(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Q·Kᵀ and its product with V, of queries [..., n, d], keys [..., m, d] and values [..., m, e]."""
+    q, k, v = (_shape(value) for value in inputs[:3])
+    scores = math.prod(q[:-1]) * k[-2]
+    return Counter({"attention": scores * q[-1] + scores * v[-1]})
+
+
+def _matrix_product(name: str, first: int) -> Handle:
+    def handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+        a, b = inputs[first : first + 2]
+        return _product(name, [a, b], math.prod(_shape(outputs[0])) * _shape(a)[-1])
+
+    return handle
+
+
+def _einsum(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """One multiply-add for each combination of indices; the libraries read four digits off NumPy's estimate."""
+    equation, operands = inputs[0].toIValue(), list(inputs[1].node().inputs())
+    if len(operands) > 2:
+        raise ValueError(f"cannot count einsum {equation!r}: expected at most two operands")
+    sides: dict[str, int] = {}
+    for term, operand in zip(equation.replace(" ", "").partition("->")[0].split(","), operands, strict=True):
+        for index, side in _indices(term, _shape(operand)):
+            sides[index] = max(side, sides.get(index, 1))  # a side of 1 is repeated
+    return _product("einsum", operands, math.prod(sides.values()) if len(operands) == 2 else 0)
+
+
+def _indices(term: str, shape: list[int]) -> list[tuple[str, int]]:
+    """The letters of one operand with their sides; the dimensions of an ellipsis are numbered from the right."""
+    before, _, after = term.partition("...")
+    between = [f"...{i}" for i in range(len(shape) - len(before) - len(after), 0, -1)]
+    return list(zip([*before, *between, *after], shape, strict=True))
+
+
+def _product(name: str, factors: list[Any], flops: int) -> Counter[str]:
+    return Counter({"linear" if any(_is_stored(factor) for factor in factors) else name: flops})
+
+
+def _is_stored(value: Any) -> bool:
+    """Whether the model holds this tensor, a weight, a buffer or a constant, instead of computing it.
+
+    The inputs of the traced graph are the image, then the weights and buffers of the model.
+    """
+    while RESHAPED.fullmatch(value.node().kind()):
+        value = next(value.node().inputs())
+    if value.node().kind() == "prim::Param":
+        return value.debugName() != next(value.node().outputs()).debugName()
+    return value.node().kind() == "prim::Constant"
+
+
+def _shape(value: Any) -> list[int]:
+    return value.type().sizes()
+
+
+HANDLES: dict[str, Handle] = {
+    "aten::scaled_dot_product_attention": _attention,
+    "aten::einsum": _einsum,
+    **{f"aten::{name}": _matrix_product(name, first) for name, first in FIRST_FACTOR.items()},
+}
+"""For ``set_op_handle(**HANDLES)`` of either library, of a model that takes one tensor."""
