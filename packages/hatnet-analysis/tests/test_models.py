@@ -6,7 +6,8 @@ import importlib.util
 import pytest
 import torch
 
-from hatnet_analysis.models import check_name, classifier, load_model, with_backbone
+from hatnet_analysis import Count, count_flops
+from hatnet_analysis.models import check_name, classifier, load_model, on_meta, with_backbone
 from hatnet_core import HATNet
 
 
@@ -21,11 +22,27 @@ def test_a_model_of_timm_that_is_bound_to_a_size_is_built_for_the_size_asked_for
         assert load_model("timm/resnet18", (96, 160)).eval()(image).shape == (1, 1000)
 
 
+@pytest.mark.parametrize(("name", "side"), [("deit_base_patch16_384", 384), ("swinv2_tiny_window8_256", 256)])
+def test_without_a_size_a_model_of_timm_is_built_for_its_own(name, side):
+    for build in (load_model, on_meta):
+        model = build(f"timm/{name}")
+        assert model.patch_embed.img_size == (side, side)
+    assert load_model(f"timm/{name}", (128, 128)).patch_embed.img_size == (128, 128)
+
+
+def test_a_tag_of_timm_says_what_is_built():
+    assert load_model("timm/resnet50.a1_in1k").num_classes == 1000
+    assert load_model("timm/deit3_small_patch16_224.fb_in22k_ft_in1k").num_classes == 1000
+    assert load_model("timm/vit_tiny_patch16_224.augreg_in21k").num_classes == 21843
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("hatnet_smal", ["unknown model 'hatnet_smal'", "hatnet_tiny", "did you mean hatnet_small?"]),
         ("timm/resnet_50", ["unknown model 'timm/resnet_50'", "timm/resnet50"]),
+        ("timm/resnet50.foo", ["unknown model 'timm/resnet50.foo'", "a tag that timm knows: resnet50.a1_in1k, "]),
+        ("timm/resnet50.", ["unknown model 'timm/resnet50.'"]),
         ("timm/hf-hub:someone/something", ["unknown model 'timm/hf-hub:someone/something'"]),
         ("nowhere.py", ["no config nowhere.py"]),
         ("mmdet::nowhere.py", ["no config nowhere.py in mmdet"]),
@@ -82,3 +99,29 @@ def test_a_backbone_becomes_a_classifier():
     model = classifier("mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py").eval()
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+
+
+@dense
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mask-rcnn_hatnet-t_fpn_1x_coco",
+        "semfpn_hatnet-t_4xb4-80k_ade20k-512x512",
+        "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py",
+        "mmdet::detr/detr_r50_8xb2-150e_coco.py",
+    ],
+)
+def test_a_config_counts_alike_every_time_and_as_hatnet_dense_counts_it(name):
+    from hatnet_dense.config import load_config
+    from hatnet_dense.flops import count
+
+    first, second = (count_flops(load_model(name), 96, 160).total for _ in range(2))
+    row = count(load_config(name), 96, 160)
+    assert first == second == Count(paper=row["flops_paper"], complete=row["flops_complete"])
+
+
+@dense
+def test_an_exchanged_backbone_has_the_same_weights_every_time():
+    head, backbone = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"
+    first, second = (count_flops(with_backbone(head, backbone), 96, 160) for _ in range(2))
+    assert first == second

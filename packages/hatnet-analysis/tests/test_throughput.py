@@ -72,7 +72,8 @@ def test_the_settings_reach_the_model(monkeypatch):
 
 
 def test_a_comparison_joins_speed_flops_and_the_papers_top_1():
-    rows = compare(["hatnet_tiny", "timm/resnet18", "timm/convnext_atto"], Settings(**QUICK))
+    at_224 = Settings(**QUICK | {"size": (224, 224)})
+    rows = compare(["hatnet_tiny", "timm/resnet18", "timm/convnext_atto"], at_224)
     assert [row["paper_top1"] for row in rows] == [79.8, 68.5, None]
     assert all(row["flops_complete"] >= row["flops_paper"] > 0 for row in rows)
     flops, speed = compare_figure(rows).axes
@@ -80,9 +81,18 @@ def test_a_comparison_joins_speed_flops_and_the_papers_top_1():
 
 
 def test_top_1_is_that_of_table_2_or_of_the_peers_own_paper():
-    assert paper_top1("hatnet_large") == 84.2
-    assert paper_top1("timm/swin_tiny_patch4_window7_224") == 81.3
-    assert paper_top1("timm/convnext_tiny") == 82.1
+    assert paper_top1("hatnet_large", (224, 224)) == 84.2
+    assert paper_top1("timm/swin_tiny_patch4_window7_224", (224, 224)) == 81.3
+    assert paper_top1("timm/convnext_tiny", (224, 224)) == 82.1
+
+
+def test_a_papers_top_1_is_stated_at_the_size_of_image_it_belongs_to_alone():
+    assert paper_top1("timm/vit_base_patch16_384", (384, 384)) == 77.9
+    for name in ("timm/vit_base_patch16_384", "hatnet_tiny"):
+        (at_32,) = compare([name], Settings(**QUICK))
+        assert at_32["paper_top1"] is None
+    assert paper_top1("timm/vit_base_patch16_384", (224, 224)) is None
+    assert paper_top1("timm/convnext_tiny", (384, 384)) is None
 
 
 @pytest.mark.parametrize(

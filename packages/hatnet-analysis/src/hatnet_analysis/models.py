@@ -23,13 +23,14 @@ from hatnet_core import create_model, list_models
 FORMS = "one of {ours}, timm/NAME, or a config of MMDetection or MMSegmentation"
 
 
-def load_model(name: str, size: tuple[int, int] = (224, 224)) -> nn.Module:
+def load_model(name: str, size: tuple[int, int] | None = None) -> nn.Module:
     """Build a model with random weights, for images of one size.
 
     Args:
-        name: ``hatnet_small`` or any other of :func:`hatnet_core.list_models`; ``timm/resnet50``; a config of
-            hatnet-dense by its name, of MMDetection or MMSegmentation as ``mmdet::retinanet/…py``, or its file.
-        size: height and width in pixels, for those models of timm that are bound to one.
+        name: ``hatnet_small`` or any other of :func:`hatnet_core.list_models`; ``timm/resnet50``, with a tag of timm's
+            or without; a config of hatnet-dense by its name, of MMDetection or MMSegmentation as
+            ``mmdet::retinanet/…py``, or its file.
+        size: height and width in pixels, for those models of timm that are bound to one; their own by default.
 
     Raises:
         ValueError: if the name is unknown, or the model refuses the size.
@@ -44,7 +45,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def _builder(name: str) -> Callable[[tuple[int, int]], nn.Module]:
+def _builder(name: str) -> Callable[[tuple[int, int] | None], nn.Module]:
     """What builds the model of a name."""
     if name in list_models(ablations=True):
         return lambda size: create_model(name)
@@ -58,7 +59,7 @@ def _builder(name: str) -> Callable[[tuple[int, int]], nn.Module]:
     raise ValueError(f"unknown model {name!r}; expected {FORMS.format(ours=', '.join(list_models()))}{hint}")
 
 
-def _timm_builder(name: str) -> Callable[[tuple[int, int]], nn.Module]:
+def _timm_builder(name: str) -> Callable[[tuple[int, int] | None], nn.Module]:
     try:
         import timm
     except ImportError as error:
@@ -67,14 +68,16 @@ def _timm_builder(name: str) -> Callable[[tuple[int, int]], nn.Module]:
         alike = ", ".join(f"timm/{found}" for found in difflib.get_close_matches(name, timm.list_models(), n=3))
         close = f", such as {alike}" if alike else ""
         raise ValueError(f"unknown model 'timm/{name}'; expected timm/ and a name of timm.list_models(){close}")
+    tagged = timm.models.get_arch_pretrained_cfgs(name.partition(".")[0])
+    if "." in name and name not in tagged:
+        raise ValueError(f"unknown model 'timm/{name}'; expected a tag that timm knows: {', '.join(tagged) or 'none'}")
 
-    def build(size: tuple[int, int]) -> nn.Module:
-        entrypoint: Any = timm.model_entrypoint(name)
-        model: nn.Module = entrypoint(pretrained=False)
-        if "img_size" not in inspect.signature(type(model).__init__).parameters:
+    def build(size: tuple[int, int] | None) -> nn.Module:
+        model: nn.Module = timm.create_model(name)
+        if size is None or "img_size" not in inspect.signature(type(model).__init__).parameters:
             return model
         try:
-            return entrypoint(pretrained=False, img_size=size)
+            return timm.create_model(name, img_size=size)
         except (AssertionError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"timm/{name} cannot be built for {size[0]}×{size[1]}: {reason}") from error
@@ -89,7 +92,7 @@ def _is_dense_config(name: str) -> bool:
     return any(Path(folder, "configs", f"{name}.py").is_file() for folder in folders if Path(name).name == name)
 
 
-def _dense_builder(name: str) -> Callable[[tuple[int, int]], nn.Module]:
+def _dense_builder(name: str) -> Callable[[tuple[int, int] | None], nn.Module]:
     config = _dense_config(name)
     from hatnet_dense.flops import traceable
 
@@ -194,7 +197,7 @@ def _refusal(name: str, size: tuple[int, int], batch: int, error: Exception) -> 
 
 
 def on_meta(name: str) -> nn.Module:
-    """The model of a name, without storage for its weights where its kind allows: shapes suffice to count them."""
+    """The model of a name at its own size, without storage for its weights where its kind allows; to count them."""
     if name in list_models(ablations=True):
         with torch.device("meta"):
             return create_model(name)

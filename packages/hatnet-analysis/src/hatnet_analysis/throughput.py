@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from hatnet_analysis.flops import count_flops, count_params
 from hatnet_analysis.memory import peak_memory
 from hatnet_analysis.models import load_model, refusals
-from hatnet_analysis.paper_tables import TABLE_2
-from hatnet_analysis.peers import TIMM
+from hatnet_analysis.peers import table_2
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -128,23 +127,23 @@ def compare(
 
     Returns:
         The rows of :func:`measure_throughput` with ``flops_paper``, ``flops_complete`` and ``paper_top1``, None for
-        models of no known paper.
+        models of no known paper and at sizes other than that of the paper's figure.
     """
     rows = measure_throughput(names, settings, progress)
     for row in rows:
         progress(f"counting {row['model']}")
         with refusals(row["model"], settings.size):
             total = count_flops(load_model(row["model"], settings.size), *settings.size).total
-        row |= {"flops_paper": total.paper, "flops_complete": total.complete, "paper_top1": paper_top1(row["model"])}
+        row |= {"flops_paper": total.paper, "flops_complete": total.complete}
+        row["paper_top1"] = paper_top1(row["model"], settings.size)
     return rows
 
 
-def paper_top1(name: str) -> float | None:
-    """ImageNet top-1 (%) as Table 2 or the model's own paper states it; not measured here."""
-    printed = {model: top1 for model, _, _, top1 in TABLE_2}
-    by_name = {f"timm/{timm}": printed[model] for model, timm in TIMM.items()}
-    ours = {f"hatnet_{size.lower()}": printed[f"HAT-Net-{size}"] for size in ("Tiny", "Small", "Medium", "Large")}
-    return (OTHER_TOP1 | by_name | ours).get(name)
+def paper_top1(name: str, size: tuple[int, int]) -> float | None:
+    """ImageNet top-1 (%) as Table 2 or the model's own paper states it for this size of image; not measured here."""
+    printed = {(row.source, row.size): row.accuracy["top-1"] for row in table_2()}
+    others = {(model, (224, 224)): top1 for model, top1 in OTHER_TOP1.items()}
+    return (others | printed).get((name, size))
 
 
 def checked_device(name: str) -> torch.device:
