@@ -1,0 +1,310 @@
+"""GroupNorm with one group in Triton: the normalisation of every layer (mean and variance of a whole sample).
+
+With one group, a kernel that gives each group to one block of threads, as PyTorch's does, keeps as many blocks busy as
+there are samples. Here the positions of a sample are split among many programs: a first kernel takes count, mean and
+sum of squared deviations of every split, a second combines those of its sample (Chan, Golub and LeVeque, 1979) and
+normalises its split. The backward pass has the same two steps. Maps are read and written in channels_last, sums are in
+float32 and in a fixed order, so that a result is the same every time.
+
+Imported only where Triton is installed.
+"""
+
+# Triton has no types.
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+PROGRAMS = 1024
+"""About as many programs share the work: several for each multiprocessor of a large GPU (an H100 has 132)."""
+
+TILE = 4096
+"""Values that a program holds at a time, 16 in each of its 256 threads."""
+
+WARPS = 8
+
+SIZES = ("positions", "per_split")
+"""One compiled kernel serves all of these."""
+
+
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """GroupNorm with one group: weight · (x - mean) / √(variance + eps) + bias, the moments of a whole sample.
+
+    Args:
+        x: [B, C, H, W] of float32, bfloat16 or float16; read in channels_last, of which another layout is a copy.
+        weight: [C].
+        bias: [C].
+        eps: added to the variance.
+
+    Returns:
+        [B, C, H, W] in channels_last, the dtype of ``x``; computed in float32.
+
+    Raises:
+        ValueError: if ``x`` is of another dtype.
+    """
+    return _group_norm(x, weight, bias, eps)[0]
+
+
+@torch.library.custom_op("hatnet::group_norm", mutates_args=())
+def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normalised map, and [2, B] in float32: mean and 1/√(variance + eps) of each sample."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"group_norm in Triton computes float32, bfloat16 and float16, got {x.dtype}")
+    tokens, out = _tokens(x), torch.empty_like(x, memory_format=torch.channels_last)
+    splits, sizes, blocks = _work(tokens)
+    partials = x.new_empty(3, len(x), splits, dtype=torch.float32)
+    moments = x.new_empty(2, len(x), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _statistics[len(x), splits](tokens, partials, *sizes, **blocks)
+        _normalise[len(x), splits](
+            tokens, weight, bias, partials, moments, out, eps, *sizes, block_s=_power(splits), **blocks
+        )
+    return out, moments
+
+
+@torch.library.custom_op("hatnet::group_norm_backward", mutates_args=())
+def _group_norm_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, moments: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, ``weight`` and bias, given the ``gradient`` of the normalised map."""
+    tokens, given, x_gradient = _tokens(x), _tokens(gradient), torch.empty_like(x, memory_format=torch.channels_last)
+    splits, sizes, blocks = _work(tokens)
+    by_channel = x.new_empty(2, len(x), splits, x.shape[1], dtype=torch.float32)
+    by_split = x.new_empty(2, len(x), splits, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _gradient_sums[len(x), splits](given, tokens, weight, moments, by_channel, by_split, *sizes, **blocks)
+        _gradient[len(x), splits](
+            given, tokens, weight, moments, by_split, x_gradient, *sizes, block_s=_power(splits), **blocks
+        )
+    of_bias, of_weight = by_channel.sum((1, 2)).to(weight.dtype)
+    return x_gradient, of_weight.clone(), of_bias.clone()
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[B, C, H, W] → [B, H, W, C], contiguous."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _power(n: int) -> int:
+    """The power of two at or above ``n``."""
+    return triton.next_power_of_2(n)
+
+
+def _work(tokens: Tensor) -> tuple[int, tuple[int, int, int], dict[str, int]]:
+    """Splits of a sample, the sizes that kernels take, and their blocks; no split is empty."""
+    positions, channels = tokens.shape[1] * tokens.shape[2], tokens.shape[3]
+    block_c = _power(channels)
+    block_p = max(1, TILE // block_c)
+    wanted = triton.cdiv(PROGRAMS, max(1, len(tokens)))
+    per_split = triton.cdiv(triton.cdiv(positions, block_p), wanted) * block_p
+    blocks = {"block_p": block_p, "block_c": block_c, "num_warps": WARPS}
+    return triton.cdiv(positions, per_split), (positions, channels, per_split), blocks
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _statistics(
+    x: tl.tensor,
+    partials: tl.tensor,
+    positions: int,
+    channels: int,
+    per_split: int,
+    block_p: tl.constexpr,
+    block_c: tl.constexpr,
+) -> None:
+    """Count, mean and sum of squared deviations of a split → ``partials`` [3, B, splits].
+
+    Every place of the tile keeps a running mean of its own (Welford), so that a mean far above the deviation costs no
+    digits.
+    """
+    sample, split = tl.program_id(0), tl.program_id(1)
+    first, last = split * per_split, tl.minimum((split + 1) * per_split, positions)
+    at, in_channels = _tile(channels, block_p, block_c)
+    mean = tl.zeros([block_p, block_c], tl.float32)
+    squares = tl.zeros([block_p, block_c], tl.float32)
+    count = tl.zeros([block_p, block_c], tl.float32)
+    for start in range(first, last, block_p):
+        seen = _seen(start, last, in_channels, block_p)
+        base = (sample.to(tl.int64) * positions + start) * channels
+        value = tl.load(x + base + at, mask=seen, other=0.0).to(tl.float32)
+        deviation = tl.where(seen, value - mean, 0.0)
+        count += tl.where(seen, 1.0, 0.0)
+        mean += deviation / ((start - first) // block_p + 1)
+        squares += deviation * (value - mean)
+    size = ((last - first) * channels).to(tl.float32)
+    center = tl.sum(count * mean) / size
+    total = tl.sum(squares + count * (mean - center) * (mean - center))
+    plane = tl.num_programs(0) * tl.num_programs(1)
+    partials += sample * tl.num_programs(1) + split
+    tl.store(partials, size)
+    tl.store(partials + plane, center)
+    tl.store(partials + 2 * plane, total)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _normalise(
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    partials: tl.tensor,
+    moments: tl.tensor,
+    out: tl.tensor,
+    eps: float,
+    positions: int,
+    channels: int,
+    per_split: int,
+    block_p: tl.constexpr,
+    block_c: tl.constexpr,
+    block_s: tl.constexpr,
+) -> None:
+    """Combine the statistics of a sample, normalise one of its splits; the first split leaves ``moments`` [2, B]."""
+    sample, split = tl.program_id(0), tl.program_id(1)
+    splits = tl.arange(0, block_s)
+    plane = tl.num_programs(0) * tl.num_programs(1)
+    statistics = partials + sample * tl.num_programs(1) + splits
+    real = splits < tl.num_programs(1)
+    count = tl.load(statistics, mask=real, other=0.0)
+    means = tl.load(statistics + plane, mask=real, other=0.0)
+    squares = tl.load(statistics + 2 * plane, mask=real, other=0.0)
+    size = tl.sum(count)
+    mean = tl.sum(count * means) / size
+    variance = tl.sum(squares + count * (means - mean) * (means - mean)) / size
+    factor = 1 / tl.sqrt(variance + eps)
+    if split == 0:
+        tl.store(moments + sample, mean)
+        tl.store(moments + tl.num_programs(0) + sample, factor)
+
+    first, last = split * per_split, tl.minimum((split + 1) * per_split, positions)
+    at, in_channels = _tile(channels, block_p, block_c)
+    scale = tl.load(weight + tl.arange(0, block_c), mask=in_channels, other=0.0).to(tl.float32)
+    shift = tl.load(bias + tl.arange(0, block_c), mask=in_channels, other=0.0).to(tl.float32)
+    for start in range(first, last, block_p):
+        seen = _seen(start, last, in_channels, block_p)
+        base = (sample.to(tl.int64) * positions + start) * channels
+        value = tl.load(x + base + at, mask=seen, other=0.0).to(tl.float32)
+        result = (value - mean) * factor * scale[None, :] + shift[None, :]
+        tl.store(out + base + at, result.to(out.dtype.element_ty), mask=seen)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _gradient_sums(
+    gradient: tl.tensor,
+    x: tl.tensor,
+    weight: tl.tensor,
+    moments: tl.tensor,
+    by_channel: tl.tensor,
+    by_split: tl.tensor,
+    positions: int,
+    channels: int,
+    per_split: int,
+    block_p: tl.constexpr,
+    block_c: tl.constexpr,
+) -> None:
+    """Sums over a split: of g and g·x̂ → ``by_channel`` [2, B, splits, C], of gγ and gγ·x̂ → ``by_split`` [2, …]."""
+    sample, split = tl.program_id(0), tl.program_id(1)
+    mean, factor = tl.load(moments + sample), tl.load(moments + tl.num_programs(0) + sample)
+    first, last = split * per_split, tl.minimum((split + 1) * per_split, positions)
+    at, in_channels = _tile(channels, block_p, block_c)
+    plain = tl.zeros([block_p, block_c], tl.float32)
+    weighted = tl.zeros([block_p, block_c], tl.float32)
+    for start in range(first, last, block_p):
+        seen = _seen(start, last, in_channels, block_p)
+        base = (sample.to(tl.int64) * positions + start) * channels
+        value = tl.load(x + base + at, mask=seen, other=0.0).to(tl.float32)
+        given = tl.load(gradient + base + at, mask=seen, other=0.0).to(tl.float32)
+        plain += given
+        weighted += given * (value - mean) * factor
+    of_bias, of_weight = tl.sum(plain, axis=0), tl.sum(weighted, axis=0)
+
+    plane = tl.num_programs(0) * tl.num_programs(1)
+    index = sample * tl.num_programs(1) + split
+    channel = tl.arange(0, block_c)
+    by_channel += index.to(tl.int64) * channels + channel
+    tl.store(by_channel, of_bias, mask=in_channels)
+    tl.store(by_channel + plane.to(tl.int64) * channels, of_weight, mask=in_channels)
+    scale = tl.load(weight + channel, mask=in_channels, other=0.0).to(tl.float32)
+    tl.store(by_split + index, tl.sum(scale * of_bias))
+    tl.store(by_split + plane + index, tl.sum(scale * of_weight))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _gradient(
+    gradient: tl.tensor,
+    x: tl.tensor,
+    weight: tl.tensor,
+    moments: tl.tensor,
+    by_split: tl.tensor,
+    x_gradient: tl.tensor,
+    positions: int,
+    channels: int,
+    per_split: int,
+    block_p: tl.constexpr,
+    block_c: tl.constexpr,
+    block_s: tl.constexpr,
+) -> None:
+    """(gγ - mean of gγ - x̂ · mean of gγx̂) / √(variance + eps) for one split, the means over its sample."""
+    sample, split = tl.program_id(0), tl.program_id(1)
+    splits = tl.arange(0, block_s)
+    plane = tl.num_programs(0) * tl.num_programs(1)
+    sums = by_split + sample * tl.num_programs(1) + splits
+    real = splits < tl.num_programs(1)
+    size = 1.0 * positions * channels
+    plain = tl.sum(tl.load(sums, mask=real, other=0.0)) / size
+    weighted = tl.sum(tl.load(sums + plane, mask=real, other=0.0)) / size
+
+    mean, factor = tl.load(moments + sample), tl.load(moments + tl.num_programs(0) + sample)
+    first, last = split * per_split, tl.minimum((split + 1) * per_split, positions)
+    at, in_channels = _tile(channels, block_p, block_c)
+    scale = tl.load(weight + tl.arange(0, block_c), mask=in_channels, other=0.0).to(tl.float32)
+    for start in range(first, last, block_p):
+        seen = _seen(start, last, in_channels, block_p)
+        base = (sample.to(tl.int64) * positions + start) * channels
+        value = tl.load(x + base + at, mask=seen, other=0.0).to(tl.float32)
+        given = tl.load(gradient + base + at, mask=seen, other=0.0).to(tl.float32)
+        result = (given * scale[None, :] - plain - (value - mean) * factor * weighted) * factor
+        tl.store(x_gradient + base + at, result.to(x_gradient.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def _tile(channels: int, block_p: tl.constexpr, block_c: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Offsets [block_p, block_c] of the values of a tile, and which of [block_c] are channels."""
+    channel = tl.arange(0, block_c)
+    return tl.arange(0, block_p)[:, None] * channels + channel[None, :], channel < channels
+
+
+@triton.jit
+def _seen(start: int, last: int, in_channels: tl.tensor, block_p: tl.constexpr) -> tl.tensor:
+    """[block_p, block_c], which values of the tile that begins at position ``start`` belong to the split."""
+    return (start + tl.arange(0, block_p) < last)[:, None] & in_channels[None, :]
+
+
+@_group_norm.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    return out, x.new_empty(2, x.shape[0], dtype=torch.float32)
+
+
+@_group_norm_backward.register_fake
+def _(gradient: Tensor, x: Tensor, weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x_gradient = torch.empty_like(x, memory_format=torch.channels_last)
+    return x_gradient, torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*_group_norm_backward(gradient, *ctx.saved_tensors), None)
+
+
+_group_norm.register_autograd(_backward, setup_context=_keep)

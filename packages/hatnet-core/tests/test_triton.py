@@ -1,0 +1,325 @@
+"""The kernels in Triton against plain PyTorch in float64: in Triton's interpreter, on a GPU where there is one.
+
+The interpreter has to be chosen before Triton is imported, which other libraries do as well. So without a GPU the
+tests below run in a process of their own, which the first test starts; there it is the first that is left out.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+triton = pytest.importorskip("triton", reason="Triton is not made for this platform")
+from hatnet_core.kernels import triton_depthwise, triton_group_norm, triton_window  # noqa: E402
+
+elsewhere = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="runs in the process that the first test starts"
+)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+few = settings(
+    max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_in_the_interpreter_all_other_tests_pass():
+    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-k", "not in_the_interpreter and not compile_for_hopper"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    result = subprocess.run(command, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    summary = result.stdout.splitlines()[-1]
+    assert " passed" in summary
+    assert "skipped" not in summary
+
+
+KERNELS = [
+    (triton_group_norm, "_statistics", "bf16", 8, {"block_p": 64, "block_c": 64}),
+    (triton_group_norm, "_normalise", "bf16", 8, {"block_p": 64, "block_c": 64, "block_s": 16}),
+    (triton_group_norm, "_gradient_sums", "bf16", 8, {"block_p": 64, "block_c": 64}),
+    (triton_group_norm, "_gradient", "bf16", 8, {"block_p": 64, "block_c": 64, "block_s": 16}),
+    *(
+        (triton_depthwise, "_strips", "bf16", 4, {"step": step, "k": 5, "block_w": 16, "block_c": 64})
+        for step in ("forward", "gradient of mixed", "gradient of h")
+    ),
+    (triton_depthwise, "_weight_gradient", "bf16", 4, {"k": 5, "block_w": 16, "block_c": 64}),
+    *(
+        (triton_window, kernel, dtype, warps, {"head_dim": 64, "block_n": n, "block_m": m, "block_d": 64})
+        for kernel in ("_attend", "_attend_backward")
+        for dtype, warps, n, m in [("bf16", 4, 64, 64), ("fp16", 8, 128, 32), ("fp32", 8, 64, 64)]
+    ),
+]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton brings NVIDIA's assembler for Linux")
+@pytest.mark.parametrize(
+    ("module", "name", "dtype", "warps", "blocks"), KERNELS, ids=[k[1] + "-" + k[2] for k in KERNELS]
+)
+def test_the_kernels_compile_for_hopper_within_the_shared_memory_of_any_gpu(
+    monkeypatch, tmp_path, module, name, dtype, warps, blocks
+):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(module, name)
+    kinds = {"tl.tensor": f"*{dtype}", "int": "i32", "float": "fp32", "tl.constexpr": "constexpr"}
+    signature = {argument: kinds[kernel.fn.__annotations__[argument]] for argument in kernel.arg_names}
+    source = ASTSource(kernel, signature, blocks)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= 99 * 1024
+
+
+@pytest.fixture(autouse=True)
+def products_of_bfloat16(monkeypatch):
+    """Triton 3.7's interpreter multiplies the bit patterns of bfloat16; here the numbers, exact in float32."""
+    if not INTERPRETED:
+        return
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = torch.from_numpy(handle.data.astype("int32")) << 16
+        return interpreter.TensorHandle(bits.view(torch.float32).numpy(), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return plain(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def agree(fast, plain, tensors, dtype, roundings=1.0):
+    """Result and all gradients of ``fast`` equal those of ``plain`` in float64, relative to the largest value.
+
+    Within 1e-5 in float32; in half precision within twice the spacing at the largest value, times ``roundings``.
+    """
+    tensors = [t.detach().to(DEVICE).requires_grad_() for t in tensors]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    result, expected = fast(*tensors), plain(*exact)
+    assert result.dtype == dtype
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn_like(expected).to(dtype)
+    got = [result, *torch.autograd.grad(result, tensors, gradient)]
+    wanted = [expected, *torch.autograd.grad(expected, exact, gradient.double())]
+    tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps * roundings
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.shape == theirs.shape
+        assert (ours.double() - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(min=1e-3)
+
+
+def check_op(op, *arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+def normalised(x, weight, bias):
+    return F.group_norm(x, 1, weight, bias, 1e-6)
+
+
+def check_group_norm(shape, dtype, mean=0.0, layout=torch.channels_last):
+    x = (torch.randn(shape) + mean).to(dtype).contiguous(memory_format=layout)
+    fast = functools.partial(triton_group_norm.group_norm, eps=1e-6)
+    agree(fast, normalised, [x, torch.randn(shape[1]), torch.randn(shape[1])], dtype)
+
+
+@elsewhere
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 64, 8, 8), (2, 48, 7, 5)])
+def test_group_norm(shape, dtype):
+    check_group_norm(shape, dtype)
+
+
+@elsewhere
+@dtypes
+def test_group_norm_of_a_mean_far_above_the_deviation(dtype):
+    check_group_norm((2, 40, 6, 7), dtype, mean=100.0)
+
+
+@elsewhere
+def test_group_norm_of_a_map_in_nchw():
+    check_group_norm((2, 24, 5, 6), torch.float32, layout=torch.contiguous_format)
+
+
+@elsewhere
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+def test_group_norm_of_samples_in_one_split_and_in_several(monkeypatch, programs):
+    monkeypatch.setattr(triton_group_norm, "PROGRAMS", programs)
+    monkeypatch.setattr(triton_group_norm, "TILE", 256)
+    check_group_norm((1, 20, 7, 9), torch.float32, mean=100.0)
+
+
+@elsewhere
+@few
+@given(st.tuples(st.integers(1, 3), st.integers(8, 40), st.integers(1, 9), st.integers(1, 9)))
+def test_group_norm_of_any_shape(shape):
+    check_group_norm(shape, torch.float32)
+
+
+@elsewhere
+def test_group_norm_is_a_well_formed_operator():
+    x, weight, bias = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((2, 8, 3, 5), 8, 8))
+    check_op(triton_group_norm._group_norm, x, weight, bias, 1e-6)
+    check_op(
+        triton_group_norm._group_norm_backward, x.detach(), x.detach(), weight.detach(), torch.ones_like(x[0, :2])
+    )
+
+
+def mixed(h, weight):
+    return F.silu(F.conv2d(F.silu(h), weight, padding=weight.shape[-1] // 2, groups=h.shape[1]))
+
+
+def check_depthwise(shape, kernel, dtype, layout=torch.channels_last):
+    h = (2 * torch.randn(shape)).to(dtype).contiguous(memory_format=layout)
+    weight = (torch.randn(shape[1], 1, kernel, kernel) / kernel).to(dtype)
+    agree(triton_depthwise.activated_depthwise, mixed, [h, weight], dtype, roundings=1.5)  # a gradient between is too
+
+
+@elsewhere
+@dtypes
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_activated_depthwise(kernel, dtype):
+    check_depthwise((1, 16, 5, 8), kernel, dtype)
+
+
+@elsewhere
+@pytest.mark.parametrize("shape", [(2, 20, 4, 9), (1, 70, 3, 17), (1, 3, 1, 1)])
+def test_activated_depthwise_of_sizes_that_no_block_divides(shape):
+    check_depthwise(shape, 3, torch.float32)
+
+
+@elsewhere
+def test_activated_depthwise_of_a_map_in_nchw():
+    check_depthwise((2, 16, 4, 5), 3, torch.float32, layout=torch.contiguous_format)
+
+
+@elsewhere
+@pytest.mark.parametrize(("programs", "min_rows"), [(1, 8), (1000, 1), (8, 2)])
+def test_activated_depthwise_in_one_strip_and_in_several(monkeypatch, programs, min_rows):
+    monkeypatch.setattr(triton_depthwise, "PROGRAMS", programs)
+    monkeypatch.setattr(triton_depthwise, "MIN_ROWS", min_rows)
+    check_depthwise((2, 4, 5, 3), 3, torch.float32)
+
+
+@elsewhere
+@few
+@given(
+    st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 5), st.integers(1, 10)), st.sampled_from([1, 3])
+)
+def test_activated_depthwise_of_any_shape(shape, kernel):
+    check_depthwise(shape, kernel, torch.float32)
+
+
+@elsewhere
+def test_activated_depthwise_is_a_well_formed_operator():
+    h, weight = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((1, 8, 2, 3), (8, 1, 3, 3)))
+    check_op(triton_depthwise.activated_depthwise, h, weight)
+    check_op(triton_depthwise._activated_depthwise_backward, h.detach(), h.detach(), weight.detach())
+
+
+def attended(qkv, num_heads, grid_size):
+    """Eq. 6-8 grid by grid, as they read."""
+    _, channels, height, width = qkv.shape
+    out = torch.zeros_like(qkv[:, : channels // 3])
+    for y in range(0, height, grid_size):
+        for x in range(0, width, grid_size):
+            grid = qkv[:, :, y : y + grid_size, x : x + grid_size]
+            q, k, v = grid.flatten(2).unflatten(1, (3, num_heads, -1)).unbind(1)  # [B, heads, d, N]
+            weights = (q.transpose(-2, -1) @ k / q.shape[2] ** 0.5).softmax(-1)
+            result = (weights @ v.transpose(-2, -1)).transpose(-2, -1).flatten(1, 2)
+            out[:, :, y : y + grid_size, x : x + grid_size] = result.unflatten(2, grid.shape[2:])
+    return out
+
+
+def check_grid_attention(batch, heads, head_dim, size, grid_size, dtype, layout=torch.channels_last):
+    qkv = (1.5 * torch.randn(batch, 3 * heads * head_dim, *size)).to(dtype).contiguous(memory_format=layout)
+    arguments = {"num_heads": heads, "grid_size": grid_size}
+    assert triton_window.takes(qkv, **arguments)
+    fast = functools.partial(triton_window.grid_attention, **arguments)
+    # the weights and their gradient are rounded too, before they enter products
+    agree(fast, functools.partial(attended, **arguments), [qkv], dtype, roundings=2.0)
+
+
+@elsewhere
+@dtypes
+@pytest.mark.parametrize("head_dim", [48, 64])
+@pytest.mark.parametrize("size", [(8, 8), (5, 7)], ids=["whole grids", "grids over the edge"])
+def test_grid_attention(size, head_dim, dtype):
+    check_grid_attention(2, 2, head_dim, size, 4, dtype)
+
+
+@elsewhere
+@dtypes
+def test_grid_attention_in_grids_of_the_paper(dtype):
+    check_grid_attention(1, 1, 64, (8, 9), 8, dtype)
+    check_grid_attention(1, 1, 48, (7, 8), 7, dtype)
+
+
+@elsewhere
+@pytest.mark.parametrize("size", [(3, 5), (2, 9), (1, 1)])
+def test_grid_attention_of_maps_smaller_than_a_grid(size):
+    check_grid_attention(1, 2, 8, size, 8, torch.float32)
+
+
+@elsewhere
+@pytest.mark.parametrize(("size", "grid_size", "head_dim"), [((11, 12), 11, 20), ((16, 17), 16, 32)])
+def test_grid_attention_takes_the_queries_of_large_grids_in_parts(size, grid_size, head_dim):
+    check_grid_attention(1, 1, head_dim, size, grid_size, torch.float16)
+
+
+@elsewhere
+def test_grid_attention_of_a_map_in_nchw():
+    check_grid_attention(2, 1, 16, (5, 4), 4, torch.float32, layout=torch.contiguous_format)
+
+
+@elsewhere
+@few
+@given(st.integers(1, 3), st.integers(1, 40), st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(1, 8))
+def test_grid_attention_of_any_shape(heads, head_dim, size, grid_size):
+    check_grid_attention(1, heads, head_dim, size, max(grid_size, 3), torch.float32)
+
+
+@elsewhere
+@pytest.mark.parametrize(
+    ("grid_size", "head_dim", "dtype"),
+    [(17, 16, torch.float16), (16, 64, torch.float16), (9, 16, torch.float32), (4, 16, torch.float64)],
+)
+def test_grid_attention_refuses_what_it_has_no_room_for(grid_size, head_dim, dtype):
+    qkv = torch.zeros(1, 3 * head_dim, 20, 20, dtype=dtype, device=DEVICE)
+    assert not triton_window.takes(qkv, 1, grid_size)
+    with pytest.raises(ValueError, match=f"got {grid_size}×{grid_size} positions of {head_dim} channels"):
+        triton_window.grid_attention(qkv, 1, grid_size)
+
+
+@elsewhere
+def test_grid_attention_is_a_well_formed_operator():
+    qkv = torch.randn(1, 24, 3, 5, device=DEVICE, requires_grad=True)
+    check_op(triton_window.grid_attention, qkv, 2, 3)
+    check_op(triton_window._grid_attention_backward, qkv.detach()[:, :8], qkv.detach(), 2, 3)
+
+
+@elsewhere
+def test_other_dtypes_and_even_kernels_are_refused():
+    x = torch.zeros(1, 4, 2, 2, device=DEVICE)
+    with pytest.raises(ValueError, match=r"got torch\.float64"):
+        triton_group_norm.group_norm(x.double(), x[0, :, 0, 0], x[0, :, 0, 0], 1e-6)
+    with pytest.raises(ValueError, match=r"got torch\.float64"):
+        triton_depthwise.activated_depthwise(x.double(), torch.zeros(4, 1, 3, 3, device=DEVICE))
+    with pytest.raises(ValueError, match="odd sides, got 4×4"):
+        triton_depthwise.activated_depthwise(x, torch.zeros(4, 1, 4, 4, device=DEVICE))
