@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hatnet_analysis import __version__, choices, count_flops, growth, paper
+from hatnet_analysis import __version__, choices, count_flops
 from hatnet_analysis.cli import main
 from hatnet_core import create_model, list_models
 from hatnet_core.model import MIN_SIZE
@@ -246,8 +246,6 @@ def test_an_output_without_the_letters_gets_question_marks_and_json_its_escapes(
 
 
 def test_the_names_on_the_command_line_are_those_of_the_modules_that_measure():
-    assert choices.TABLES == paper.TABLES
-    assert choices.SIZES == growth.SIZES
     assert list(choices.MODELS) == list_models()
     assert choices.MIN_SIZE == MIN_SIZE
 

@@ -20,6 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 triton = pytest.importorskip("triton", reason="Triton is not made for this platform")
+from hatnet_core import HATNet, set_kernels  # noqa: E402
 from hatnet_core.kernels import triton_depthwise, triton_group_norm, triton_window  # noqa: E402
 
 elsewhere = pytest.mark.skipif(
@@ -34,7 +35,7 @@ few = settings(
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_in_the_interpreter_all_other_tests_pass():
     command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-k", "not in_the_interpreter and not compile_for_hopper"]
+    command += ["-k", "not in_the_interpreter and not compile_for_hopper and not refused_where"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     result = subprocess.run(command, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -137,6 +138,26 @@ def check_group_norm(shape, dtype, mean=0.0, layout=torch.channels_last):
     x = (torch.randn(shape) + mean).to(dtype).contiguous(memory_format=layout)
     fast = functools.partial(triton_group_norm.group_norm, eps=1e-6)
     agree(fast, normalised, [x, torch.randn(shape[1]), torch.randn(shape[1])], dtype)
+
+
+@elsewhere
+def test_the_whole_model_computes_as_the_reference_forward_and_gradient():
+    model = HATNet((16, 16, 32, 32), (1, 1, 1, 1), 16, (3, 3, 5, 3), (2, 2, 2, 2), num_classes=3).eval().to(DEVICE)
+    x = torch.randn(1, 3, 64, 40, device=DEVICE)
+    found = {}
+    for kind in ("triton", "reference"):
+        set_kernels(kind)
+        logits = model(x)
+        found[kind] = [logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))]
+    set_kernels("auto")
+    for fast, plain in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="there is something to run on")
+def test_the_triton_kernels_are_refused_where_nothing_runs_them():
+    with pytest.raises(RuntimeError, match="kernels 'triton' need a CUDA GPU, or TRITON_INTERPRET=1"):
+        set_kernels("triton")
 
 
 @elsewhere

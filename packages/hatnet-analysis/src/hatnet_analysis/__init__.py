@@ -1,20 +1,31 @@
-"""HAT-Net measured: parameters, FLOPs, complexity (Eq. 5 and 15), speed, attention maps, and the paper's tables."""
+"""HAT-Net measured: parameters, FLOPs, complexity (Eq. 5 and 15), speed, attention maps, and the paper's tables.
+
+Names are imported when they are first used, so that the command's ``--help`` does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from hatnet_analysis.__about__ import __version__
-from hatnet_analysis.attention_maps import attention_weights, record_weights, rollout
-from hatnet_analysis.complexity import (
-    h_mhsa_macs,
-    h_mhsa_macs_completed,
-    mhsa_macs,
-    reduction_macs,
-    stage_complexity,
-    window_macs,
-)
-from hatnet_analysis.flops import Count, Flops, count_flops, count_params
-from hatnet_analysis.memory import peak_memory
-from hatnet_analysis.models import load_model
-from hatnet_analysis.paper import table_rows
-from hatnet_analysis.throughput import Settings, compare, measure_throughput
+
+if TYPE_CHECKING:
+    from hatnet_analysis.attention_maps import attention_weights, record_weights, rollout
+    from hatnet_analysis.complexity import (
+        h_mhsa_macs,
+        h_mhsa_macs_completed,
+        mhsa_macs,
+        reduction_macs,
+        stage_complexity,
+        window_macs,
+    )
+    from hatnet_analysis.flops import Count, Flops, count_flops, count_params
+    from hatnet_analysis.memory import peak_memory
+    from hatnet_analysis.models import load_model
+    from hatnet_analysis.paper import table_rows
+    from hatnet_analysis.throughput import Settings, compare, measure_throughput
+
+MODULES = ("attention_maps", "complexity", "flops", "memory", "models", "paper", "throughput")
+"""Where the names of ``__all__`` are defined."""
 
 __all__ = [
     "Count",
@@ -38,3 +49,15 @@ __all__ = [
     "table_rows",
     "window_macs",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in map(import_module, (f"{__name__}.{module}" for module in MODULES)):
+            if getattr(vars(module).get(name), "__module__", None) == module.__name__:
+                return vars(module)[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hatnet_analysis.choices import SIZES
 from hatnet_analysis.complexity import (
     attention_macs,
     h_mhsa_bytes,
@@ -45,9 +46,6 @@ DIM = 64
 
 GRID_SIZE = POOL_SIZE = REDUCTION = WINDOW_SIZE = 8
 """G1 and G2 of stage 2 (Table 1) and PVT's reduction there; the window is of G1's size, for comparison."""
-
-SIZES = (224, 320, 448, 640, 896, 1280, 2048)
-"""Default sides of the square images in pixels."""
 
 MAX_MACS = 1.5e12
 """Largest forward pass that is timed on a CPU, in multiply-adds; 20 seconds on two cores."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hatnet_analysis.choices import TABLES
 from hatnet_analysis.complexity import stage_complexity
 from hatnet_analysis.flops import count_flops, count_params
 from hatnet_analysis.memory import peak_memory
@@ -23,9 +24,6 @@ from hatnet_analysis.paper_tables import TABLE_1
 from hatnet_analysis.peers import DEFAULT_6, PaperRow, table_2, table_3, table_4, table_6
 from hatnet_core import HATNet, create_model, list_models
 from hatnet_core.attention import HierarchicalAttention
-
-TABLES = ("1", "2", "3", "4", "6", "eq15", "memory")
-"""What :func:`table_rows` can make; ``memory`` is the claim of Sec. 4.4 about SiLU and GELU."""
 
 NOT_MEASURED = "not measured here"
 
@@ -41,7 +39,7 @@ def table_rows(
     """Measure one table.
 
     Args:
-        table: one of :data:`TABLES`.
+        table: one of :data:`hatnet_analysis.choices.TABLES`.
         device: ``cpu`` or ``cuda``, for ``memory``; counting is the same on any.
         progress: takes one line before each model.
 

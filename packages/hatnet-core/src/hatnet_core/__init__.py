@@ -4,6 +4,7 @@ from hatnet_core.__about__ import __version__
 from hatnet_core.attention import HierarchicalAttention
 from hatnet_core.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from hatnet_core.factory import create_model
+from hatnet_core.kernels import set_kernels
 from hatnet_core.model import HATNet
 from hatnet_core.variants import list_models
 
@@ -16,4 +17,5 @@ __all__ = [
     "load_checkpoint",
     "read_metadata",
     "save_checkpoint",
+    "set_kernels",
 ]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hatnet_core import kernels
 from hatnet_core.layers import group_norm
 
 
@@ -35,6 +36,9 @@ def grid_attention(qkv: Tensor, num_heads: int, grid_size: int) -> Tensor:
     Returns:
         [B, C, H, W], the dtype of ``qkv``.
     """
+    fast = kernels.grid_attention(qkv, num_heads, grid_size)
+    if fast is not None:
+        return fast
     batch, _, height, width = qkv.shape
     # a grid that holds a smaller map whole needs no completion
     grid = tuple(side if _holds(side <= grid_size) else grid_size for side in (height, width))
@@ -44,9 +48,9 @@ def grid_attention(qkv: Tensor, num_heads: int, grid_size: int) -> Tensor:
         exists = _in_grids(_exists(height, grid[0], qkv), _exists(width, grid[1], qkv), grid)
         mask = exists.unsqueeze(1).repeat(batch, 1, 1, 1)  # [B·grids, 1, 1, positions of a grid]
     q, k, v = _grids(qkv, num_heads, grid)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = kernels.attend(q, k, v, mask)
     out = _ungrid(out, batch, _count(height, grid[0]), _count(width, grid[1]), grid)
-    return out if mask is None else _crop(out, height, width)
+    return kernels.laid_out(out if mask is None else _crop(out, height, width))
 
 
 @torch.fx.wrap
@@ -64,8 +68,8 @@ def token_attention(num_heads: int, *maps: Tensor) -> Tensor:
     batch, _, height, width = maps[0].shape
     dim = sum(m.shape[1] for m in maps) // 3
     q, k, v = (tokens for m in maps for tokens in _tokens(m, m.shape[1] // dim, num_heads))
-    out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(-2, -1).reshape(batch, dim, height, width)
+    out = kernels.attend(q, k, v).transpose(1, 2).reshape(batch, height, width, dim)
+    return kernels.laid_out(out.permute(0, 3, 1, 2))
 
 
 @torch.fx.wrap
@@ -96,8 +100,9 @@ def window_attention(qkv: Tensor, num_heads: int, bias: Tensor, window_size: int
     allowed = (regions.transpose(-2, -1) == regions).unsqueeze(1)  # [windows, 1, M², M²]
     mask = torch.where(allowed, bias, -torch.inf).to(qkv.dtype)  # [windows, heads, M², M²]
     q, k, v = _grids(qkv, num_heads, window)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(batch, 1, 1, 1))
-    return _crop(_ungrid(out, batch, rows, columns, window).roll(shifts, dims=(-2, -1)), height, width)
+    out = kernels.attend(q, k, v, mask.repeat(batch, 1, 1, 1))
+    out = _ungrid(out, batch, rows, columns, window).roll(shifts, dims=(-2, -1))
+    return kernels.laid_out(_crop(out, height, width))
 
 
 @torch.fx.wrap
@@ -306,25 +311,31 @@ def _crop(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def _tokens(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
-    """[B, parts·heads·d, H, W] → as many of [B, heads, H·W, d]."""
-    b, c, h, w = x.shape
-    x = x.reshape(b, parts, num_heads, c // (parts * num_heads), h * w).transpose(-2, -1)
-    return x.contiguous().unbind(1)  # PyTorch's fused attention wants the channels side by side
+    """[B, parts·heads·d, H, W] → as many of [B, heads, H·W, d], channels side by side, as fused attention wants."""
+    x = x.flatten(2).transpose(1, 2).contiguous()
+    x = x.reshape(*x.shape[:2], parts, num_heads, x.shape[2] // (parts * num_heads))
+    return x.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _grids(qkv: Tensor, num_heads: int, grid: tuple[int, ...]) -> tuple[Tensor, ...]:
     """[B, 3·heads·d, H, W] → q, k, v of [B·(H/g)·(W/g'), heads, g·g', d] for grids of g×g' that divide H×W (Eq. 6)."""
     b, c, h, w = qkv.shape
     rows, columns, d = h // grid[0], w // grid[1], c // (3 * num_heads)
-    x = qkv.reshape(b, 3, num_heads, d, rows, grid[0], columns, grid[1]).permute(1, 0, 4, 6, 2, 5, 7, 3)
-    return x.reshape(3, b * rows * columns, num_heads, grid[0] * grid[1], d).unbind(0)
+    x = qkv.permute(0, 2, 3, 1).reshape(b, rows, grid[0], columns, grid[1], c).transpose(2, 3)
+    x = _copied(x).view(b * rows * columns, grid[0] * grid[1], 3, num_heads, d)
+    return x.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _ungrid(x: Tensor, b: int, rows: int, columns: int, grid: tuple[int, ...]) -> Tensor:
     """[B·rows·columns, heads, g·g', d] → [B, heads·d, rows·g, columns·g'], the inverse of :func:`_grids` (Eq. 8)."""
     heads, d = x.shape[1], x.shape[3]
-    x = x.reshape(b, rows, columns, heads, *grid, d).permute(0, 3, 6, 1, 4, 2, 5)
-    return x.reshape(b, heads * d, rows * grid[0], columns * grid[1])
+    x = x.reshape(b, rows, columns, heads, *grid, d).permute(0, 1, 4, 2, 5, 3, 6)
+    return _copied(x).view(b, rows * grid[0], columns * grid[1], heads * d).permute(0, 3, 1, 2)
+
+
+def _copied(x: Tensor) -> Tensor:
+    """A contiguous copy, not asking whether one is needed: the answer would bind an exported program to a size."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _exists(side: int, grid_size: int, like: Tensor) -> Tensor:

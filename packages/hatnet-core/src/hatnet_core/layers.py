@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hatnet_core import kernels
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU}
 """The paper's SiLU, and the GELU that Sec. 4.4 compares it with."""
 
 
-def group_norm(dim: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, computed by the chosen kernels; only for one group."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C, H, W]."""
+        return kernels.group_norm(x, self.weight, self.bias, self.eps)
+
+
+def group_norm(dim: int) -> GroupNorm:
     """The only normalisation of the model: mean and variance over channels *and* positions of one sample.
 
     Args:
         dim: number of channels; weight and bias are [dim].
     """
-    return nn.GroupNorm(1, dim, eps=1e-6)
+    return GroupNorm(1, dim, eps=1e-6)
 
 
 class Mlp(nn.Module):
@@ -63,11 +73,17 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W]."""
-        x = self.act(self.expand(self.norm(x)))
+        return self.drop(self.out_norm(self._inverted_residual(self.norm(x))))
+
+    def _inverted_residual(self, x: Tensor) -> Tensor:
+        if self.dwconv is not None and not (self.training and self.drop.p):
+            fast = kernels.inverted_residual(x, (self.expand, self.dwconv, self.project), self.act)
+            if fast is not None:
+                return fast
+        x = self.act(self.expand(x))
         if self.dwconv is not None:
             x = self.act(self.dwconv(x))
-        x = self.drop(x)
-        return self.drop(self.out_norm(self.project(x)))
+        return self.project(self.drop(x))
 
 
 class Stem(nn.Module):
@@ -89,7 +105,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] → [B, dim, ⌈H/4⌉, ⌈W/4⌉]."""
-        return self.conv2(self.act(self.norm(self.conv1(x))))
+        return self.conv2(self.act(self.norm(self.conv1(kernels.laid_out(x)))))
 
 
 class Downsample(nn.Module):

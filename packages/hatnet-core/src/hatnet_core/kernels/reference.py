@@ -1,0 +1,28 @@
+"""The attention as the equations read: explicit softmax, attention weights as a tensor, NCHW throughout.
+
+What the fast paths are compared with, in tests and in benchmarks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(QKᵀ/√d)V (Eq. 2).
+
+    Args:
+        q: [..., n, d].
+        k: [..., m, d].
+        v: [..., m, d].
+        mask: booleans, False where a key is not seen, or numbers added to the products; to [..., n, m].
+
+    Returns:
+        [..., n, d].
+    """
+    products = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    if mask is not None:
+        products = products.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else products + mask
+    return F.softmax(products, dim=-1) @ v

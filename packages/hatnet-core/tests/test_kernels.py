@@ -1,0 +1,304 @@
+"""The fast paths: the same numbers as the plain reference, whatever is asked of a model, and nothing wide kept."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import SMALL
+from hatnet_core import HATNet, create_model, kernels, list_models, set_kernels
+from hatnet_core.kernels import mlp
+from hatnet_core.kernels.mlp import inverted_residual
+from hatnet_core.layers import Mlp
+
+
+@pytest.fixture(autouse=True)
+def automatic():
+    """Leave the switch as it was found."""
+    yield
+    set_kernels("auto")
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Slices so small that several of images and of channels are needed."""
+    monkeypatch.setattr(mlp, "SLICE_VALUES", 600)
+    monkeypatch.setattr(mlp, "MIN_CHANNELS", 32)
+
+
+def plain(x, expand, depthwise, project, activation):
+    act = getattr(F, activation)
+    mixed = F.conv2d(act(F.conv2d(x, expand)), depthwise, padding=depthwise.shape[-1] // 2, groups=len(depthwise))
+    return F.conv2d(act(mixed), project)
+
+
+def arguments(batch, dim, ratio, kernel_size, height, width, dtype=torch.float64):
+    wide = ratio * dim
+    shapes = (batch, dim, height, width), (wide, dim, 1, 1), (wide, 1, kernel_size, kernel_size), (dim, wide, 1, 1)
+    return [torch.randn(shape, dtype=torch.float64).div(max(1, shape[1]) ** 0.5).to(dtype) for shape in shapes]
+
+
+def values_and_gradients(function, tensors, *others):
+    tensors = [t.clone().requires_grad_() for t in tensors]
+    out = function(*tensors, *others)
+    weighting = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    return [out.detach(), *torch.autograd.grad((out * weighting).sum(), tensors)]
+
+
+def assert_close(actual, expected, tolerance):
+    """Within ``tolerance`` of the largest expected value, each tensor."""
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert (ours.to(theirs.dtype) - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def run(kind, model, x):
+    """Logits, gradient of the image and of every parameter, with one choice of kernels."""
+    set_kernels(kind)
+    x = x.clone().requires_grad_()
+    logits = model(x)
+    loss = (logits * torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)).sum()
+    return [logits.detach(), *torch.autograd.grad(loss, [x, *model.parameters()])]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    dim=st.integers(1, 9),
+    ratio=st.integers(1, 8),
+    kernel_size=st.sampled_from([1, 3, 5]),
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    activation=st.sampled_from(["silu", "gelu"]),
+)
+def test_the_mlp_in_slices_is_the_mlp_forward_and_gradient(batch, dim, ratio, kernel_size, height, width, activation):
+    tensors = arguments(batch, dim, ratio, kernel_size, height, width)
+    expected = values_and_gradients(plain, tensors, activation)
+    assert_close(values_and_gradients(inverted_residual, tensors, activation), expected, 1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_many_slices_of_images_and_channels_add_up_to_the_mlp(dtype, tolerance, activation, narrow):
+    tensors = arguments(5, 16, 8, 3, 6, 9, dtype)
+    slices = list(mlp._slices(tensors[0], 128))
+    assert len({images.start for images, _ in slices}) == 5
+    assert len({channels.start for _, channels in slices}) == (4 if dtype == torch.float32 else 1)
+    expected = values_and_gradients(plain, [t.double() for t in tensors], activation)
+    assert_close(values_and_gradients(inverted_residual, tensors, activation), expected, tolerance)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    batch=st.integers(1, 9),
+    height=st.integers(1, 600),
+    width=st.integers(1, 600),
+    wide=st.integers(1, 4096),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_slices_cover_every_image_and_channel_once_in_order(batch, height, width, wide, dtype):
+    x = torch.empty(batch, 3, height, width, dtype=dtype, device="meta")
+    expected = 0
+    for images, channels in mlp._slices(x, wide):
+        done = images.start * wide + channels.start * (min(images.stop, batch) - images.start)
+        assert done == expected
+        expected += (min(images.stop, batch) - images.start) * (min(channels.stop, wide) - channels.start)
+    assert expected == batch * wide
+
+
+def test_the_operators_keep_what_they_promise_to_pytorch():
+    tensors = [t.requires_grad_() for t in arguments(2, 4, 2, 3, 5, 6)]
+    torch.library.opcheck(inverted_residual, (*tensors, "silu"))
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_variant_computes_as_the_reference_forward_and_gradient(name):
+    model = create_model(name, num_classes=7).eval()
+    x = torch.randn(2, 3, 64, 96)
+    assert_close(run("auto", model, x), run("reference", model, x), 1e-4)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (224, 224), (33, 95), (130, 47)])
+@pytest.mark.parametrize("changes", [{}, {"activation": "gelu"}, {"depthwise": False}, {"attention": ("window",) * 3}])
+def test_every_size_and_kind_of_model_computes_as_the_reference(size, changes, narrow):
+    model = HATNet(**SMALL, num_classes=5, **changes).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    x = torch.randn(2, 3, *size)
+    set_kernels("reference")
+    expected = model.double()(x.double())
+    model.float()
+    actual, plainly = [run(kind, model, x)[0].double() for kind in ("auto", "reference")]
+    # both are off by rounding, which deep random weights enlarge
+    error = (plainly - expected).abs().max().item()
+    assert (actual - expected).abs().max().item() <= max(3 * error, 1e-5 * expected.abs().max().item())
+
+
+def test_under_autocast_the_fast_paths_are_as_near_to_float32_as_the_plain_ones():
+    model = create_model("hatnet_tiny", num_classes=7).eval()
+    x = torch.randn(2, 3, 64, 64)
+    exact = run("reference", model, x)
+    errors = {}
+    for kind in ("auto", "reference"):
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = run(kind, model, x)
+        assert all(gradient.dtype == torch.float32 for gradient in rounded[1:])
+        errors[kind] = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(rounded, exact, strict=True)]
+    assert errors["auto"][0] < 0.05
+    assert torch.tensor(errors["auto"]).mean() < 1.5 * torch.tensor(errors["reference"]).mean()
+
+
+def test_nothing_of_the_width_of_the_mlp_is_kept_for_the_backward_pass():
+    layer, kept = Mlp(16, 8), []
+    x = torch.randn(2, 16, 10, 10, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        layer(x).sum().backward()
+    assert max(kept) == x.numel()
+
+
+def listens(layer, called):
+    layer.dwconv.register_forward_hook(lambda *_: called.append(1))
+
+
+def listens_before(layer, called):
+    layer.expand.register_forward_pre_hook(lambda *_: called.append(1))
+
+
+def is_patched(layer, called):
+    original = layer.project.forward
+    layer.project.forward = lambda x: called.append(1) or original(x)
+
+
+def is_replaced(layer, called):
+    class Adapter(nn.Conv2d):
+        def forward(self, x):
+            called.append(1)
+            return super().forward(x)
+
+    adapter = Adapter(*layer.expand.weight.shape[1::-1], 1, bias=False)
+    adapter.load_state_dict(layer.expand.state_dict())
+    layer.expand = adapter
+
+
+def is_parametrized(layer, called):
+    class Same(nn.Module):
+        def forward(self, x):
+            called.append(1)
+            return x
+
+    parametrize.register_parametrization(layer.dwconv, "weight", Same())
+
+
+@pytest.mark.parametrize("change", [listens, listens_before, is_patched, is_replaced, is_parametrized])
+def test_whoever_listens_to_or_changes_a_layer_of_the_mlp_is_called(change):
+    layer, called = Mlp(8, 4), []
+    x = torch.randn(1, 8, 6, 6)
+    expected = layer(x)
+    change(layer, called)
+    torch.testing.assert_close(layer(x), expected)
+    assert called
+
+
+def test_a_hook_on_all_modules_sees_the_layers_of_the_mlp():
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    layer = Mlp(8, 4)
+    try:
+        layer(torch.randn(1, 8, 6, 6))
+    finally:
+        handle.remove()
+    assert layer.expand in seen
+
+
+def test_dropout_of_hidden_channels_in_training_is_that_of_the_layers():
+    layer = Mlp(8, 4, proj_drop_rate=0.5).train()
+    x = torch.randn(3, 8, 6, 6)
+    outputs = []
+    for kind in ("auto", "reference"):
+        set_kernels(kind)
+        torch.manual_seed(1)
+        outputs.append(layer(x))
+    torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop", "ignore:.torch.jit.script. is deprecated"
+)  # of PyTorch
+def test_functional_transforms_see_through_the_model(small_model):
+    x = torch.randn(3, 2, 3, 32, 32)
+    torch.testing.assert_close(torch.func.vmap(small_model)(x), torch.stack([small_model(part) for part in x]))
+    tangent = torch.randn_like(x[0])
+    set_kernels("reference")  # PyTorch's fused attention has no forward-mode derivative
+    _, slope = torch.func.jvp(small_model, (x[0],), (tangent,))
+    step = 1e-3
+    difference = (small_model(x[0] + step * tangent) - small_model(x[0] - step * tangent)) / (2 * step)
+    torch.testing.assert_close(slope, difference, rtol=0.05, atol=0.01)
+
+
+def test_pytorchs_flop_counter_sees_the_layers_of_the_mlp():
+    model, counts = create_model("hatnet_tiny"), []
+    for kind in ("auto", "reference"):
+        set_kernels(kind)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(2, 3, 64, 64)).sum().backward()
+        counts.append(counter.get_flop_counts()["Global"])
+    auto, plainly = [{op: n for op, n in count.items() if "convolution" in str(op)} for count in counts]
+    assert auto == plainly
+
+
+def test_a_compiled_model_runs_the_mlp_in_slices_as_one_graph(small_model):
+    torch.compiler.reset()
+    operators = []
+
+    def backend(graph, _):
+        operators.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(small_model, backend=backend, fullgraph=True)
+    x = torch.randn(2, 3, 64, 96)
+    torch.testing.assert_close(compiled(x), small_model(x), rtol=1e-4, atol=1e-5)
+    assert sum("inverted_residual" in name for name in operators) == sum(SMALL["depths"])
+
+
+def test_double_precision_and_what_is_traced_take_the_plain_layers(small_model, monkeypatch):
+    monkeypatch.setattr(kernels.mlp, "inverted_residual", None)
+    small_model.double()(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+    small_model.float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, and what fvcore does
+        torch.jit.trace(small_model, torch.randn(1, 3, 32, 32), check_trace=False)
+    torch.export.export(small_model, (torch.randn(1, 3, 32, 32),))
+
+
+def test_another_name_than_those_of_the_kernels_is_refused():
+    with pytest.raises(ValueError, match=r"kernels must be one of 'auto', 'reference'.*got 'fast'"):
+        set_kernels("fast")
+
+
+class Failing:
+    """Kernels that fail to compile."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, device):
+        raise self.error
+
+
+def test_kernels_that_do_not_run_on_a_gpu_are_left_out_with_one_warning(monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(kernels, "_usable", {})
+    monkeypatch.setattr(kernels, "_try_all", Failing(RuntimeError("no compiler for sm_52\nand more")))
+    with pytest.warns(UserWarning, match="runs without its Triton kernels on cuda:0: no compiler for sm_52$"):
+        assert not kernels._runs_on(device)
+    assert not kernels._runs_on(device)  # and no other warning
+    monkeypatch.setattr(kernels, "_usable", {})
+    monkeypatch.setattr(kernels, "_mode", "triton")
+    with pytest.raises(RuntimeError, match="no compiler"):
+        kernels._runs_on(device)
