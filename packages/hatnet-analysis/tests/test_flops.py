@@ -97,6 +97,16 @@ def test_the_complete_count_is_every_product_torch_dispatches_and_five_a_normali
     assert flops.total.complete == products + 5 * normalised_values(model, *size)
 
 
+def test_parts_without_parameters_are_in_the_total_alone():
+    class Gram(nn.Module):
+        def forward(self, x):
+            return x @ x.mT
+
+    flops = count_flops(nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), Gram()), 32, 48)
+    assert list(flops.stages) == ["0"]
+    assert flops.total.complete - flops.stages["0"].complete == 3 * 32 * 48 * 32
+
+
 def test_attention_products_are_in_the_stages_and_in_no_other_part():
     stages = count_flops(HATNet(**SMALL), 64, 64).stages
     with_products = [part for part, count in stages.items() if count.complete > count.paper]
@@ -155,6 +165,13 @@ class Frequencies(nn.Module):
         return torch.fft.rfft2(x).abs()[..., :1] + x
 
 
+class Similarity(nn.Module):
+    """Inner products of all pairs of rows, in one operator."""
+
+    def forward(self, x):
+        return torch.cosine_similarity(x[..., None, :], x[..., None, :, :], dim=-1) + x
+
+
 @pytest.mark.parametrize(
     ("layer", "operator"),
     [
@@ -162,6 +179,7 @@ class Frequencies(nn.Module):
         (OwnOperator(), "prim::PythonOp.Product"),
         (Spectrum(), "aten::istft, aten::stft"),
         (Frequencies(), "aten::fft_rfft2"),
+        (Similarity(), "aten::cosine_similarity"),
     ],
 )
 def test_an_operator_that_cannot_be_counted_is_refused_by_name(layer, operator):

@@ -49,6 +49,13 @@ WITH_A_WEIGHT = {
     "baddbmm": lambda m, x: torch.baddbmm(x[..., :1], x, m.weight.t().reshape(1, 5, 7).expand(3, -1, -1)),
     "mm": lambda m, x: torch.mm(x.flatten(0, 1), m.weight.detach().transpose(0, 1)),
     "addmm": lambda m, x: torch.addmm(x[0, 0, 0], x.view(12, 5), m.weight.T.contiguous()),
+    "linear": lambda m, x: nn.functional.linear(x, m.weight, m.weight[:, 0]),
+    "linear, a vector": lambda m, x: nn.functional.linear(x[0, 0], m.weight),
+    "linear of what the model holds": lambda m, x: nn.functional.linear(m.weight, x[0]),
+    "linear with a weight that is normalised": lambda m, x: nn.functional.linear(
+        x, m.weight / m.weight.norm(dim=1, keepdim=True)
+    ),
+    "linear with a weight cut to the image": lambda m, x: nn.functional.linear(x, (m.weight * 2)[: x.shape[1]]),
     "a buffer": lambda m, x: x @ m.fixed.t(),
     "a buffer outside the checkpoint": lambda m, x: x @ m.derived.t(),
 }
@@ -71,6 +78,9 @@ OF_ACTIVATIONS = {
     "baddbmm": lambda m, x: torch.baddbmm(x[..., :1], x, x.mT),
     "mm": lambda m, x: torch.mm(x[0], x[1].t()),
     "addmm": lambda m, x: torch.addmm(x[0, :, :1], x[0], x[1].t()),
+    "linear": lambda m, x: nn.functional.linear(x, x[0, :2] + 1),
+    "linear with a weight that the image chooses": lambda m, x: nn.functional.linear(x, m.weight * x.mean()),
+    "convolution": lambda m, x: nn.functional.conv1d(x.mT, x[:2, :3].mT * m.weight[0, 0], x[0, 0, :2], padding=1),
     "attention": lambda m, x: nn.functional.scaled_dot_product_attention(x, x[:, :3], x[:, 1:]),
 }
 
@@ -83,10 +93,27 @@ def test_a_product_of_activations_counts_in_the_complete_convention_alone(produc
     assert conventions(counted(product, x)) == (0, dispatched(product, x))
 
 
+CONVOLUTIONS = {
+    "plain": lambda m, x: nn.functional.conv1d(x.mT, m.weight[..., None], stride=2),
+    "grouped": lambda m, x: nn.functional.conv1d(x.mT, m.weight[:5, None, :3], groups=5),
+    "with a kernel that is standardised": lambda m, x: nn.functional.conv1d(
+        x.mT, (m.weight / m.weight.std())[..., None]
+    ),
+    "transposed": lambda m, x: nn.functional.conv_transpose1d(x.mT, m.weight.t()[..., None].expand(5, 7, 3), stride=2),
+}
+
+
+@pytest.mark.parametrize("product", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
+def test_a_convolution_with_a_kernel_of_the_model_counts_in_both_conventions(product):
+    x = torch.randn(3, 4, 5)
+    assert counted(product, x) == {"conv": dispatched(product, x)}
+    assert conventions(counted(product, x)) == (dispatched(product, x),) * 2
+
+
 def test_what_is_computed_from_a_weight_is_an_activation():
     # learned queries, as of a decoder: the product with the keys belongs to an attention
     queries = counted(lambda m, x: nn.functional.linear(m.weight, m.weight[:5]) @ x.mT, torch.randn(3, 4, 5))
-    assert queries == {"matmul": 3 * 7 * 4 * 5}
+    assert queries == {"linear": 7 * 5 * 5, "matmul": 3 * 7 * 4 * 5}
 
 
 def test_an_einsum_of_one_operand_has_no_product():

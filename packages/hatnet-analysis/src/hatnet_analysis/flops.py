@@ -4,8 +4,8 @@ One multiply-add is one FLOP in both:
 
 - ``paper``: convolutions, linear layers and normalisations, and what fvcore counts of resampling and adaptive pooling.
   For HAT-Net this is what Table 2 states. A product with a weight is a linear layer, however a model writes it.
-- ``complete``: these and every product of two activations, which in these models are the two matrix products of the
-  attention. A counter does not see them when they run inside one fused operator; here it does.
+- ``complete``: these and every matrix product and convolution of two activations, which in these models are the two
+  matrix products of the attention. A counter does not see them when they run inside one fused operator; here it does.
 
 fvcore counts 5 a value of group, layer and instance norms, and of batch norms, which are evaluated with their running
 statistics, 2; one less each without weights.
@@ -30,7 +30,7 @@ from hatnet_core.flop_handles import HANDLES, conventions
 from hatnet_core.model import MIN_SIZE
 
 MULTIPLIES = re.compile(
-    r"\w*mm|matmul|mv|addmv|dot|vdot|inner|outer|ger|addr|einsum|tensordot|kron|cdist|pdist|cov|corrcoef"
+    r"\w*mm|matmul|cosine|mv|addmv|dot|vdot|inner|outer|ger|addr|einsum|tensordot|kron|cdist|pdist|cov|corrcoef"
     r"|(bi|tri)?linear|conv\w*|attention|transformer|lstm|gru|rnn|fft|i?stft"
     r"|linalg|matrix|solve|cholesky|p?inverse|(log|slog)?det|svd|qr|geqrf|orgqr|ormqr"
 )
@@ -71,7 +71,8 @@ class Flops:
     Attributes:
         total: the whole model.
         stages: its parts in order, of HAT-Net ``stem``, ``stages.0`` to ``stages.3`` and ``head``. They add up to
-            ``total``, but for what a model computes outside all of its modules.
+            ``total``, but for what a model computes outside all of its modules, and in parts without parameters, which
+            are left out.
         blocks: the parts of these, such as ``stages.0.blocks.1``.
         operators: by the operator's name, such as ``conv``, ``group_norm`` and ``attention``.
     """
@@ -132,7 +133,7 @@ def trace(module: nn.Module, x: Tensor) -> FlopCountAnalysis:
 
     Returns:
         fvcore's analysis, with the products of every ``scaled_dot_product_attention`` under ``attention``, and every
-        product with a weight under ``conv`` or ``linear``.
+        product with a weight under ``conv`` or ``linear``; what is not seen says ``hatnet_core.flop_handles``.
 
     Raises:
         ValueError: if an operator may hold products and fvcore has no count of it.

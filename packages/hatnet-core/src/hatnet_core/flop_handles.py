@@ -1,12 +1,14 @@
 """What fvcore and MMEngine have to be told of attention to count it: handles of operators, and two conventions.
 
 Both libraries trace a model on one image and ask a handle what an operator of the trace costs; they know neither the
-fused attention nor whether a matrix product is one with a weight. Neither is imported here:
+fused attention nor whether a product is one with a weight. Neither is imported here:
 
     analysis = FlopCountAnalysis(model, image).set_op_handle(**HANDLES)
     paper, complete = conventions(analysis.by_operator())
 
-One multiply-add is one FLOP.
+One multiply-add is one FLOP. A factor of a matrix product is a weight if the model holds it; that of a linear layer or
+a convolution is one, whatever is done to it first, unless it is computed from the image. Products written element by
+element with a sum behind them, ``(a * b).sum()``, are not seen.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ Handle = Callable[[list[Any], list[Any]], "Counter[str]"]
 FIRST_FACTOR = {"matmul": 0, "mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 """Operators that are one matrix product, with the place of its first factor among the inputs."""
 
-ACTIVATION_PRODUCTS = ("attention", "einsum", *FIRST_FACTOR)
-"""Names under which :data:`HANDLES` count products of two activations; one with a weight counts as ``linear``."""
+ACTIVATION_PRODUCTS = ("attention", "einsum", "dynamic_linear", "dynamic_conv", *FIRST_FACTOR)
+"""Names under which :data:`HANDLES` count products of two activations, ``dynamic_…`` those of layers whose weight is
+computed from the image; a product with a weight counts as ``linear`` or ``conv``."""
 
 RESHAPED = re.compile(
     r"aten::(t|mT|numpy_T|transpose|permute|view|reshape|flatten|unflatten|expand|squeeze|unsqueeze|select|slice"
@@ -58,6 +61,20 @@ def _matrix_product(name: str, first: int) -> Handle:
     return handle
 
 
+def _linear(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    x, weight = inputs[:2]
+    flops = math.prod(_shape(outputs[0])) * _shape(x)[-1]
+    return _layer("linear", flops, _is_stored(x) or not _sees_image(weight))
+
+
+def _convolution(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Each value of the kernel meets every position, of a transposed convolution of the input, else of the output."""
+    x, kernel, transposed = *inputs[:2], inputs[6].toIValue()
+    positions = _shape(x if transposed else outputs[0])
+    flops = positions[0] * math.prod(positions[2:]) * math.prod(_shape(kernel))
+    return _layer("conv", flops, not _sees_image(kernel))
+
+
 def _einsum(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     """One multiply-add for each combination of indices; the libraries read four digits off NumPy's estimate."""
     equation, operands = inputs[0].toIValue(), list(inputs[1].node().inputs())
@@ -81,6 +98,23 @@ def _product(name: str, factors: list[Any], flops: int) -> Counter[str]:
     return Counter({"linear" if any(_is_stored(factor) for factor in factors) else name: flops})
 
 
+def _layer(name: str, flops: int, has_weight: bool) -> Counter[str]:
+    return Counter({name if has_weight else f"dynamic_{name}": flops})
+
+
+def _sees_image(value: Any) -> bool:
+    """Whether a tensor is computed from the image, of which its size alone does not count."""
+    seen, todo = set(), [value]
+    while todo:
+        node = (value := todo.pop()).node()
+        if node.kind() == "prim::Param" and not _is_stored(value):
+            return True
+        if value.debugName() not in seen and node.kind() not in ("prim::Param", "aten::size"):
+            todo += node.inputs()
+        seen.add(value.debugName())
+    return False
+
+
 def _is_stored(value: Any) -> bool:
     """Whether the model holds this tensor, a weight, a buffer or a constant, instead of computing it.
 
@@ -100,6 +134,8 @@ def _shape(value: Any) -> list[int]:
 HANDLES: dict[str, Handle] = {
     "aten::scaled_dot_product_attention": _attention,
     "aten::einsum": _einsum,
+    "aten::linear": _linear,
+    "aten::_convolution": _convolution,
     **{f"aten::{name}": _matrix_product(name, first) for name, first in FIRST_FACTOR.items()},
 }
 """For ``set_op_handle(**HANDLES)`` of either library, of a model that takes one tensor."""
