@@ -29,7 +29,9 @@ def rows():
 def test_every_contender_is_measured_in_both_ways_at_every_size(rows):
     assert [(row["attention"], row["size"]) for row in rows] == [(c.name, size) for c in CONTENDERS for size in SIZES]
     for row in rows:
-        assert row["seconds_fused"] > 0
+        for way in ("fused", "materialised"):
+            lowest, median, highest = (row[f"seconds_{way}{end}"] for end in ("_lowest", "", "_highest"))
+            assert 0 < lowest <= median <= highest
         assert row["measured_macs"] == row["macs"]  # counted on the layer, and by its formula
         assert row["not_measured"] is None
 
@@ -43,11 +45,12 @@ def test_materialised_attention_holds_its_weights_twice_and_the_fused_one_does_n
 
 @pytest.mark.parametrize("size", [224, 320, 448])
 @pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.name)
-def test_the_measured_peak_of_the_plain_products_is_the_formulas_within_a_quarter(contender, size):
+def test_the_measured_peak_of_the_plain_products_is_the_formulas_within_three_percent(contender, size):
     layer, x = contender.build().eval(), torch.randn(1, 64, size // 4, size // 4)
+    x = x.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
         peak = peak_memory(lambda: layer(x), x.device)
-    assert peak == pytest.approx(by_formula(contender, "memory_formula", size), rel=0.25)
+    assert peak == pytest.approx(by_formula(contender, "memory_formula", size), rel=0.03)
 
 
 def test_weights_are_counted_by_hand_at_one_size(rows):
@@ -99,8 +102,8 @@ def test_formulas_cross_at_the_roots_worked_out_by_hand():
 def test_a_crossing_of_the_formulas_of_memory_is_where_the_order_changes_for_good():
     contenders = {contender.name: contender for contender in CONTENDERS}
     found = by_pair([], "memory_formula")
-    # by hand: 4(5P·64 + 5P) + 9P²/64 of H-MHSA's global step meets 4·10P·64 + 18·64P of the windows, P positions
-    by_hand = (4 * 10 * 64 + 18 * 64 - 4 * 5 * 65) * 64 / 9
+    # by hand: 4(4P·64 + 3P) + 9P²/64 of H-MHSA's global step meets 4·10P·64 + 18·64P of the windows, P positions
+    by_hand = (4 * 10 * 64 + 18 * 64 - 4 * (4 * 64 + 3)) * 64 / 9
     assert found["H-MHSA", "window (Swin)"] == pytest.approx(4 * math.sqrt(by_hand), abs=1)
     crossed = {pair: crossing for pair, crossing in found.items() if crossing is not None}
     assert len(crossed) == 4
@@ -111,13 +114,15 @@ def test_a_crossing_of_the_formulas_of_memory_is_where_the_order_changes_for_goo
 
 
 def measured(seconds):
-    """Rows of contenders' seconds by size; nothing of the others."""
-    return [
-        {"attention": name, "size": size, "seconds_fused": value}
-        | dict.fromkeys(("seconds_materialised", "memory_materialised"))
-        for name, series in seconds.items()
-        for size, value in series.items()
-    ]
+    """Rows of contenders' seconds by size, or of their lowest and highest; nothing of the others."""
+    rows = []
+    for name, series in seconds.items():
+        for size, value in series.items():
+            lowest, highest = value if isinstance(value, tuple) else (value, value)
+            row = {"attention": name, "size": size, "seconds_fused": (lowest * highest) ** 0.5}
+            row |= {"seconds_fused_lowest": lowest, "seconds_fused_highest": highest}
+            rows.append(row | dict.fromkeys(("seconds_materialised", "memory_materialised")))
+    return rows
 
 
 def test_a_measured_crossing_lies_between_the_sizes_where_the_order_changes():
@@ -139,6 +144,49 @@ def test_of_several_changes_of_a_measured_order_the_last_one_counts():
 def test_an_order_that_never_changes_is_named_without_a_crossing():
     rows = measured({"MHSA": {100: 1, 200: 2}, "window (Swin)": {100: 3, 200: 4}})
     assert by_pair(rows, "seconds_fused") == {("window (Swin)", "MHSA"): None}
+
+
+def bracket(rows):
+    """Dearer and cheaper one, crossing and sizes between of the one pair that was measured."""
+    (row,) = (row for row in crossings(rows) if row["quantity"] == "seconds_fused")
+    return row["dearer"], row["cheaper"], row["crossing"], row["between"]
+
+
+def test_a_crossing_of_times_is_named_where_the_spreads_are_apart_on_both_sides_of_it():
+    clear = measured({"MHSA": {100: (40, 60), 400: (700, 900)}, "H-MHSA": {100: (80, 120), 400: (300, 500)}})
+    name, cheaper, crossing, between = bracket(clear)
+    assert (name, cheaper, between) == ("MHSA", "H-MHSA", None)
+    assert 100 < crossing < 400
+
+
+def test_where_spreads_overlap_the_crossing_lies_between_the_nearest_sizes_that_are_clear():
+    rows = measured(
+        {
+            "H-MHSA": {224: (2, 3), 320: (6, 8), 448: (13, 15), 640: (50, 60), 1024: (300, 400)},
+            "window (Swin)": {224: (4, 5), 320: (9, 9.5), 448: (13.9, 14.1), 640: (30, 40), 1024: (90, 91)},
+        }
+    )
+    assert bracket(rows) == ("H-MHSA", "window (Swin)", None, [320, 640])
+
+
+def test_an_order_that_is_clear_from_some_size_on_alone_is_not_called_one_at_every_size():
+    rows = measured({"MHSA": {100: (1, 3), 200: (5, 6)}, "window (Swin)": {100: (2, 4), 200: (1, 2)}})
+    assert bracket(rows) == ("MHSA", "window (Swin)", None, [None, 200])
+
+
+def test_an_order_that_gets_unclear_again_counts_from_where_it_stays():
+    rows = measured(
+        {
+            "MHSA": {100: (1, 1), 200: (5, 6), 400: (5, 9), 800: (20, 21)},
+            "window (Swin)": {100: (2, 2), 200: (1, 2), 400: (6, 7), 800: (8, 9)},
+        }
+    )
+    assert bracket(rows) == ("MHSA", "window (Swin)", None, [100, 800])
+
+
+def test_a_pair_whose_order_is_open_at_the_largest_size_is_left_out():
+    rows = measured({"MHSA": {100: (1, 1), 200: (3, 6)}, "window (Swin)": {100: (2, 2), 200: (4, 5)}})
+    assert by_pair(rows, "seconds_fused") == {}
 
 
 def test_the_fastest_rate_is_that_of_one_point_of_all_contenders_and_ways():
@@ -193,7 +241,7 @@ def test_the_picture_has_a_panel_for_each_quantity_and_unfitted_lines_under_the_
         for contender, (line, dots) in zip(CONTENDERS, drawn, strict=True):
             assert tuple(dots) == SIZES
             assert line == {s: pytest.approx(by_formula(contender, formula, s) / divisor) for s in range(64, 257, 32)}
-    assert all(dots[256] == pytest.approx(line[256], rel=0.25) for line, dots in curves(figure.axes[1]))
+    assert all(dots[256] == pytest.approx(line[256], rel=0.03) for line, dots in curves(figure.axes[1]))
     for axes in figure.axes[2:]:
         assert all(dots[size] >= 0.999 * line[size] for line, dots in curves(axes) for size in SIZES)
         assert f"{rate / 1e9:.3g} G/s" in axes.get_title()
@@ -213,7 +261,7 @@ def test_crossings_are_marked_in_the_picture_with_their_size(rows):
     figure = growth_figure(stretched)
     marks = [[line for line in axes.lines if line.get_marker() == "D"] for axes in figure.axes[:2]]
     assert [text.get_text() for text in figure.axes[0].texts] == ["312"]
-    assert [text.get_text() for text in figure.axes[1].texts] == ["524", "551"]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["69", "552", "578"]
     assert [line.get_xdata()[0] for line in marks[0]] == [pytest.approx(311.9, abs=0.05)]
     windows = curves(figure.axes[0])[3][0]
     assert windows[288] < marks[0][0].get_ydata()[0] < windows[320]

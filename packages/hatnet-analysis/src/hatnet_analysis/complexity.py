@@ -5,9 +5,9 @@ as one; the forms for windows and spatial reduction here do the same, so that al
 
 Space has two measures. ``*_weights`` is the number of attention weights held at once, the term that Sec. 3 calls
 O(H²W²). ``*_bytes`` is all that PyTorch holds at the peak of a layer's forward pass beyond its input and parameters:
-one image, float32, inference, and the attention as plain products (``torch.nn.attention.SDPBackend.MATH``). Each says
-which tensors of ``hatnet_core.attention`` are alive then; nothing in them is fitted. A fused attention holds less, and
-so does a layout in which tokens need no copy: up to a quarter less on small maps, little on large ones.
+one image, float32, inference, and the attention as plain products (``torch.nn.attention.SDPBackend.MATH``) of a map in
+``channels_last``, as the model lays it out inside, where positions are tokens without a copy. Each says which tensors
+of ``hatnet_core.attention`` are alive then; nothing in them is fitted. A fused attention holds less.
 
 ``growth.py`` measures time and memory beside these; ``flops.py`` counts built models.
 """
@@ -166,9 +166,9 @@ def reduction_weights(height: int, width: int, heads: int, reduction: int) -> in
 
 
 def mhsa_bytes(height: int, width: int, dim: int, heads: int) -> int:
-    """Peak bytes of MHSA: 4·6HWC and the plain products of (HW)² weights a head.
+    """Peak bytes of MHSA: 4·3HWC and the plain products of (HW)² weights a head.
 
-    Alive at the peak: the map of queries, keys and values, 3HWC, and their tokens, which are a copy of it.
+    Alive at the peak: the map of queries, keys and values, whose positions are the tokens.
 
     Args:
         height: H, in positions of the feature map.
@@ -180,16 +180,16 @@ def mhsa_bytes(height: int, width: int, dim: int, heads: int) -> int:
         ValueError: if an argument is not a positive integer.
     """
     values = _positions(height, width) * positive_int("dim", dim)
-    return 4 * 6 * values + _product_bytes(mhsa_weights(height, width, heads), values)
+    return 4 * 3 * values + _product_bytes(mhsa_weights(height, width, heads), values)
 
 
 def h_mhsa_bytes(height: int, width: int, dim: int, heads: int, grid_size: int, pool_size: int) -> int:
     """Peak bytes of H-MHSA at any size, those of the dearer of its two steps.
 
     Local: the map of queries, keys and values, 3H'W'C, and its grids, a copy; where the grids are completed, their
-    mask too, as a byte and as a float a position. Global: the result of the local step, A1, the map of queries and its
-    tokens, 4HWC together; the pooled map, the map of keys and values and its tokens, 5⌈H/G2⌉⌈W/G2⌉C. Each with its
-    plain products; completed as in :func:`h_mhsa_macs_completed`.
+    mask too, as a byte and as a float a position. Global: the result of the local step, A1 and the map of queries,
+    3HWC together; the pooled map and the map of keys and values, 3⌈H/G2⌉⌈W/G2⌉C. Each with its plain products;
+    completed as in :func:`h_mhsa_macs_completed`.
 
     Args:
         height: H, in positions of the feature map.
@@ -207,7 +207,7 @@ def h_mhsa_bytes(height: int, width: int, dim: int, heads: int, grid_size: int, 
     positive_int("dim", dim)
     mask = 5 * completed if completed > positions else 0
     local = 4 * 6 * completed * dim + mask + _product_bytes(in_grids, completed * dim)
-    return max(local, 4 * (4 * positions + 5 * pooled) * dim + _product_bytes(in_pools, positions * dim))
+    return max(local, 4 * (3 * positions + 3 * pooled) * dim + _product_bytes(in_pools, positions * dim))
 
 
 def window_bytes(height: int, width: int, dim: int, heads: int, window_size: int) -> int:
@@ -233,10 +233,10 @@ def window_bytes(height: int, width: int, dim: int, heads: int, window_size: int
 
 
 def reduction_bytes(height: int, width: int, dim: int, heads: int, reduction: int) -> int:
-    """Peak bytes of PVT's spatial reduction attention: 4(3HWC + 4HWC/R²) and the plain products of (HW)²/R² weights.
+    """Peak bytes of PVT's spatial reduction attention: 4(2HWC + 2HWC/R²) and the plain products of (HW)²/R² weights.
 
-    Alive at the peak: the normalised input, the map of queries and its tokens; the map of keys and values and its
-    tokens, a copy. On small maps what a CPU copies of the convolution's weights, up to 4R²C², is more; it is left out.
+    Alive at the peak: the normalised input and the map of queries; the map of keys and values. On small maps what a
+    CPU copies of the convolution's weights, up to 4R²C², is more; it is left out.
 
     Args:
         height: H, in positions of the feature map.
@@ -250,7 +250,7 @@ def reduction_bytes(height: int, width: int, dim: int, heads: int, reduction: in
     """
     weights = reduction_weights(height, width, heads, reduction)
     values = _positions(height, width) * positive_int("dim", dim)
-    return 4 * (3 * values + 4 * values // reduction**2) + _product_bytes(weights, values)
+    return 4 * (2 * values + 2 * values // reduction**2) + _product_bytes(weights, values)
 
 
 def attention_macs(module: nn.Module, height: int, width: int) -> int:

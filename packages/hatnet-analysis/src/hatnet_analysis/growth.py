@@ -3,7 +3,8 @@
 One attention layer on the map of stage 2, a quarter of the image's sides, with 64 channels and one head: the stage
 where the difference is largest. Each runs in two ways. ``materialised`` is the plain products, which hold the
 attention weights as a tensor and which the formulas of space speak of; ``fused`` is what a user gets, where the
-weights exist only in parts. A point that would take too long or too much memory is left out, and says so.
+weights exist only in parts. Maps are in ``channels_last``, as the model lays them out between its layers. A point that
+would take too long or too much memory is left out, and says so.
 """
 
 from __future__ import annotations
@@ -56,10 +57,15 @@ MEMORY_SHARE = 0.6
 LARGEST = 8192
 """Side in pixels up to which the formulas are compared with each other."""
 
-MEASURED = ("seconds_fused", "seconds_materialised", "memory_materialised")
+TIMES = ("seconds_fused", "seconds_materialised")
+
+MEASURED = (*TIMES, "memory_materialised")
 """Measured quantities whose crossings are named."""
 
 WAYS = {"materialised": SDPBackend.MATH, "fused": None}
+
+FIGURES = (("seconds", ""), ("seconds", "_lowest"), ("seconds", "_highest"), ("memory", ""))
+"""What is measured of a way; the name of the way is in between."""
 
 
 class SpatialReductionAttention(nn.Module):
@@ -147,14 +153,14 @@ def growth(
     Args:
         sizes: sides of square images in pixels, multiples of 32.
         device: ``cpu`` or ``cuda``.
-        rounds: timed passes of a point; the median counts.
+        rounds: timed passes of a point; the median counts, the extremes tell how far it is to be trusted.
         progress: takes one line before each point.
 
     Returns:
         For each contender and size ``attention``, ``size``, ``height`` and ``width`` of the map, ``macs``, ``weights``
         and ``memory_formula`` (bytes) by the formulas, ``measured_macs``, the same products counted, and, a way,
-        ``seconds_…`` and ``memory_…`` (bytes, beyond input and parameters), None where ``not_measured`` tells the
-        reason.
+        ``seconds_…`` with ``_lowest`` and ``_highest`` of the passes and ``memory_…`` (bytes, beyond input and
+        parameters), None where ``not_measured`` tells the reason.
 
     Raises:
         ValueError: if a size is no multiple of 32.
@@ -175,22 +181,24 @@ def _point(contender: Contender, size: int, device: torch.device, rounds: int) -
     macs, memory = contender.macs(side, side), contender.memory(side, side)
     row: dict[str, Any] = {"attention": contender.name, "size": size, "height": side, "width": side}
     row |= {"macs": macs, "weights": contender.weights(side, side), "memory_formula": memory}
-    row |= {f"{what}_{way}": None for way in WAYS for what in ("seconds", "memory")}
+    row |= {f"{what}_{way}{end}": None for way in WAYS for what, end in FIGURES}
     row |= {"measured_macs": None, "not_measured": None}
     layer = contender.build().eval().to(device)
-    x = torch.randn(1, DIM, side, side, device=device)
+    x = torch.randn(1, DIM, side, side, device=device).contiguous(memory_format=torch.channels_last)
     for way, backend in WAYS.items():
         reason = _too_much(macs, memory if way == "materialised" else 0, device)
         if reason:
             row["not_measured"] = f"{way}: {reason}" if row["not_measured"] is None else f"both ways: {reason}"
             continue
-        row[f"seconds_{way}"], row[f"memory_{way}"] = _measure(layer, x, backend, rounds)
+        times, row[f"memory_{way}"] = _measure(layer, x, backend, rounds)
+        row[f"seconds_{way}"] = statistics.median(times)
+        row[f"seconds_{way}_lowest"], row[f"seconds_{way}_highest"] = min(times), max(times)
         row["measured_macs"] = row["measured_macs"] or attention_macs(layer, side, side)
     return row
 
 
-def _measure(layer: nn.Module, x: Tensor, backend: SDPBackend | None, rounds: int) -> tuple[float, int]:
-    """Median seconds and peak bytes of a forward pass."""
+def _measure(layer: nn.Module, x: Tensor, backend: SDPBackend | None, rounds: int) -> tuple[list[float], int]:
+    """Seconds of forward passes, and the peak bytes of one."""
 
     def run() -> None:
         if backend is None:
@@ -208,7 +216,7 @@ def _measure(layer: nn.Module, x: Tensor, backend: SDPBackend | None, rounds: in
             start = time.perf_counter()
             run()
             times.append(time.perf_counter() - start)
-    return statistics.median(times), memory
+    return times, memory
 
 
 def _too_much(macs: int, memory: int, device: torch.device) -> str | None:
@@ -247,18 +255,22 @@ def crossings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         For each pair of contenders and each ``quantity`` (``macs`` and ``memory_formula`` by the formulas, measured
         ``seconds_fused``, ``seconds_materialised`` and ``memory_materialised``) the ``dearer`` and the ``cheaper`` one
         at the largest size compared, and the side of the square image in pixels from which on this order holds,
-        ``crossing``, a real number; None where it holds at every size compared. Formulas are compared up to
-        :data:`LARGEST`; a pair without a size that both were measured at is left out.
+        ``crossing``, a real number; None where it holds at every size compared. Times are only compared at sizes
+        where the passes of one are all slower than those of the other; where other sizes lie between the last one
+        of the reverse order and the first from which on this order holds, there is no ``crossing``, but these two
+        sizes stand in ``between``, the first of them None where no size has the reverse order. Formulas are compared
+        up to :data:`LARGEST`. A pair is left out where no size was measured of both, or where the order at the
+        largest is open.
     """
     found = []
     for first, second in combinations(CONTENDERS, 2):
         for quantity in ("macs", "memory_formula", *MEASURED):
             compare = _measured_change if quantity in MEASURED else _formula_change
-            first_is_dearer, crossing = compare(first, second, quantity, rows)
+            first_is_dearer, crossing, between = compare(first, second, quantity, rows)
             if first_is_dearer is not None:
                 dearer, cheaper = (first, second) if first_is_dearer else (second, first)
                 pair = {"dearer": dearer.name, "cheaper": cheaper.name}
-                found.append({**pair, "quantity": quantity, "crossing": crossing})
+                found.append({**pair, "quantity": quantity, "crossing": crossing, "between": between})
     return found
 
 
@@ -273,8 +285,9 @@ def points(rows: Sequence[dict[str, Any]], contender: Contender, quantity: str) 
     return {row["size"]: row[quantity] for row in rows if row["attention"] == contender.name and row[quantity]}
 
 
-Change = tuple[bool | None, float | None]
-"""Whether the first is the dearer one in the end, None if that is open; the size from which on, None if always."""
+Change = tuple[bool | None, float | None, list[int | None] | None]
+"""Whether the first is the dearer one in the end, None if that is open; the size from which on, None if always; the
+sizes that it lies between, if no more is clear."""
 
 
 def _formula_change(first: Contender, second: Contender, quantity: str, _: Sequence[dict[str, Any]]) -> Change:
@@ -283,18 +296,35 @@ def _formula_change(first: Contender, second: Contender, quantity: str, _: Seque
     differences = [by_formula(first, quantity, size) - by_formula(second, quantity, size) for size in sizes]
     squares = [float(size**2) for size in sizes]
     dearer, square = _last_change(squares, [d / square for d, square in zip(differences, squares, strict=True)])
-    return dearer, None if square is None else math.sqrt(square)
+    return dearer, None if square is None else math.sqrt(square), None
 
 
 def _measured_change(first: Contender, second: Contender, quantity: str, rows: Sequence[dict[str, Any]]) -> Change:
     """Between two sizes the quotient is taken as a power of the size."""
     ours, theirs = (points(rows, contender, quantity) for contender in (first, second))
     sizes = sorted(ours.keys() & theirs.keys())
+    orders = [_order(first, second, quantity, rows, size) for size in sizes]
+    if not orders or not orders[-1]:
+        return None, None, None
+    reverse = max((i for i, order in enumerate(orders) if order == -orders[-1]), default=-1)
+    since = 1 + max((i for i, order in enumerate(orders) if order != orders[-1]), default=-1)
+    if since > reverse + 1:
+        return orders[-1] > 0, None, [sizes[reverse] if reverse >= 0 else None, sizes[since]]
+    sizes = sizes[max(reverse, 0) :]
     dearer, log = _last_change([math.log(size) for size in sizes], [math.log(ours[s] / theirs[s]) for s in sizes])
-    return dearer, None if log is None else math.exp(log)
+    return dearer, None if log is None else math.exp(log), None
 
 
-def _last_change(places: Sequence[float], values: Sequence[float]) -> Change:
+def _order(first: Contender, second: Contender, quantity: str, rows: Sequence[dict[str, Any]], size: int) -> int:
+    """1 where the first is dearer at a size, -1 where the second is, 0 where the spreads of their times overlap."""
+    low, high = (f"{quantity}_lowest", f"{quantity}_highest") if quantity in TIMES else (quantity, quantity)
+    (our_low, our_high), (their_low, their_high) = (
+        (points(rows, contender, low)[size], points(rows, contender, high)[size]) for contender in (first, second)
+    )
+    return (our_low > their_high) - (our_high < their_low)
+
+
+def _last_change(places: Sequence[float], values: Sequence[float]) -> tuple[bool | None, float | None]:
     """Whether the last value is above zero, and the place of its last root, on straight lines between the places."""
     if not values or values[-1] == 0:
         return None, None
