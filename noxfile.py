@@ -24,6 +24,14 @@ GROUPS = {"dense": ("test", "photographs")}
 FORKS = ["onedl-mmengine==0.10.12", "onedl-mmcv==2.3.6", "onedl-mmdetection==3.5.1", "onedl-mmsegmentation==1.4.2"]
 """MMDetection and MMSegmentation as the community carries them on, under the same import names."""
 
+BENCHMARKS = {
+    "core": ["-e", "packages/hatnet-core", "-e", "packages/hatnet-analysis[timm]"],
+    "training": ["--group=photographs", "-e", "packages/hatnet-core", "-e", "packages/hatnet-train[all]"],
+    "dense": ["--group=photographs", "-e", "packages/hatnet-core", "-e", "packages/hatnet-dense[all]"],
+    "analysis": ["-e", "packages/hatnet-core", "-e", "packages/hatnet-dense", "-e", "packages/hatnet-analysis[all]"],
+}
+"""What each benchmark measures with."""
+
 BROWSER = "packages/hatnet-analysis/tests/browser"
 """Tests that click in a browser; in a session of their own."""
 
@@ -185,9 +193,18 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("subject", ["training", "dense", "analysis"], ids=["training", "dense", "analysis"])
+@nox.parametrize("subject", list(BENCHMARKS), ids=list(BENCHMARKS))
 def bench(session: nox.Session, subject: str) -> None:
-    """Measure "training" (loader, engine, checkpoints), "dense" (shapes, detectors) or "analysis" (paper, peers)."""
-    package = {"training": "train"}.get(subject, subject)
-    install(session, package, groups=() if subject == "analysis" else ("photographs",))
+    """Measure "core" (speed, memory), "training" (loader, engine), "dense" (shapes, detectors), "analysis" (paper)."""
+    session.install("-c", "constraints.txt", *BENCHMARKS[subject])
     session.run("python", f"benchmarks/{subject}.py", *(session.posargs or ["--out", "docs/benchmarks"]))
+
+
+@nox.session
+def bench_guard(session: nox.Session) -> None:
+    """Measure the ratios of "bench(core)" again; fails where one is 15 % behind the latest that is recorded."""
+    session.install("-c", "constraints.txt", *BENCHMARKS["core"])
+    recorded = max(Path("docs/benchmarks").glob("*-core.json"))
+    out = session.create_tmp()
+    chosen = session.posargs or ["inference", "variants", "training"]
+    session.run("python", "benchmarks/core.py", *chosen, "--out", out, "--against", str(recorded))

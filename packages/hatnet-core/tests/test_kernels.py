@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import SMALL
 from hatnet_core import HATNet, create_model, kernels, list_models, set_kernels
-from hatnet_core.kernels import mlp
-from hatnet_core.kernels.mlp import inverted_residual
+from hatnet_core.kernels import mlp, mlp_operator
+from hatnet_core.kernels.mlp_operator import inverted_residual
 from hatnet_core.layers import Mlp
 
 
@@ -81,6 +81,7 @@ def test_the_mlp_in_slices_is_the_mlp_forward_and_gradient(batch, dim, ratio, ke
     tensors = arguments(batch, dim, ratio, kernel_size, height, width)
     expected = values_and_gradients(plain, tensors, activation)
     assert_close(values_and_gradients(inverted_residual, tensors, activation), expected, 1e-12)
+    assert_close([mlp.inverted_residual(*tensors, activation)], expected[:1], 1e-12)  # what runs without gradients
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)])
@@ -268,12 +269,41 @@ def test_a_compiled_model_runs_the_mlp_in_slices_as_one_graph(small_model):
 
 def test_double_precision_and_what_is_traced_take_the_plain_layers(small_model, monkeypatch):
     monkeypatch.setattr(kernels.mlp, "inverted_residual", None)
+    monkeypatch.setattr(mlp_operator, "inverted_residual", None)
     small_model.double()(torch.randn(1, 3, 32, 32, dtype=torch.float64))
     small_model.float()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing is deprecated, and what fvcore does
         torch.jit.trace(small_model, torch.randn(1, 3, 32, 32), check_trace=False)
     torch.export.export(small_model, (torch.randn(1, 3, 32, 32),))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7])
+def test_some_images_at_a_time_are_the_batch(batch, small_model, monkeypatch):
+    calls = []
+    inner = small_model.stages[0]._forward
+    monkeypatch.setattr(small_model.stages[0], "_forward", lambda x: calls.append(len(x)) or inner(x))
+    monkeypatch.setattr(kernels, "PART_POSITIONS", 2 * 16 * 24)
+    x = torch.randn(batch, 3, 64, 96)
+    with torch.no_grad():
+        features = small_model.forward_intermediates(x)
+        assert calls == [min(2, batch - i) for i in range(0, batch, 2)]
+        assert features[0].is_contiguous(memory_format=torch.channels_last)
+        set_kernels("reference")
+        torch.testing.assert_close(features, small_model.forward_intermediates(x), rtol=1e-4, atol=1e-4)
+    set_kernels("auto")
+    calls.clear()
+    small_model(x)  # with gradients
+    assert calls == [batch]
+
+
+def test_whoever_listens_to_a_layer_sees_the_whole_batch(small_model, monkeypatch):
+    monkeypatch.setattr(kernels, "PART_POSITIONS", 1)
+    seen = []
+    small_model.stages[1].blocks[0].attn.qkv.register_forward_hook(lambda *args: seen.append(len(args[2])))
+    with torch.no_grad():
+        small_model(torch.randn(3, 3, 64, 64))
+    assert seen == [3]
 
 
 def test_another_name_than_those_of_the_kernels_is_refused():

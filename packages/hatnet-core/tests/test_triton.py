@@ -154,6 +154,25 @@ def test_the_whole_model_computes_as_the_reference_forward_and_gradient():
         torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
 
 
+@elsewhere
+def test_a_compiled_model_keeps_the_kernels_whole_in_one_graph():
+    torch.compiler.reset()
+    operators = set()
+
+    def backend(graph, _):
+        operators.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    model = HATNet((16, 16, 32, 32), (1, 1, 1, 1), 16, (3, 3, 5, 3), (2, 2, 2, 2), num_classes=3).eval().to(DEVICE)
+    x = torch.randn(1, 3, 64, 64, device=DEVICE)
+    set_kernels("triton")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), model(x))
+    set_kernels("auto")
+    names = ("group_norm", "activated_depthwise", "grid_attention")
+    assert {f"hatnet.{name}.default" for name in names} <= operators
+
+
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="there is something to run on")
 def test_the_triton_kernels_are_refused_where_nothing_runs_them():
     with pytest.raises(RuntimeError, match="kernels 'triton' need a CUDA GPU, or TRITON_INTERPRET=1"):

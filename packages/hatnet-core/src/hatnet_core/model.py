@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hatnet_core import kernels
 from hatnet_core.attention import Attention, HierarchicalAttention, WindowAttention, as_index, positive_int
 from hatnet_core.layers import ACTIVATIONS, Downsample, DropPath, Mlp, Stem
 
@@ -66,6 +67,9 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] → [B, C, ⌈H/2⌉, ⌈W/2⌉], the same size in the first stage."""
+        return kernels.by_images(self, self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():

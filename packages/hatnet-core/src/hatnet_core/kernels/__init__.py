@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +19,9 @@ from torch import Tensor, nn
 from hatnet_core.kernels import mlp, reference
 
 MODES = ("auto", "reference", "triton")
+
+PART_POSITIONS = 6272
+"""Of as many positions of a stage's input, two images of 224×224 at stage 2, the maps of a block fit the cache."""
 
 DTYPES = {"slices": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 """What each fast path computes in."""
@@ -80,19 +81,43 @@ def laid_out(x: Tensor) -> Tensor:
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """GroupNorm with one group of ``x`` [B, C, H, W]; the dtype of ``x``, also under autocast where Triton runs."""
     if _path(x) == "triton":
-        return _triton("group_norm").group_norm(x, weight, bias, eps)
+        from hatnet_core.kernels import triton_group_norm
+
+        return triton_group_norm.group_norm(x, weight, bias, eps)
     return F.group_norm(x, 1, weight, bias, eps)
+
+
+def by_images(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``forward(x)``, on a CPU some images at a time, whose maps stay in the processor's cache from layer to layer.
+
+    Samples have nothing to do with one another in evaluation mode. Not while gradients are kept, nor where somebody
+    listens to a layer of ``module`` and would see it called several times.
+
+    Args:
+        module: whose layers ``forward`` calls.
+        forward: [B, C, H, W] → [B, C', H', W'].
+        x: [B, C, H, W].
+    """
+    if _path(x) != "slices" or torch.compiler.is_compiling() or torch.is_grad_enabled() or module.training:
+        return forward(x)
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.modules()) or _global_hooks():
+        return forward(x)
+    images = max(1, PART_POSITIONS // (x.shape[2] * x.shape[3]))
+    return torch.cat([forward(part) for part in torch.split(x, images)])
 
 
 def grid_attention(qkv: Tensor, num_heads: int, grid_size: int) -> Tensor | None:
     """Eq. 6-8 without a copy into grids; None where that does not apply. Arguments as in ``attention.py``."""
-    if _path(qkv) != "triton" or not _triton("window").takes(qkv, num_heads, grid_size):
+    if _path(qkv) != "triton":
         return None
-    return _triton("window").grid_attention(qkv, num_heads, grid_size)
+    from hatnet_core.kernels import triton_window
+
+    takes = triton_window.takes(qkv, num_heads, grid_size)
+    return triton_window.grid_attention(qkv, num_heads, grid_size) if takes else None
 
 
 @torch.fx.wrap
-def inverted_residual(x: Tensor, layers: Sequence[nn.Module], activation: nn.Module) -> Tensor | None:
+def inverted_residual(x: Tensor, layers: Sequence[nn.Conv2d], activation: nn.Module) -> Tensor | None:
     """The convolutions ``layers`` with ``activation`` between them; None where no fast path applies.
 
     Args:
@@ -107,15 +132,25 @@ def inverted_residual(x: Tensor, layers: Sequence[nn.Module], activation: nn.Mod
     expand, depthwise, project = layers
     if path == "slices" and name is not None and all(_bare(layer) for layer in (*layers, activation)):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        return mlp.inverted_residual(x.to(dtype), *(layer.weight.to(dtype) for layer in layers), name)
+        x, weights = x.to(dtype), [layer.weight.to(dtype) for layer in layers]
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return mlp.inverted_residual(x, weights[0], weights[1], weights[2], name)
+        from hatnet_core.kernels import mlp_operator  # see there
+
+        return mlp_operator.inverted_residual(x, *weights, name)
     if path == "triton" and name == "silu" and _bare(depthwise) and _bare(activation):
+        from hatnet_core.kernels import triton_depthwise
+
         hidden = expand(x)
-        return project(_triton("depthwise").activated_depthwise(hidden, depthwise.weight.to(hidden.dtype)))
+        return project(triton_depthwise.activated_depthwise(hidden, depthwise.weight.to(hidden.dtype)))
     return None
 
 
 def _path(x: Tensor) -> str:
-    """The fast path for ``x``: ``slices``, ``triton``, or nothing."""
+    """The fast path for ``x``: ``slices``, ``triton``, or nothing.
+
+    Triton's modules are imported where it is chosen, by statements that compilers follow; Triton may not be there.
+    """
     if _mode == "reference" or torch.compiler.is_exporting() or torch._C._get_tracing_state():
         return ""
     if type(x) not in (Tensor, nn.Parameter):  # a kind of tensor of its own, or a node of torch.fx
@@ -134,12 +169,11 @@ def _bare(module: nn.Module) -> bool:
     if type(module) not in (nn.Conv2d, nn.SiLU, nn.GELU) or "forward" in vars(module):
         return False
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and not torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    return not any(hooks) and not _global_hooks()
 
 
-def _triton(kernel: str) -> Any:
-    """The module ``triton_….py``, imported when it is first needed."""
-    return import_module(f"hatnet_core.kernels.triton_{kernel}")
+def _global_hooks() -> bool:
+    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def _interpreted() -> bool:
@@ -147,7 +181,6 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so it is in torch
 def _runs_on(device: torch.device) -> bool:
     """Whether the Triton kernels run on a GPU: tried once, with a small map; a warning tells why not."""
     if device not in _usable:
@@ -163,9 +196,15 @@ def _runs_on(device: torch.device) -> bool:
     return _usable[device]
 
 
+_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+"""What ``torch.compiler.assume_constant_result`` does, which itself imports the compiler: a second of every start."""
+
+
 @torch.no_grad()
 def _try_all(device: torch.device) -> None:
+    from hatnet_core.kernels import triton_depthwise, triton_group_norm, triton_window
+
     x = torch.zeros(1, 64, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
-    _triton("group_norm").group_norm(x, x[0, :, 0, 0], x[0, :, 0, 0], 1e-6)
-    _triton("window").grid_attention(x.repeat(1, 3, 1, 1), 1, 8)
-    _triton("depthwise").activated_depthwise(x, x.new_zeros(64, 1, 3, 3))
+    triton_group_norm.group_norm(x, x[0, :, 0, 0], x[0, :, 0, 0], 1e-6)
+    triton_window.grid_attention(x.repeat(1, 3, 1, 1), 1, 8)
+    triton_depthwise.activated_depthwise(x, x.new_zeros(64, 1, 3, 3))

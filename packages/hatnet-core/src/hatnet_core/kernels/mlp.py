@@ -8,7 +8,6 @@ the slices again, so that nothing of the width E·C is kept.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,6 @@ ACTIVATE = {"silu": torch.ops.aten.silu_, "gelu": torch.ops.aten.gelu_}
 DERIVE = {"silu": torch.ops.aten.silu_backward, "gelu": torch.ops.aten.gelu_backward}
 
 
-@torch.library.custom_op("hatnet::inverted_residual", mutates_args=())
 def inverted_residual(x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str) -> Tensor:
     """Project(act(Depthwise(act(Expand(x))))), the convolutions without bias (Sec. 3.3).
 
@@ -45,7 +43,6 @@ def inverted_residual(x: Tensor, expand: Tensor, depthwise: Tensor, project: Ten
     return out.permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("hatnet::inverted_residual_backward", mutates_args=())
 def inverted_residual_backward(
     gradient: Tensor, x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -149,28 +146,3 @@ def _depthwise_backward(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Te
         *maps, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], x.shape[3], [True, True, False]
     )
     return of_x.permute(0, 2, 3, 1), of_weight
-
-
-@inverted_residual.register_fake
-def _(x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
-
-@inverted_residual_backward.register_fake
-def _(
-    gradient: Tensor, x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    of_x = torch.empty_like(x, memory_format=torch.channels_last)
-    return of_x, torch.empty_like(expand), torch.empty_like(depthwise), torch.empty_like(project)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.activation = inputs[4]
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return (*inverted_residual_backward(gradient, *ctx.saved_tensors, ctx.activation), None)
-
-
-inverted_residual.register_autograd(_backward, setup_context=_keep)
