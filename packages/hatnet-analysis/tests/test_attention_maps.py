@@ -1,5 +1,7 @@
 """Attention maps: against the model's own attention, and on weights that must point somewhere."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hatnet_analysis.attention_maps import (
+    AttentionWeights,
     _from_grids,
     _to_grids,
     attention_weights,
@@ -80,6 +83,38 @@ def test_an_attention_in_windows_is_refused():
         attention_weights(WindowAttention(8, 8), torch.zeros(1, 8, 7, 7))
 
 
+def idle(height, width, stride, input_size):
+    """Attention of each position to itself alone, so that rollout is what the residuals pass on."""
+    positions = height * width
+    return AttentionWeights(height, width, None, 1, None, torch.eye(positions)[None], stride, input_size)
+
+
+@pytest.mark.parametrize("side", [224, 225, 230, 250, 260, 300])
+def test_a_point_is_lit_by_its_own_rollout_in_every_stage(side):
+    maps = [-(-side // stride) for stride in (4, 8, 16, 32)]
+    recorded = [[idle(size, size, 4 * 2**i, (side, side))] for i, size in enumerate(maps)]
+    image = Image.new("RGB", (300, 200))
+    lit = {}
+    for x in [*range(0, 300, 7), 299, math.nextafter(300, 0)]:
+        y = math.nextafter(200, 0) * (1 - x / 300)  # from the lower left to the upper right
+        places = [to_position((x, y), image, blocks[0]) for blocks in recorded]
+        for i, (row, column) in enumerate(places):
+            stride = 4 * 2**i
+            assert row * stride <= y * side / 200 <= (row + 1) * stride
+            assert column * stride <= x * side / 300 <= (column + 1) * stride
+        last = places[-1]
+        if last not in lit:
+            lit[last] = [rollout(recorded[i:], last) for i in range(4)]
+        for i, (share, place) in enumerate(zip(lit[last], places, strict=True)):
+            below = slice(last[0] * 2 ** (3 - i), (last[0] + 1) * 2 ** (3 - i))
+            beside = slice(last[1] * 2 ** (3 - i), (last[1] + 1) * 2 ** (3 - i))
+            expected = torch.zeros(maps[i], maps[i])
+            expected[below, beside] = 1
+            assert ((share > 0) == (expected > 0)).all()  # what the position of the last map stands for
+            assert share[place] > 0
+            assert share.sum().item() == pytest.approx(1, abs=1e-5)
+
+
 def pointing(grid_size=4, pool_size=2):
     """An attention whose every query asks for a large first channel: each position looks where that is largest."""
     layer = HierarchicalAttention(4, 4, grid_size, pool_size)
@@ -119,6 +154,52 @@ def test_rollout_through_attention_that_points_somewhere_ends_there():
     # the global step gives each of the 2×2 of the pool a quarter; each keeps half, and sends half to the bright one
     assert share[5, 6].item() == pytest.approx(1 / 4 * (1 / 8 + 4 * 1 / 8), rel=0.02)
     assert share[4, 6].item() == pytest.approx(1 / 4 * 1 / 8, rel=0.02)
+
+
+SPOT = (9, 6)
+"""Row and column of the one bright position of :func:`spotted`."""
+
+
+def spotted():
+    """Weights on a map of 12×8 of an input of 46×30, all of which point at SPOT, and an image of 300×276.
+
+    A position is 40 pixels of the image wide and 24 high; the last ones reach beyond it.
+    """
+    x = torch.zeros(1, 4, 12, 8)
+    x[0, 0, SPOT[0], SPOT[1]] = 8.0
+    with torch.no_grad():
+        weights = attention_weights(pointing(), x, 4, (46, 30))
+    return [[weights]], Image.new("RGB", (300, 276))
+
+
+def test_the_strongest_weights_are_named_by_row_and_column_of_the_stage():
+    recorded, image = spotted()
+    rows = look(recorded, image, (210, 270), stage=2).strongest(1)  # row 11, column 5: in the grid of the spot
+    assert [(row["step"], row["row"], row["column"]) for row in rows] == [("local", 9, 6), ("global (pooled)", 8, 6)]
+    assert all(row["weight"] > 0.99 for row in rows)
+
+
+def test_what_is_drawn_lies_where_the_weights_point():
+    recorded, image = spotted()
+    figure = attention_figure(image, look(recorded, image, (210, 270), stage=2))
+    local, global_, rolled = (np.ma.filled(axes.images[-1].get_array(), np.nan) for axes in figure.axes[1:4])
+    for axes in figure.axes:
+        assert (axes.get_xlim(), axes.get_ylim()) == ((0, 300), (276, 0))
+        assert [shown.origin for shown in axes.images] == ["upper"] * len(axes.images)
+        for shown in axes.images:
+            beyond = shown.get_array().shape[:2] == (12, 8)  # a map; else the image, in colour or in grey
+            assert shown.get_extent() == pytest.approx([0, 320, 288, 0] if beyond else [0, 300, 276, 0])
+    painted = np.zeros((12, 8), bool)
+    painted[8:12, 4:8] = True  # the grid of row 11 and column 5
+    assert (np.isfinite(local) == painted).all()
+    assert np.unravel_index(np.nanargmax(local), local.shape) == SPOT
+    pooled = np.zeros((12, 8), bool)
+    pooled[8:10, 6:8] = True  # the 2×2 that hold the spot
+    assert ((global_ > 0.5) == pooled).all()
+    assert rolled[11, 5] > 0.6  # by the residuals
+    (frame,) = figure.axes[0].patches
+    assert frame.get_xy() == pytest.approx((160, 192))
+    assert (frame.get_width(), frame.get_height()) == pytest.approx((140, 84))  # 160×96, cut off at the image
 
 
 @pytest.mark.parametrize("size", [(64, 96), (37, 50), (224, 224)])
@@ -174,9 +255,28 @@ def test_a_picture_shows_the_point_in_five_panels(tmp_path):
         marks = [line for axes in figure.axes for line in axes.lines]
         assert [line.get_xydata().tolist() for line in marks] == [[[70, 30]]] * 5
         assert len(figure.axes[0].patches) == (1 if stage == 2 else 0)  # the frame of the grid
+        heading = "global step: 2×3 pooled positions" if stage == 2 else "global step: 2×3 positions"
+        assert figure.axes[2].get_title() == heading
         save_figure(figure, tmp_path / f"{stage}.png")
         with Image.open(tmp_path / f"{stage}.png") as drawn:
             assert drawn.convert("RGB").getcolors(100) is None  # more colours than that
+
+
+def test_what_is_not_pooled_is_not_called_so():
+    recorded = record_weights(HATNet(**SMALL), torch.zeros(1, 3, 64, 96))
+    image = Image.new("RGB", (300, 200))
+    steps = {stage: {row["step"] for row in look(recorded, image, (0, 0), stage).strongest()} for stage in (4, 5)}
+    assert steps == {4: {"local", "global (pooled)"}, 5: {"global"}}
+
+
+def test_random_weights_are_the_same_every_time_and_take_nothing_from_the_global_generator():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, _ = read_model(None, "hatnet_tiny")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    second, _ = read_model(None, "hatnet_tiny")
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
 
 
 def test_a_checkpoint_says_which_model_it_is_and_how_images_are_normalised(tmp_path):

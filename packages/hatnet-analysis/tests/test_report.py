@@ -1,9 +1,11 @@
 """The page without a browser: one file, whole or absent, that holds what the command measured."""
 
 import base64
+import html
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ import torch
 from PIL import Image
 
 from hatnet_analysis.attention_maps import record_weights, rollout, to_input
-from hatnet_analysis.report import _filled, _rows, write_report
+from hatnet_analysis.growth import CONTENDERS, growth
+from hatnet_analysis.report import SIZE, _filled, _rows, write_report
+from hatnet_analysis.throughput import COMPARED
 from hatnet_core import create_model, save_checkpoint
 
 
@@ -28,6 +32,10 @@ def test_rows_keep_their_values_to_a_part_in_510_of_their_range():
     spans = values.reshape(-1, 9).amax(-1) - values.reshape(-1, 9).amin(-1)
     assert (error <= spans / 509).all()
     assert (decoded(_rows(torch.full((2, 4), 0.25)), 4) == 0.25).all()
+
+
+def test_the_positions_of_every_map_divide_the_explorers_image_evenly():
+    assert SIZE % 32 == 0  # the page takes it so
 
 
 def test_braces_in_what_is_filled_in_are_left_alone():
@@ -77,6 +85,60 @@ def test_tables_stand_in_the_page_with_their_verdicts(tmp_path):
     assert page.count("<table>") == 1
     for words in ("hatnet_large", "63.11", "equal", "C320 K3 E4 ×27", "Table 1"):
         assert words in page
+
+
+def tables_of(page):
+    """Each table of a page as rows of the texts of their cells, the headings first."""
+    tables = re.findall(r"<table>(.*?)</table>", page, re.DOTALL)
+    rows = [re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL) for table in tables]
+    cells = re.compile(r"<t[hd][^>]*>(.*?)</t[hd]>")
+    return [[[html.unescape(cell).strip() for cell in cells.findall(row)] for row in table] for table in rows]
+
+
+def plot_of(page):
+    (plot,) = re.findall(r'<img class="figure"[^>]* src="data:image/png;base64,([^"]*)">', page)
+    return Image.open(io.BytesIO(base64.b64decode(plot)))
+
+
+def test_growth_stands_in_the_page_as_a_plot_and_three_tables(tmp_path, monkeypatch):
+    rows = growth((64, 128), rounds=1)
+    for i, row in enumerate(rows):
+        row["seconds_fused"] = i + 1.2345
+    monkeypatch.setattr("hatnet_analysis.report.growth", lambda **arguments: rows)
+    page = write_report(tmp_path, ["complexity"]).read_text(encoding="utf-8")
+    points, powers, crossings = tables_of(page)
+    assert [row[:2] for row in points[1:]] == [[c.name, side] for c in CONTENDERS for side in ("64", "128")]
+    times = points[0].index("time, fused (s)")
+    assert [row[times] for row in points[1:]] == [f"{i + 1.2345:.4f}" for i in range(2 * len(CONTENDERS))]
+    assert [row[0] for row in powers[1:]] == [contender.name for contender in CONTENDERS]
+    assert powers[1][powers[0].index("time, fused")] == "0.43"  # 4 times the positions, 2.2345 / 1.2345 the time
+    assert crossings[0][:4] == ["dearer", "cheaper", "quantity", "from this side on (pixels)"]
+    assert ["MHSA", "H-MHSA", "macs"] in [row[:3] for row in crossings[1:]]
+    plot = plot_of(page)
+    assert plot.size == (13 * 110, 10 * 110)
+    assert plot.convert("RGB").getcolors(100) is None  # more colours than that
+
+
+def test_speed_stands_in_the_page_as_a_plot_and_a_table(tmp_path, monkeypatch):
+    asked = []
+
+    def measure(names, settings, progress):
+        asked.append((tuple(names), settings.device))
+        return [{"model": name, "images_per_second": i + 10.5} for i, name in enumerate(names)]
+
+    monkeypatch.setattr("hatnet_analysis.throughput.measure_throughput", measure)
+    monkeypatch.setattr("hatnet_analysis.throughput.load_model", lambda name, size: name)
+    flops = SimpleNamespace(total=SimpleNamespace(paper=3 * 10**9, complete=4 * 10**9))
+    monkeypatch.setattr("hatnet_analysis.throughput.count_flops", lambda model, height, width: flops)
+    page = write_report(tmp_path, ["compare"]).read_text(encoding="utf-8")
+    assert asked == [(COMPARED, "cpu")]
+    ((headings, *rows),) = tables_of(page)
+    assert headings == ["model", "images/s", "FLOPs, paper (G)", "FLOPs, complete (G)", "top-1, the papers' (%)"]
+    assert [row[:4] for row in rows] == [[name, f"{i + 10.5}", "3.00", "4.00"] for i, name in enumerate(COMPARED)]
+    assert rows[COMPARED.index("hatnet_small")][4] == "82.6"  # Table 2
+    plot = plot_of(page)
+    assert plot.size == (12 * 110, 528)  # 4.8 inches
+    assert plot.convert("RGB").getcolors(100) is None
 
 
 @pytest.mark.parametrize(

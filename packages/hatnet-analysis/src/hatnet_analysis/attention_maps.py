@@ -25,6 +25,9 @@ from hatnet_core.checkpoint import build_model, has_metadata, head_size, read_me
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, for checkpoints that do not name their own."""
 
+FIRST_STRIDE = 4
+"""Pixels of the model's input along a side of a position of stage 2; twice as many with every further stage."""
+
 MAX_PIXELS = 2**26
 """Largest image that is read, in pixels."""
 
@@ -44,6 +47,8 @@ class AttentionWeights:
         local: [heads, rows, columns, g·g', g·g'] from each position of a grid to each of the same grid, 0 to completed
             ones; None for plain attention.
         global_: [heads, H·W, H'·W'] from each position to each pooled one.
+        stride: pixels of the model's input along a side of a position; the last ones may reach beyond the input.
+        input_size: height and width of the model's input in pixels.
     """
 
     height: int
@@ -52,6 +57,8 @@ class AttentionWeights:
     pool_size: int
     local: Tensor | None
     global_: Tensor
+    stride: int
+    input_size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class PointAttention:
         pool_size: G2, positions of the map along a side of a pooled one.
         height: H of the map.
         width: W, likewise.
+        stride: pixels of the model's input along a side of a position.
     """
 
     row: int
@@ -79,22 +87,28 @@ class PointAttention:
     pool_size: int
     height: int
     width: int
+    stride: int
 
 
-def attention_weights(module: nn.Module, x: Tensor) -> AttentionWeights:
+def attention_weights(
+    module: nn.Module, x: Tensor, stride: int = 1, input_size: tuple[int, int] | None = None
+) -> AttentionWeights:
     """Weights of one attention layer.
 
     Args:
         module: :class:`HierarchicalAttention` or :class:`Attention` of hatnet-core.
         x: [1, C, H, W], the input of the layer.
+        stride: pixels of the model's input along a side of a position.
+        input_size: height and width of the model's input in pixels; that of ``x`` for a layer alone.
 
     Raises:
         ValueError: if the layer is of another kind.
     """
     height, width = x.shape[-2:]
+    place = (stride, input_size or (height, width))
     if isinstance(module, Attention):
         q, k, _ = _heads(module.qkv(module.norm(x)), 3, module.num_heads)
-        return AttentionWeights(height, width, None, 1, None, _softmax(q, k))
+        return AttentionWeights(height, width, None, 1, None, _softmax(q, k), *place)
     if not isinstance(module, HierarchicalAttention):
         raise ValueError(f"expected H-MHSA or plain MHSA, got {type(module).__name__}")
     qkv = module.qkv(module.norm(x))
@@ -104,7 +118,7 @@ def attention_weights(module: nn.Module, x: Tensor) -> AttentionWeights:
     (q,) = _heads(module.q(a1), 1, module.num_heads)
     k, _ = _heads(module.kv(pooled), 2, module.num_heads)
     local = _local_weights(qkv, module.num_heads, grid)
-    return AttentionWeights(height, width, grid, module.pool_size, local, _softmax(q, k))
+    return AttentionWeights(height, width, grid, module.pool_size, local, _softmax(q, k), *place)
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,7 @@ class View:
         block: of the stage, from 0.
         head: from 0; None for the mean.
         attention: where the point's position looks.
+        input_size: height and width in pixels that the image is scaled to for the model.
         rollout: [H/4, W/4] shares, from the point's position on the last map.
         mean_rollout: likewise, the mean over all positions.
     """
@@ -126,6 +141,7 @@ class View:
     block: int
     head: int | None
     attention: PointAttention
+    input_size: tuple[int, int]
     rollout: Tensor
     mean_rollout: Tensor
 
@@ -144,21 +160,30 @@ class View:
             "top": at.top,
             "left": at.left,
             "pool_size": at.pool_size,
+            "stride": at.stride,
+            "input_size": list(self.input_size),
             "local": None if at.local is None else at.local.tolist(),
             "global": at.global_.tolist(),
             "rollout": self.rollout.tolist(),
         }
 
     def strongest(self, number: int = 5) -> list[dict[str, Any]]:
-        """The largest weights of each step: ``step``, ``row`` and ``column`` on its map, ``weight``."""
+        """The largest weights of each step: ``step``, ``row`` and ``column`` on the map of the stage, ``weight``.
+
+        A pooled position is named by the first of those that it is pooled from, in the upper left.
+        """
         at, rows = self.attention, []
-        for step, weights, top, left in (("local", at.local, at.top, at.left), ("global (pooled)", at.global_, 0, 0)):
+        steps = (
+            ("local", at.local, at.top, at.left, 1),
+            ("global" if at.pool_size == 1 else "global (pooled)", at.global_, 0, 0, at.pool_size),
+        )
+        for step, weights, top, left, side in steps:
             if weights is None:
                 continue
             largest = weights.flatten().topk(min(number, weights.numel()))
             for value, index in zip(largest.values.tolist(), largest.indices.tolist(), strict=True):
                 row, column = divmod(index, weights.shape[1])
-                rows.append({"step": step, "row": top + row, "column": left + column, "weight": value})
+                rows.append({"step": step, "row": top + row * side, "column": left + column * side, "weight": value})
         return rows
 
 
@@ -192,7 +217,8 @@ def look(
     weights = blocks[number]
     attention = point_attention(weights, *to_position(point, image, weights), head)
     last = to_position(point, image, recorded[-1][-1])
-    return View(point, stage, number, head, attention, rollout(recorded, last), rollout(recorded))
+    from_point, mean = rollout(recorded, last), rollout(recorded)
+    return View(point, stage, number, head, attention, weights.input_size, from_point, mean)
 
 
 def record_weights(model: HATNet, image: Tensor) -> list[list[AttentionWeights]]:
@@ -209,12 +235,13 @@ def record_weights(model: HATNet, image: Tensor) -> list[list[AttentionWeights]]
         ValueError: if a stage attends in windows.
     """
     recorded: list[list[AttentionWeights]] = [[] for _ in model.stages]
+    input_size = (image.shape[-2], image.shape[-1])
     handles = []
     for i, stage in enumerate(model.stages):
         for block in stage.blocks:  # type: ignore[union-attr]
 
-            def hook(module: nn.Module, inputs: tuple[Tensor], weights: list[AttentionWeights] = recorded[i]) -> None:
-                weights.append(attention_weights(module, inputs[0]))
+            def hook(module: nn.Module, inputs: tuple[Tensor], i: int = i) -> None:
+                recorded[i].append(attention_weights(module, inputs[0], FIRST_STRIDE * 2**i, input_size))
 
             handles.append(block.attn.register_forward_pre_hook(hook))
     try:
@@ -253,7 +280,8 @@ def point_attention(weights: AttentionWeights, row: int, column: int, head: int 
         position = (row - top) * g2 + column - left
         local = weights.local[chosen, row // g, column // g2, position].mean(0).reshape(g, g2)
         local = local[: weights.height - top, : weights.width - left]
-    return PointAttention(row, column, local, top, left, global_, weights.pool_size, weights.height, weights.width)
+    size = (weights.height, weights.width)
+    return PointAttention(row, column, local, top, left, global_, weights.pool_size, *size, weights.stride)
 
 
 def rollout(recorded: Sequence[Sequence[AttentionWeights]], point: tuple[int, int] | None = None) -> Tensor:
@@ -348,7 +376,7 @@ def read_model(checkpoint: Path | None, variant: str | None) -> tuple[HATNet, tu
 
     Args:
         checkpoint: a file or folder of hatnet-train, or, together with ``variant``, any that
-            :func:`hatnet_core.load_checkpoint` reads; None for random weights.
+            :func:`hatnet_core.load_checkpoint` reads; None for random weights, the same every time.
         variant: of :func:`hatnet_core.list_models`, for checkpoints that do not say what they hold.
 
     Returns:
@@ -363,7 +391,10 @@ def read_model(checkpoint: Path | None, variant: str | None) -> tuple[HATNet, tu
     if checkpoint is None:
         if variant is None:
             raise ValueError("expected --checkpoint, or --variant for a model with random weights")
-        return _drawable(create_model(variant), variant), (MEAN, STD)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            model = create_model(variant)
+        return _drawable(model, variant), (MEAN, STD)
     if not checkpoint.exists():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}: expected an existing file or folder")
     record = _record(checkpoint, variant)
@@ -418,7 +449,7 @@ def _channels(record: dict[str, Any], name: str, default: Sequence[float], check
 def check_size(model: HATNet, size: tuple[int, int]) -> None:
     """ValueError if the weights of every block on an image of ``size`` (height, width) exceed ``MAX_BYTES``."""
     stages: Any = model.stages
-    maps = [[-(-side // (4 * 2**i)) for side in size] for i in range(len(stages))]
+    maps = [[-(-side // (FIRST_STRIDE * 2**i)) for side in size] for i in range(len(stages))]
     need = 4 * sum(
         _numbers(block.attn, *map_) for stage, map_ in zip(stages, maps, strict=True) for block in stage.blocks
     )
@@ -472,7 +503,9 @@ def to_input(image: Image.Image, size: tuple[int, int], mean: Sequence[float], s
 
 
 def to_position(point: tuple[float, float], image: Image.Image, weights: AttentionWeights) -> tuple[int, int]:
-    """Row and column on a map of the point (x, y) in pixels of the image.
+    """Row and column on a map of the point (x, y) in pixels of the image, which is scaled to the model's input.
+
+    Position i of a map stands for the pixels from i·stride to (i + 1)·stride of that input.
 
     Raises:
         ValueError: if the point is outside the image.
@@ -480,4 +513,6 @@ def to_position(point: tuple[float, float], image: Image.Image, weights: Attenti
     x, y = point
     if not (0 <= x < image.width and 0 <= y < image.height):
         raise ValueError(f"point must be inside the image of {image.width}×{image.height}, got x={x:g}, y={y:g}")
-    return int(y * weights.height / image.height), int(x * weights.width / image.width)
+    height, width = weights.input_size
+    row, column = y * height / image.height // weights.stride, x * width / image.width // weights.stride
+    return int(row), int(column)

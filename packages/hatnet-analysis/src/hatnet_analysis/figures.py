@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from hatnet_analysis.attention_maps import FIRST_STRIDE
 from hatnet_analysis.growth import CONTENDERS, by_formula, crossings, fastest_rate, points
 
 if TYPE_CHECKING:
@@ -160,6 +161,8 @@ def compare_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 def attention_figure(image: Image, view: View) -> Figure:
     """The image with the point and its grid, then local, global and rolled-out attention drawn over it.
 
+    A position covers the pixels that the model sees there: its stride in the model's input, scaled to the image.
+
     Args:
         image: as read.
         view: of :func:`hatnet_analysis.attention_maps.look`.
@@ -167,22 +170,25 @@ def attention_figure(image: Image, view: View) -> Figure:
     at = view.attention
     figure = new_figure(16, 16 / 5 * image.height / image.width + 0.35)
     panels = figure.subplots(1, 5)
-    cell = (image.height / at.height, image.width / at.width)
+    scale = (image.height / view.input_size[0], image.width / view.input_size[1])
+    cell = (at.stride * scale[0], at.stride * scale[1])
+    first_cell = (FIRST_STRIDE * scale[0], FIRST_STRIDE * scale[1])
     local = torch.full((at.height, at.width), torch.nan)
     title = "no local step in stage 5"
     if at.local is not None:
         local[at.top : at.top + at.local.shape[0], at.left : at.left + at.local.shape[1]] = at.local
         title = f"local step: its grid of {at.local.shape[0]}×{at.local.shape[1]}"
     spread = at.global_.repeat_interleave(at.pool_size, 0).repeat_interleave(at.pool_size, 1)[: at.height, : at.width]
+    pooled = "" if at.pool_size == 1 else "pooled "
     head = "mean of the heads" if view.head is None else f"head {view.head}"
     maps = [
-        (None, f"stage {view.stage}, block {view.block}, {head}"),
-        (local, title),
-        (spread, f"global step: {at.global_.shape[0]}×{at.global_.shape[1]} pooled positions"),
-        (view.rollout, "rollout from the point"),
-        (view.mean_rollout, "rollout, mean of all positions"),
+        (None, cell, f"stage {view.stage}, block {view.block}, {head}"),
+        (local, cell, title),
+        (spread, cell, f"global step: {at.global_.shape[0]}×{at.global_.shape[1]} {pooled}positions"),
+        (view.rollout, first_cell, "rollout from the point"),
+        (view.mean_rollout, first_cell, "rollout, mean of all positions"),
     ]
-    for axes, (values, heading) in zip(panels, maps, strict=True):
+    for axes, (values, (height, width), heading) in zip(panels, maps, strict=True):
         axes.imshow(image, extent=(0, image.width, image.height, 0))
         if values is not None:
             axes.imshow(image.convert("L"), cmap="gray", extent=(0, image.width, image.height, 0))
@@ -190,15 +196,18 @@ def attention_figure(image: Image, view: View) -> Figure:
                 values.numpy(),
                 cmap="inferno",
                 alpha=0.65,
-                extent=(0, image.width, image.height, 0),
+                extent=(0, values.shape[1] * width, values.shape[0] * height, 0),
                 interpolation="nearest",
             )
+        axes.set(xlim=(0, image.width), ylim=(image.height, 0))  # the last positions may reach beyond the image
         axes.plot(*view.point, "+", color="#00e5ff", markersize=12, markeredgewidth=2)
         axes.set_title(heading, fontsize=9)
         axes.set_axis_off()
     if at.local is not None:
-        corner = (at.left * cell[1], at.top * cell[0])
-        _frame(panels[0], corner, at.local.shape[1] * cell[1], at.local.shape[0] * cell[0])
+        left, top = at.left * cell[1], at.top * cell[0]
+        width = min(at.local.shape[1] * cell[1], image.width - left)
+        height = min(at.local.shape[0] * cell[0], image.height - top)
+        _frame(panels[0], (left, top), width, height)
     return figure
 
 

@@ -33,7 +33,10 @@ from hatnet_analysis.tables import render
 from hatnet_analysis.throughput import COMPARED, Settings, checked_device, compare
 
 SIZE = 224
-"""Height and width in pixels that the explorer's image is scaled to for the model."""
+"""Height and width in pixels that the explorer's image is scaled to for the model.
+
+A multiple of every stage's stride: the explorer takes it that the positions of each map divide the image evenly.
+"""
 
 SHOWN = 448
 """Longer side in pixels of the image that the explorer shows, in its own aspect ratio."""
