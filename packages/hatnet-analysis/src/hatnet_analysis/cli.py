@@ -31,6 +31,8 @@ timm/NAME; a config of hatnet-dense, MMDetection or MMSegmentation, such as
 retinanet_hatnet-s_fpn_1x_coco or mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.
 All have random weights."""
 
+PEAK = "\nPeak memory is what a step holds beyond weights, images and optimizer state."
+
 CONVENTIONS = """\
 One multiply-add is one FLOP. Two conventions stand side by side:
 
@@ -385,7 +387,7 @@ def _add_paper(commands: Any) -> None:
 
 
 def _add_throughput(commands: Any) -> None:
-    text = f"Images a second of models that take turns; ratios are against the first.\n\n{NAMES}"
+    text = f"Images a second of models that take turns; ratios are against the first.{PEAK}\n\n{NAMES}"
     command = _command(commands, "throughput", throughput, "images a second, latency and peak memory", text)
     _models(command)
     _speed(command)
@@ -394,7 +396,7 @@ def _add_throughput(commands: Any) -> None:
 def _add_compare(commands: Any) -> None:
     text = (
         "Throughput, FLOPs, parameters and the top-1 that the papers state, of HAT-Net and its peers (which need\n"
-        f"timm), or of the models named.\n\n{NAMES}"
+        f"timm), or of the models named.{PEAK}\n\n{NAMES}"
     )
     command = _command(commands, "compare", compare, "speed and size beside the papers' top-1", text)
     _models(command, "*", "name of a model, see above (default: HAT-Net and its peers)")

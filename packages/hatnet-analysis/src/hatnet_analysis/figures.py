@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,14 @@ COLOURS = {
     "window (Swin)": "#5a9e3a",
 }
 HAT_NET = COLOURS["H-MHSA"]
+
+NAME_PLACES = tuple(
+    ((side * x, y), "left" if side > 0 else "right")
+    for near in (((5, 4), (5, -11)), ((8, -3), (5, 13), (5, -20)), ((5, 22), (5, -29)))
+    for side in (1, -1)
+    for x, y in near
+)
+"""Where a name may stand beside its point, in points of 1/72 inch, and which of its ends is there; the best first."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -132,6 +141,8 @@ def _mark(axes: Any, crossing: dict[str, Any], curve: dict[int, float], offset: 
 def compare_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     """Top-1 as the papers state it over FLOPs (complete) and over measured throughput; HAT-Net is one joined line.
 
+    Names stand where they cover neither a point nor the line nor another name, as far as there is such a place.
+
     Args:
         rows: of :func:`hatnet_analysis.throughput.compare`.
     """
@@ -144,18 +155,50 @@ def compare_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         shown = [row for row in rows if row["paper_top1"] is not None]
         ours = [row for row in shown if row["model"].startswith("hatnet_")]
         peers = [row for row in shown if row not in ours]
-        axes.plot([r[key] / unit for r in ours], [r["paper_top1"] for r in ours], "o-", color=HAT_NET)
-        axes.plot([r[key] / unit for r in peers], [r["paper_top1"] for r in peers], "s", color="#999999", markersize=5)
-        for row in shown:
-            colour = HAT_NET if row in ours else "#555555"
-            name = row["model"].removeprefix("timm/").replace("_patch4_window7_224", "")
-            place = (row[key] / unit, row["paper_top1"])
-            axes.annotate(name, place, (4, 4), textcoords="offset points", fontsize=7.5, color=colour)
+        for group, name, style, colour in ((ours, "HAT-Net", "o-", HAT_NET), (peers, "peers", "s", "#999999")):
+            places = [row[key] / unit for row in group], [row["paper_top1"] for row in group]
+            axes.plot(*places, style, color=colour, markersize=5, label=name)
         axes.set_xlabel(label)
         axes.grid(alpha=0.25)
-        axes.margins(x=0.14)
+        axes.margins(x=0.16, y=0.1)
     panels[0].set_ylabel("ImageNet top-1 (%), as the papers state it")
+    panels[0].legend(loc="lower right", frameon=False, fontsize=9)
+    figure.draw_without_rendering()  # lays the panels out, so that names can be placed in pixels
+    for axes, key, unit in ((panels[0], "flops_complete", 1e9), (panels[1], "images_per_second", 1.0)):
+        _name_points(axes, [(row["model"], row[key] / unit, row["paper_top1"]) for row in rows if row["paper_top1"]])
     return figure
+
+
+def _name_points(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Write each name, the upper ones first, at the first of :data:`NAME_PLACES` where nothing else is.
+
+    If none is free, at the first of all.
+    """
+    frame = axes.get_window_extent()
+    covered = [point for line in axes.lines for point in _pixels(axes, line)]
+    boxes = [] if axes.get_legend() is None else [axes.get_legend().get_window_extent()]
+    for model, x, y in sorted(points, key=lambda point: -point[2]):
+        name = model.removeprefix("timm/").replace("_patch4_window7_224", "")
+        colour = HAT_NET if model.startswith("hatnet_") else "#555555"
+        text = axes.annotate(name, (x, y), NAME_PLACES[0][0], textcoords="offset points", fontsize=7.5, color=colour)
+        text.set_in_layout(False)
+        for place, side in (*NAME_PLACES, NAME_PLACES[0]):
+            text.xyann = place
+            text.set_horizontalalignment(side)
+            box = text.get_window_extent()
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not any(map(box.overlaps, boxes)) and not any(box.contains(*point) for point in covered):
+                break
+        boxes.append(box)
+
+
+def _pixels(axes: Any, line: Line2D) -> list[tuple[float, float]]:
+    """The points of a line, and points close together between them if they are joined, in pixels."""
+    points = axes.transData.transform(line.get_xydata()).tolist()
+    if line.get_linestyle() == "None":
+        return [(x, y) for x, y in points]
+    steps = [i / 100 for i in range(101)]
+    return [(x + s * (u - x), y + s * (v - y)) for (x, y), (u, v) in pairwise(points) for s in steps]
 
 
 def attention_figure(image: Image, view: View) -> Figure:

@@ -44,10 +44,11 @@ def table_rows(
         progress: takes one line before each model.
 
     Returns:
-        Rows with ``table``, ``model`` and the keys of :data:`CONTRACT`, None where there is no such figure. Tables 2,
-        3, 4 and 6 have the ``difference_…`` of each measured one to the paper's, ``verdict_params``,
-        ``verdict_flops``, ``reason``, ``source``, ``paper_accuracy`` and ``accuracy`` (which says that it is not
-        measured here); Table 1 the stages; ``eq15`` and ``memory`` what :func:`eq15_rows` and :func:`memory_rows` say.
+        Rows with ``table``, ``model`` and the keys of :data:`CONTRACT`, None where there is no such figure. The tables
+        of the paper have the ``difference_…`` of each measured one to the paper's, too, and ``verdict_params``; Tables
+        2, 3, 4 and 6 ``verdict_flops``, ``reason``, ``source``, ``paper_accuracy`` and ``accuracy`` (which says that
+        it is not measured here); Table 1 the stages; ``eq15`` and ``memory`` what :func:`eq15_rows` and
+        :func:`memory_rows` say.
 
     Raises:
         ValueError: if the table is another.
@@ -152,14 +153,18 @@ def _table_1_row(name: str) -> dict[str, Any]:
     params_m, stages = TABLE_1[name]
     measured, flops = count_params(model) / 1e6, count_flops(model, 224, 224).total
     built = [_stage_text(stage) for stage in model.stages]
-    return {
-        "table": "1",
-        "model": name,
+    figures = {
         "params_m": measured,
         "paper_params_m": float(params_m),
         "flops_g_paper_convention": flops.paper / 1e9,
         "flops_g_complete": flops.complete / 1e9,
         "paper_flops_g": None,
+    }
+    return {
+        "table": "1",
+        "model": name,
+        **figures,
+        **_differences(figures),
         "stages": built,
         "paper_stages": stages,
         "head_dim": model.config["head_dim"],
@@ -193,15 +198,23 @@ def _measure(table: str, row: PaperRow) -> dict[str, Any]:
         result |= {"params_m": params, "flops_g_paper_convention": paper_g, "flops_g_complete": complete_g}
         verdict_params = _params_verdict(model, row.params_m)
         verdict_flops = _flops_verdict(paper_g, complete_g, row.flops_g)
-    for name, value, printed in (
-        ("difference_params_m", result["params_m"], result["paper_params_m"]),
-        ("difference_flops_g_paper_convention", result["flops_g_paper_convention"], result["paper_flops_g"]),
-        ("difference_flops_g_complete", result["flops_g_complete"], result["paper_flops_g"]),
-    ):
-        result[name] = None if value is None or printed is None else value - printed
+    result |= _differences(result)
     result |= {"verdict_params": verdict_params, "verdict_flops": verdict_flops}
     result |= {"reason": _reason((verdict_params, verdict_flops), row.reason), "source": row.source}
     return result | {"paper_accuracy": row.accuracy, "accuracy": NOT_MEASURED}
+
+
+def _differences(figures: dict[str, Any]) -> dict[str, float | None]:
+    """Of each measured figure to the printed one, None where one of them is missing."""
+    differences = {}
+    for measured, printed in (
+        ("params_m", "paper_params_m"),
+        ("flops_g_paper_convention", "paper_flops_g"),
+        ("flops_g_complete", "paper_flops_g"),
+    ):
+        known = figures[measured] is not None and figures[printed] is not None
+        differences[f"difference_{measured}"] = figures[measured] - figures[printed] if known else None
+    return differences
 
 
 def _reason(verdicts: tuple[str, str], known: str) -> str:

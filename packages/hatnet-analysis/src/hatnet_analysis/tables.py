@@ -57,6 +57,9 @@ COLUMNS = {
     "flops_g_paper_convention": Column("FLOPs, paper (G)", 1, 2),
     "flops_g_complete": Column("FLOPs, complete (G)", 1, 2),
     "paper_flops_g": Column("the paper's (G)"),
+    "difference_params_m": Column("#Param, difference (M)", 1, 2),
+    "difference_flops_g_paper_convention": Column("FLOPs, paper, difference (G)", 1, 2),
+    "difference_flops_g_complete": Column("FLOPs, complete, difference (G)", 1, 2),
     "verdict_params": Column("#Param"),
     "verdict_flops": Column("FLOPs"),
     "difference_g_complete": Column("to the default, complete (G)", 1, 1),
@@ -67,7 +70,7 @@ COLUMNS = {
     "latency_ms_p50": Column("p50 (ms)", 1, 1),
     "latency_ms_p95": Column("p95 (ms)", 1, 1),
     "latency_ms_p99": Column("p99 (ms)", 1, 1),
-    "peak_memory": _megabytes("peak memory"),
+    "peak_memory": _megabytes("peak memory beyond weights, images and optimizer state"),
     "ratio": Column("ratio", 1, 2),
     "paper_top1": Column("top-1, the papers' (%)"),
     "peak_memory_gib": Column("peak memory (GiB)", 1, 3),
@@ -80,6 +83,7 @@ COLUMNS = {
     "power_of_memory_fused": Column("memory, fused", 1, 2),
     "power_of_memory_materialised": Column("memory, materialised", 1, 2),
     "crossing": Column("from this side on (pixels)", 1, 0),
+    "between": Column("from a side between (pixels)"),
     "seconds": Column("time (s)", 1, 4),
 }
 """How a key is shown; one that is not here is its own heading, underscores as spaces."""
@@ -98,9 +102,10 @@ HIDDEN = frozenset(
         "source",
         "paper_stages",
         "weights",
-        "difference_params_m",
-        "difference_flops_g_paper_convention",
-        "difference_flops_g_complete",
+        "seconds_fused_lowest",
+        "seconds_fused_highest",
+        "seconds_materialised_lowest",
+        "seconds_materialised_highest",
         "local",
         "global",
         "rollout",
@@ -130,7 +135,7 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {number}" for name, number in value.items())
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ", ".join("-" if item is None else str(item) for item in value)
     column = COLUMNS.get(key, Column(key))
     if isinstance(value, str | bool):
         return str(value)

@@ -97,7 +97,8 @@ def measure_throughput(
     Returns:
         A row for each model: the settings, ``params``, ``images_per_second`` (median over the rounds) with its
         ``_lowest`` and ``_highest``, ``latency_ms_p50``, ``_p95`` and ``_p99`` of single steps, ``peak_memory``
-        (bytes of tensors beyond model and images), ``ratio`` of images a second to the first model, and its extremes.
+        (bytes that a step holds at most beyond weights, images and optimizer state, which exist before it), ``ratio``
+        of images a second to the first model, and its extremes.
 
     Raises:
         ValueError: if the device is not there, or a model cannot run so.
@@ -141,6 +142,7 @@ def compare(
 
 def paper_top1(name: str, size: tuple[int, int]) -> float | None:
     """ImageNet top-1 (%) as Table 2 or the model's own paper states it for this size of image; not measured here."""
+    # of a model that Table 2 has twice, the row with a star, its own paper's training, stands before the other
     printed = {(row.source, row.size): row.accuracy["top-1"] for row in table_2()}
     others = {(model, (224, 224)): top1 for model, top1 in OTHER_TOP1.items()}
     return (others | printed).get((name, size))
