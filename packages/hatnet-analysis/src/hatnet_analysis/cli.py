@@ -191,7 +191,7 @@ def _growth(args: argparse.Namespace) -> str:
         save_figure(growth_figure(rows), out)
     if args.format == "json":
         return render([{"growth": rows, "exponents": powers, "crossings": found}], "json")
-    named = [row for row in found if row["crossing"] is not None]
+    named = [row for row in found if row["crossing"] is not None or row["between"]]
     parts = [render(rows, args.format), "power of the number of pixels between the two largest sizes measured:"]
     parts += [render(powers, args.format), "from where on one is dearer than the other:"]
     return "\n\n".join([*parts, render(named, args.format)])

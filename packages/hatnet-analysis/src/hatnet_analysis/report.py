@@ -145,7 +145,7 @@ def _tables(tables: Sequence[str], device: str, progress: Progress) -> str:
 
 def _complexity(device: str, progress: Progress) -> str:
     rows = growth(device=device, progress=progress)
-    named = [row for row in crossings(rows) if row["crossing"] is not None]
+    named = [row for row in crossings(rows) if row["crossing"] is not None or row["between"]]
     parts = [_figure(growth_figure(rows), "growth of four attentions with the image"), _table(rows)]
     parts += ["<h3>Power of the number of pixels, between the two largest sizes</h3>", _table(exponents(rows))]
     return "".join([*parts, "<h3>From where on one is dearer than the other</h3>", _table(named)])

@@ -100,9 +100,9 @@ def by_images(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor)
     """
     if _path(x) != "slices" or torch.compiler.is_compiling() or torch.is_grad_enabled() or module.training:
         return forward(x)
-    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.modules()) or _global_hooks():
-        return forward(x)
     images = max(1, PART_POSITIONS // (x.shape[2] * x.shape[3]))
+    if images >= len(x) or _global_hooks() or any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
+        return forward(x)
     return torch.cat([forward(part) for part in torch.split(x, images)])
 
 
