@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 
 from hatnet_analysis.attention_maps import FIRST_STRIDE
 from hatnet_analysis.growth import CONTENDERS, by_formula, crossings, fastest_rate, points
@@ -180,12 +181,15 @@ def _name_points(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
     for model, x, y in sorted(points, key=lambda point: -point[2]):
         name = model.removeprefix("timm/").replace("_patch4_window7_224", "")
         colour = HAT_NET if model.startswith("hatnet_") else "#555555"
-        text = axes.annotate(name, (x, y), NAME_PLACES[0][0], textcoords="offset points", fontsize=7.5, color=colour)
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+        options = {"textcoords": "offset points", "fontsize": 7.5, "color": colour, "arrowprops": leader}
+        text = axes.annotate(name, (x, y), NAME_PLACES[0][0], **options)
         text.set_in_layout(False)
         for place, side in (*NAME_PLACES, NAME_PLACES[0]):
             text.xyann = place
             text.set_horizontalalignment(side)
-            box = text.get_window_extent()
+            text.get_window_extent()  # moves it to where it belongs
+            box = Text.get_window_extent(text)  # without the leader
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             if inside and not any(map(box.overlaps, boxes)) and not any(box.contains(*point) for point in covered):
                 break
