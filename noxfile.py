@@ -204,7 +204,9 @@ def bench(session: nox.Session, subject: str) -> None:
 def bench_guard(session: nox.Session) -> None:
     """Measure the ratios of "bench(core)" again; fails where one is 15 % behind the latest that is recorded."""
     session.install("-c", "constraints.txt", *BENCHMARKS["core"])
-    recorded = max(Path("docs/benchmarks").glob("*-core.json"))
+    recorded = max(Path("docs/benchmarks").glob("*-core.json"), default=None)
+    if recorded is None:
+        session.error("docs/benchmarks has no report to compare with: expected one of nox -s 'bench(core)'")
     out = session.create_tmp()
     chosen = session.posargs or ["inference", "variants", "training"]
     session.run("python", "benchmarks/core.py", *chosen, "--out", out, "--against", str(recorded))
