@@ -39,6 +39,9 @@ for name, stage in (("zero0", 0), ("zero2", 2), ("zero3", 3)):
         if stage:
             export(f"{out}/{name}", f"{out}/{name}.pickled")
             export(f"{out}/{name}", f"{out}/{name}.safe", safe_serialization=True)
+# a process that leaves while the other still writes may be aborted, and then ends both
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
