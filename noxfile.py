@@ -6,14 +6,13 @@ environment costs seconds after the first time.
 
 import os
 import shutil
-import zipfile
 from pathlib import Path
 
 import nox
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv"
-nox.options.sessions = ["lint", "typing", "tests", "faults(short)", "browser", "wheels", "demo"]
+nox.options.sessions = ["lint", "typing", "tools", "changes", "tests", "faults(short)", "browser", "wheels", "demo"]
 nox.options.error_on_missing_interpreters = False
 nox.options.download_python = "never"
 
@@ -38,22 +37,20 @@ BROWSER = "packages/hatnet-analysis/tests/browser"
 FAULTS = "packages/hatnet-train/tests/faults"
 """Tests that break things; in a session of their own."""
 
+SCHEMAS = {
+    "github-workflows": ".github/workflows/*.yml",
+    "github-issue-forms": ".github/ISSUE_TEMPLATE/[!c]*.yml",
+    "github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
+    "dependabot": ".github/dependabot.yml",
+    "citation-file-format": "CITATION.cff",
+}
+"""The schema that files are checked against which nothing here reads: the host of the repository does."""
+
 OTHER_INTERPRETERS = ["3.10", "3.12", "3.13"]
 """What hatnet-core declares beyond 3.11, which all other sessions run on."""
 
-FORWARD_PASS = """
-import importlib.metadata, sys
-import torch
-from hatnet_core import create_model
-
-required = [r for r in importlib.metadata.requires("hatnet-core") if "extra ==" not in r]
-assert required == ["torch>=2.10"], required
-model = create_model("hatnet_tiny", num_classes=10).eval()
-with torch.inference_mode():
-    assert model(torch.zeros(1, 3, 64, 96)).shape == (1, 10)
-assert "site-packages" in sys.modules["hatnet_core"].__file__
-print("hatnet-core alone:", sum(p.numel() for p in model.parameters()), "parameters, forward pass done")
-"""
+COVERED = {"core": 95, "train": 90, "dense": 90, "analysis": 90}
+"""Per cent of each package's lines that its tests have to run."""
 
 
 def install(session: nox.Session, *packages: str, groups: tuple[str, ...] = ()) -> None:
@@ -75,6 +72,8 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("codespell")
+    for schema, pattern in SCHEMAS.items():
+        session.run("check-jsonschema", "--builtin-schema", f"vendor.{schema}", *map(str, Path().glob(pattern)))
 
 
 @nox.session
@@ -89,10 +88,14 @@ def typing(session: nox.Session) -> None:
 def tests(session: nox.Session, package: str) -> None:
     """Tests of one package, such as "tests(core)"; arguments after -- go to pytest."""
     install(session, package, groups=GROUPS.get(package, ("test",)))
+    session.run("pytest", *tested(package), *session.posargs, env=threads(package))
+
+
+def tested(package: str) -> list[str]:
+    """What pytest is told for one package: its tests, the examples in its sources and README, two at a time."""
     folder = f"packages/hatnet-{package}/tests"
     if package == "train":  # its tests start processes of their own, and its examples DeepSpeed
-        session.run("pytest", folder, f"--ignore={FAULTS}", *session.posargs)
-        return
+        return [folder, f"--ignore={FAULTS}"]
     examples = [f"packages/hatnet-{package}/src", f"packages/hatnet-{package}/README.md"]
     options = [
         "--doctest-modules",
@@ -102,7 +105,27 @@ def tests(session: nox.Session, package: str) -> None:
         "--dist=loadfile",
     ]
     options.append(f"--ignore={BROWSER}")
-    session.run("pytest", folder, *examples, *options, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    return [folder, *examples, *options]
+
+
+def threads(package: str) -> dict[str, str]:
+    """One thread for each of the two that test at a time."""
+    return {} if package == "train" else {"OMP_NUM_THREADS": "1"}
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def coverage(session: nox.Session, package: str) -> None:
+    """Lines that the tests of one package run, in all the processes that they start; fails where these are too few."""
+    install(session, package, groups=(*GROUPS.get(package, ("test",)), "coverage"))
+    file = Path(session.create_tmp()).resolve() / "coverage"
+    environment = {"COVERAGE_FILE": str(file)}
+    modules = sorted(path.stem for path in Path(f"packages/hatnet-{package}/src").iterdir() if path.stem[0] != "_")
+    session.run("coverage", "erase", env=environment)
+    measured = ["coverage", "run", f"--source={','.join(modules)}", "-m", "pytest", *tested(package)]
+    session.run(*measured, *session.posargs, env=environment | threads(package))
+    session.run("coverage", "combine", "--quiet", env=environment)
+    session.run("coverage", "report", f"--fail-under={COVERED[package]}", env=environment)
 
 
 @nox.session(python=OTHER_INTERPRETERS)
@@ -113,11 +136,23 @@ def interpreters(session: nox.Session) -> None:
 
 
 @nox.session
-def lowest(session: nox.Session) -> None:
-    """Tests of hatnet-core with the lowest versions of torch and all else that it declares."""
-    session.install("--resolution=lowest-direct", "-e", "packages/hatnet-core[all]", "--group=test")
-    session.run("python", "-c", "import torch; print('torch', torch.__version__)")
-    session.run("pytest", "packages/hatnet-core/tests", *session.posargs)
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def lowest(session: nox.Session, package: str) -> None:
+    """Tests of core with the lowest torch and all else that it declares; of the others with the lowest core."""
+    if package == "core":
+        session.install("--resolution=lowest-direct", "-e", "packages/hatnet-core[all]", "--group=test")
+        session.run("python", "-c", "import torch; print('torch', torch.__version__)")
+        session.run("pytest", "packages/hatnet-core/tests", *session.posargs)
+        return
+    session.install("-c", "constraints.txt", "--group=tools")
+    folder = str(Path(session.create_tmp()).resolve())
+    said = session.run("python", "tools/release.py", "lowest", f"hatnet-{package}", folder, silent=True)
+    session.log(said.strip())
+    groups = [f"--group={group}" for group in GROUPS.get(package, ("test",))]
+    beside = ["-e", "packages/hatnet-dense"] if package == "analysis" else []
+    wanted = [said.splitlines()[-1], "-e", f"packages/hatnet-{package}[all]", *beside]
+    session.install("--no-sources", "-c", "constraints.txt", *groups, *wanted)  # the workspace would win otherwise
+    session.run("pytest", *tested(package), *session.posargs, env=threads(package))
 
 
 @nox.session
@@ -166,23 +201,81 @@ def dense_training(session: nox.Session) -> None:
 
 
 @nox.session
-def wheels(session: nox.Session) -> None:
-    """Build every wheel and sdist; install the core wheel alone in an empty environment and use it."""
-    dist = Path(session.create_tmp()) / "dist"
-    for package in PACKAGES:
-        folder = dist / package
-        session.run_install(
-            "uv", "build", "--quiet", "--clear", "--out-dir", str(folder), f"packages/hatnet-{package}"
-        )
-        (built,) = folder.glob("*.whl")
-        names = {name.partition("/")[2] for name in zipfile.ZipFile(built).namelist()}
-        for wanted in {"py.typed", "licenses/LICENSE", "METADATA"} - names:
-            session.error(f"{built.name} lacks {wanted}")
-        session.log("built " + ", ".join(sorted(f.name for f in folder.glob("hatnet*"))))
-    (wheel,) = (dist / "core").glob("*.whl")
-    session.install("-c", "constraints.txt", f"hatnet-core @ {wheel.resolve().as_uri()}")
-    # torch without NumPy, which it does not require, says so in a warning of its own
-    session.run("python", "-W", "error", "-W", "ignore:Failed to initialize NumPy", "-c", FORWARD_PASS)
+def tools(session: nox.Session) -> None:
+    """Tests of the scripts under tools/, and that versions are the same wherever they are written."""
+    session.install("-c", "constraints.txt", "--group=tools")
+    session.run("pytest", "tools/tests", *session.posargs)
+
+
+@nox.session
+def changes(session: nox.Session) -> None:
+    """Fails where a package's sources changed without a news fragment; "-- COMMIT" says since when."""
+    session.install("-c", "constraints.txt", "--group=tools")
+    if not Path(".git").exists():
+        session.skip("no git checkout: nothing tells what changed")
+    said = session.run("python", "tools/release.py", "changes", *session.posargs, silent=True)
+    session.log(said.strip())
+    if "not judged" in said:
+        session.skip("some packages could not be judged: git fetch --unshallow --tags, or name a commit after --")
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def bump(session: nox.Session, package: str) -> None:
+    """Write the next version of a package and its changelog: "bump(core)" -- major, minor, patch or a version."""
+    if len(session.posargs) != 1:
+        session.error(f"nox -s 'bump({package})' -- STEP: expected major, minor, patch or a version as STEP")
+    session.install("-c", "constraints.txt", "--group=tools")
+    session.run("python", "tools/release.py", "bump", f"hatnet-{package}", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def wheels(session: nox.Session, package: str) -> None:
+    """Build a package's sdist and wheels, compare what they hold with the sources, and use the wheel elsewhere."""
+    dist = Path(session.create_tmp()).resolve()
+    build(session, package, dist)
+    wanted = [package] if package == "core" else ["core", package]
+    for other in wanted[:-1]:
+        build(session, other, dist)
+    files = [next((dist / other / "from-sdist").glob("*.whl")) for other in wanted]
+    requirements = [f"hatnet-{other} @ {file.as_uri()}" for other, file in zip(wanted, files, strict=True)]
+    session.install("-c", "constraints.txt", *requirements)
+    here, elsewhere = Path.cwd(), dist / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    with session.chdir(elsewhere):
+        # torch without NumPy, which it does not require, says so in a warning of its own
+        quiet = ["-W", "error", "-W", "ignore:Failed to initialize NumPy"] if package == "core" else []
+        readme = here / f"packages/hatnet-{package}/README.md"
+        session.run("python", *quiet, here / "tools/distributions.py", "works", f"hatnet-{package}", readme)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Build what a tag names, "release" -- hatnet-core-v1.2.0, into dist/; fails where tag and sources disagree."""
+    if len(session.posargs) != 1:
+        session.error("nox -s release -- TAG: expected a tag such as hatnet-core-v1.2.0")
+    session.install("-c", "constraints.txt", "--group=tools")
+    package = session.run("python", "tools/release.py", "tagged", *session.posargs, silent=True).strip()
+    scratch = Path(session.create_tmp()).resolve()
+    build(session, package, scratch)
+    if Path("dist").exists():
+        session.error("dist/ exists: expected none, so that nothing old is released")
+    Path("dist").mkdir()
+    for file in (scratch / package / "from-sdist").glob("hatnet_*"):
+        session.log(f"dist/{file.name}")
+        shutil.copy(file, "dist")
+
+
+def build(session: nox.Session, package: str, folder: Path) -> None:
+    """An sdist and the wheel from it, and the wheel from the sources; metadata and contents of all are checked."""
+    folder = folder / package
+    build = ["uv", "build", "--quiet", "--clear", f"packages/hatnet-{package}", "--out-dir"]
+    session.run_install(*build, str(folder / "from-sdist"))
+    session.run_install(*build, str(folder / "from-checkout"), "--wheel")
+    session.run("python", "tools/distributions.py", "files", f"hatnet-{package}", str(folder))
+    twine = ["uv", "tool", "run", "--quiet", "--constraints", "constraints.txt", "twine", "check", "--strict"]
+    session.run_install(*twine, *(str(file) for file in (folder / "from-sdist").glob("hatnet_*")))
 
 
 @nox.session

@@ -1,0 +1,345 @@
+"""Bumps, news fragments and tags, each in a small repository of two packages that really is one of git."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ABOUT = "packages/hatnet-core/src/hatnet_core/__about__.py"
+CHANGELOG = "# Changelog\n\n<!-- releases, the latest first; written by nox -s bump -->\n"
+IDENTITY = {f"GIT_{who}_{what}": "somebody" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+ENVIRONMENT = {**os.environ, **IDENTITY, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+
+
+class Repository:
+    """A checkout of hatnet-core 0.1.0 and of hatnet-train 0.1.0, which requires it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def write(self, path, text):
+        target = self.folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+
+    def read(self, path):
+        return (self.folder / path).read_text()
+
+    def git(self, *arguments):
+        command = ["git", *arguments]
+        return subprocess.run(
+            command, cwd=self.folder, env=ENVIRONMENT, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    def commit(self, message="A change"):
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--allow-empty", "--message", message)
+
+    def release(self, *arguments):
+        """Run tools/release.py: its exit status, and what it prints."""
+        command = [sys.executable, ROOT / "tools/release.py", *arguments]
+        result = subprocess.run(command, cwd=self.folder, env=ENVIRONMENT, capture_output=True, text=True)
+        assert "Traceback" not in result.stderr
+        return result.returncode, result.stdout + result.stderr
+
+    def content(self):
+        """Every file's bytes, and what git says of them."""
+        files = [path for path in self.folder.rglob("*") if path.is_file() and ".git" not in path.parts]
+        return {path: path.read_bytes() for path in files}, self.git("status", "--porcelain")
+
+
+@pytest.fixture(scope="session")
+def first_commit(tmp_path_factory):
+    made = Repository(tmp_path_factory.mktemp("first") / "checkout")
+    made.write("pyproject.toml", (ROOT / "pyproject.toml").read_text())
+    for name, requirements in {"core": [], "train": ["hatnet-core[safetensors]>=0.1,<0.2"]}.items():
+        made.write(f"packages/hatnet-{name}/src/hatnet_{name}/__about__.py", '__version__ = "0.1.0"\n')
+        made.write(f"packages/hatnet-{name}/src/hatnet_{name}/__init__.py", "")
+        made.write(f"packages/hatnet-{name}/pyproject.toml", f"[project]\ndependencies = {requirements}\n")
+        made.write(f"packages/hatnet-{name}/CHANGELOG.md", CHANGELOG)
+        made.write(f"packages/hatnet-{name}/changes/.gitkeep", "")
+        made.write(f"packages/hatnet-{name}/changes/+first.added.md", f"What {name} is for,\non two lines.\n")
+    made.git("init", "--quiet", "--initial-branch=main")
+    made.commit("The first commit")
+    return made
+
+
+@pytest.fixture(scope="session")
+def first_release(first_commit, tmp_path_factory):
+    made = copied(first_commit, tmp_path_factory.mktemp("release"))
+    for name in ("core", "train"):
+        assert made.release("bump", f"hatnet-{name}", "0.1.0")[0] == 0
+        made.commit(f"hatnet-{name} 0.1.0")
+        made.git("tag", f"hatnet-{name}-v0.1.0")
+    made.git("update-ref", "refs/remotes/origin/main", "HEAD")
+    return made
+
+
+@pytest.fixture
+def repository(first_commit, tmp_path):
+    """Both packages with a news fragment, never released."""
+    return copied(first_commit, tmp_path)
+
+
+@pytest.fixture
+def released(first_release, tmp_path):
+    """Both packages at 0.1.0, released and tagged, and origin/main where HEAD is."""
+    return copied(first_release, tmp_path)
+
+
+def copied(repository, folder):
+    return Repository(shutil.copytree(repository.folder, folder / "checkout"))
+
+
+@pytest.mark.parametrize(
+    ("step", "version"),
+    [("major", "1.0.0"), ("minor", "0.2.0"), ("patch", "0.1.1"), ("0.1.0", "0.1.0"), ("0.3.0rc1", "0.3.0rc1")],
+)
+def test_a_bump_writes_version_and_changelog_and_prints_the_tag(repository, step, version):
+    status, said = repository.release("bump", "hatnet-train", step)
+    assert (status, f"git tag -a hatnet-train-v{version} " in said) == (0, True)
+    assert repository.read("packages/hatnet-train/src/hatnet_train/__about__.py") == f'__version__ = "{version}"\n'
+    changelog = repository.read("packages/hatnet-train/CHANGELOG.md")
+    assert f"## {version} (" in changelog
+    assert "### Added\n\n- What train is for,\n  on two lines.\n" in changelog
+    assert not list(repository.folder.glob("packages/hatnet-train/changes/*.md"))
+    assert "hatnet-core" not in repository.git("status", "--porcelain")
+
+
+def test_sections_of_the_changelog_stand_latest_first(released):
+    released.write("packages/hatnet-train/changes/+mended.fixed.md", "What was wrong.\n")
+    released.commit()
+    assert released.release("bump", "hatnet-train", "patch")[0] == 0
+    changelog = released.read("packages/hatnet-train/CHANGELOG.md")
+    assert changelog.index("# Changelog") < changelog.index("## 0.1.1 (") < changelog.index("## 0.1.0 (")
+    assert changelog.index("### Fixed") < changelog.index("### Added")
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        ("huge", "cannot bump hatnet-train to 'huge': expected major, minor, patch, or a version such as 1.2.0"),
+        ("0.0.9", "cannot bump hatnet-train to 0.0.9: it is at 0.1.0, and versions only rise"),
+        ("0.1", "cannot bump hatnet-train to '0.1': expected three numbers, such as 1.2.0 or 1.2.0rc1"),
+        ("v0.2.0", "cannot bump hatnet-train to 'v0.2.0': expected three numbers, such as 1.2.0 or 1.2.0rc1"),
+        ("0.2.0+here", "cannot bump hatnet-train to '0.2.0+here': expected three numbers, such as 1.2.0 or 1.2.0rc1"),
+    ],
+)
+def test_a_wrong_step_is_refused_in_one_line_and_writes_nothing(repository, step, expected):
+    before = repository.content()
+    assert repository.release("bump", "hatnet-train", step) == (1, f"{expected}\n")
+    assert repository.content() == before
+
+
+def refused(repository, *arguments):
+    """What is said when nothing is written."""
+    before = repository.content()
+    status, said = repository.release(*arguments)
+    assert status == 1
+    assert repository.content() == before
+    return said
+
+
+def test_a_released_version_is_not_released_again(released):
+    released.write("packages/hatnet-train/changes/+more.added.md", "More.\n")
+    released.commit()
+    assert "CHANGELOG.md says that it is released" in refused(released, "bump", "hatnet-train", "0.1.0")
+    released.git("tag", "hatnet-train-v0.2.0")
+    assert "tag hatnet-train-v0.2.0 exists" in refused(released, "bump", "hatnet-train", "minor")
+
+
+def test_a_package_without_news_is_not_released(released):
+    assert "hatnet-train/changes holds no fragment" in refused(released, "bump", "hatnet-train", "minor")
+
+
+def test_a_fragment_of_an_unknown_type_is_not_lost_but_refused(repository):
+    repository.write("packages/hatnet-train/changes/+odd.feature.md", "Something.\n")
+    repository.commit()
+    assert "+odd.feature.md is no fragment by its name" in refused(repository, "bump", "hatnet-train", "minor")
+
+
+def test_work_that_is_not_committed_is_not_released(repository):
+    repository.write("packages/hatnet-train/src/hatnet_train/new.py", "")
+    assert "src/hatnet_train/new.py; commit them first" in refused(repository, "bump", "hatnet-train", "minor")
+
+
+def test_a_version_that_others_exclude_is_refused_with_the_edit_that_admits_it(repository):
+    said = refused(repository, "bump", "hatnet-core", "minor")
+    assert said.splitlines()[0] == "hatnet-core 0.2.0 is outside of what others declare; edit these, then bump again:"
+    path, _, edit = said.splitlines()[1].strip().partition(": ")
+    wider = edit.partition(" -> ")[2]
+    assert wider == "hatnet-core[safetensors]>=0.1,<0.3"
+    repository.write(path, repository.read(path).replace("hatnet-core[safetensors]>=0.1,<0.2", wider))
+    repository.commit()
+    assert repository.release("bump", "hatnet-core", "minor")[0] == 0
+
+
+def test_after_1_0_the_range_ends_at_the_next_major(repository):
+    said = refused(repository, "bump", "hatnet-core", "major")
+    assert said.splitlines()[1].endswith(" -> hatnet-core[safetensors]>=0.1,<2")
+
+
+def test_a_bump_that_fails_half_way_leaves_everything_as_it_was(repository):
+    # git add refuses what is ignored: the changelog is written by then
+    about = "packages/hatnet-train/src/hatnet_train/__about__.py"
+    repository.git("rm", "--quiet", "--cached", about)
+    repository.write(".gitignore", "__about__.py\n")
+    repository.commit()
+    assert refused(repository, "bump", "hatnet-train", "minor").startswith("git add -- ")
+
+
+def touch(repository, name="core"):
+    repository.write(f"packages/hatnet-{name}/src/hatnet_{name}/__init__.py", "changed = True\n")
+
+
+def add_fragment(repository, name="core"):
+    repository.write(f"packages/hatnet-{name}/changes/+second.fixed.md", "Mended.\n")
+
+
+def test_on_a_branch_changed_sources_want_a_fragment_of_their_package(released):
+    released.git("switch", "--quiet", "--create", "branch")
+    touch(released)
+    add_fragment(released, "train")
+    released.commit()
+    status, said = released.release("changes")
+    assert (status, said.splitlines()[-1].strip()) == (1, "hatnet-core")
+    add_fragment(released)
+    released.commit()
+    assert released.release("changes")[0] == 0
+
+
+def test_a_fragment_that_was_there_before_does_not_count_for_a_branch(released):
+    add_fragment(released)
+    released.commit()
+    released.git("update-ref", "refs/remotes/origin/main", "HEAD")
+    released.git("switch", "--quiet", "--create", "branch")
+    touch(released)
+    released.commit()
+    assert released.release("changes")[0] == 1
+
+
+def test_tests_and_documents_want_no_fragment(released):
+    released.git("switch", "--quiet", "--create", "branch")
+    released.write("packages/hatnet-core/tests/test_it.py", "")
+    released.write("packages/hatnet-core/README.md", "")
+    released.commit()
+    assert released.release("changes")[0] == 0
+
+
+def test_what_main_took_since_the_branch_began_is_not_charged_to_it(released):
+    released.git("branch", "branch")
+    touch(released)
+    add_fragment(released)
+    released.commit()
+    released.git("update-ref", "refs/remotes/origin/main", "HEAD")
+    released.git("switch", "--quiet", "branch")
+    released.write("packages/hatnet-train/tests/test_it.py", "")
+    released.commit()
+    assert released.release("changes")[0] == 0
+
+
+def test_on_main_the_last_release_is_what_counts(released):
+    touch(released)
+    released.commit()
+    released.git("update-ref", "refs/remotes/origin/main", "HEAD")
+    assert released.release("changes")[0] == 1
+    add_fragment(released)
+    released.commit()
+    released.git("update-ref", "refs/remotes/origin/main", "HEAD")
+    assert released.release("changes")[0] == 0
+
+
+def test_the_commit_of_a_release_wants_no_fragment(released):
+    touch(released)
+    add_fragment(released)
+    released.commit()
+    before = released.git("rev-parse", "HEAD")
+    assert released.release("bump", "hatnet-core", "patch")[0] == 0
+    released.commit()
+    assert released.release("changes", before)[0] == 0
+
+
+def test_a_package_that_was_never_released_has_to_have_a_fragment(repository):
+    assert repository.release("changes")[0] == 0
+    repository.git("rm", "--quiet", "packages/hatnet-core/changes/+first.added.md")
+    repository.commit()
+    status, said = repository.release("changes")
+    assert (status, said.splitlines()[-1].strip()) == (1, "hatnet-core")
+
+
+def clone(repository, folder, *options):
+    repository.git("clone", "--quiet", "--no-tags", *options, f"file://{repository.folder}", str(folder))
+    return Repository(folder)
+
+
+def test_a_clone_without_tags_says_what_it_cannot_judge(released, tmp_path):
+    touch(released)
+    released.commit()
+    copy = clone(released, tmp_path / "copy")
+    status, said = copy.release("changes")
+    assert status == 0
+    assert "not judged: hatnet-core 0.1.0 was released" in said
+    status, said = copy.release("changes", "HEAD~1")  # told what to compare with, it can
+    assert (status, "not judged" in said) == (1, False)
+
+
+def test_a_base_that_a_shallow_clone_lacks_is_an_error(released, tmp_path):
+    touch(released)
+    released.commit()
+    base = released.git("rev-parse", "HEAD~1")
+    copy = clone(released, tmp_path / "copy", "--depth=1")
+    status, said = copy.release("changes", base)
+    assert (status, f"no commit {base} in this clone" in said) == (1, True)
+
+
+def test_a_tag_names_the_package_to_build(released):
+    assert released.release("tagged", "hatnet-core-v0.1.0") == (0, "core\n")
+
+
+@pytest.mark.parametrize(
+    ("tag", "expected"),
+    [
+        ("hatnet-core-v0.2.0", "tag hatnet-core-v0.2.0 says 0.2.0, "),
+        ("hatnet-cord-v0.1.0", "'hatnet-cord-v0.1.0' is no tag of a release"),
+        ("v0.1.0", "'v0.1.0' is no tag of a release"),
+        ("hatnet-core-v", "'hatnet-core-v' is no tag of a release"),
+    ],
+)
+def test_a_tag_that_does_not_agree_with_the_sources_is_refused(released, tag, expected):
+    status, said = released.release("tagged", tag)
+    assert (status, said.startswith(expected), len(said.splitlines())) == (1, True, 1)
+
+
+def test_a_tag_without_a_section_of_the_changelog_is_refused(repository):
+    status, said = repository.release("tagged", "hatnet-core-v0.1.0")
+    assert (status, "has no section of 0.1.0" in said) == (1, True)
+
+
+def test_the_lowest_core_is_that_of_the_lowest_tag_that_is_admitted(released, tmp_path):
+    for _ in range(2):
+        touch(released)
+        add_fragment(released)
+        released.commit()
+        assert released.release("bump", "hatnet-core", "patch")[0] == 0
+        released.commit()
+        released.git("tag", f"hatnet-core-v{released.read(ABOUT).split(chr(34))[1]}")
+    released.write("packages/hatnet-train/pyproject.toml", '[project]\ndependencies = ["hatnet-core>=0.1.1,<0.2"]\n')
+    status, said = released.release("lowest", "hatnet-train", str(tmp_path / "out"))
+    assert (status, said.splitlines()[0].endswith("the lowest release is hatnet-core-v0.1.1")) == (0, True)
+    assert (Path(said.splitlines()[-1]) / "src/hatnet_core/__about__.py").read_text() == '__version__ = "0.1.1"\n'
+
+
+def test_while_nothing_is_released_the_lowest_core_is_that_of_the_workspace(repository, tmp_path):
+    status, said = repository.release("lowest", "hatnet-train", str(tmp_path / "out"))
+    assert (status, said.splitlines()[-1]) == (0, "packages/hatnet-core")
+    assert "hatnet-core has no release yet" in said
+
+
+def test_a_released_core_whose_tags_are_missing_is_an_error(released, tmp_path):
+    copy = clone(released, tmp_path / "copy")
+    status, said = copy.release("lowest", "hatnet-train", str(tmp_path / "out"))
+    assert (status, "git fetch --tags" in said) == (1, True)
