@@ -235,11 +235,12 @@ def wheels(session: nox.Session, package: str) -> None:
     """Build a package's sdist and wheels, compare what they hold with the sources, and use the wheel elsewhere."""
     dist = Path(session.create_tmp()).resolve()
     build(session, package, dist)
-    wanted = [package] if package == "core" else ["core", package]
-    for other in wanted[:-1]:
-        build(session, other, dist)
-    files = [next((dist / other / "from-sdist").glob("*.whl")) for other in wanted]
-    requirements = [f"hatnet-{other} @ {file.as_uri()}" for other, file in zip(wanted, files, strict=True)]
+    files = [*(dist / package / "from-sdist").glob("*.whl")]
+    if package != "core":
+        beside = ["--out-dir", str(dist / "beside"), "packages/hatnet-core"]
+        session.run_install("uv", "build", "--quiet", "--clear", "--wheel", *beside)
+        files += (dist / "beside").glob("*.whl")
+    requirements = [f"{file.name.partition('-')[0]} @ {file.as_uri()}" for file in files]
     session.install("-c", "constraints.txt", *requirements)
     here, elsewhere = Path.cwd(), dist / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
@@ -255,12 +256,12 @@ def release(session: nox.Session) -> None:
     """Build what a tag names, "release" -- hatnet-core-v1.2.0, into dist/; fails where tag and sources disagree."""
     if len(session.posargs) != 1:
         session.error("nox -s release -- TAG: expected a tag such as hatnet-core-v1.2.0")
+    if Path("dist").exists():
+        session.error("dist/ exists: expected none, so that nothing old is released")
     session.install("-c", "constraints.txt", "--group=tools")
     package = session.run("python", "tools/release.py", "tagged", *session.posargs, silent=True).strip()
     scratch = Path(session.create_tmp()).resolve()
     build(session, package, scratch)
-    if Path("dist").exists():
-        session.error("dist/ exists: expected none, so that nothing old is released")
     Path("dist").mkdir()
     for file in (scratch / package / "from-sdist").glob("hatnet_*"):
         session.log(f"dist/{file.name}")

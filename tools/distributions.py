@@ -126,9 +126,7 @@ def _train(readme: str) -> None:
 
 
 def _dense(readme: str) -> None:
-    """Without MMCV, whose operators compile for minutes: the command is there and says what is missing."""
-    if "mask-rcnn_hatnet-s_fpn_1x_coco" not in ran("hatnet-dense", "configs"):
-        fail("hatnet-dense configs: expected mask-rcnn_hatnet-s_fpn_1x_coco among them")
+    """Without MMCV, whose operators compile for minutes: the command says what is missing."""
     said = ran("hatnet-dense", "doctor", status=1)
     if not all(name in said for name in ("mmcv", "mmdet", "mmseg", "not ready")) or "Traceback" in said:
         fail(f"hatnet-dense doctor without MMCV: expected what is missing, got {said}")

@@ -105,7 +105,7 @@ def bump(package: Package, step: str) -> None:
         package.about.write_text(f'__version__ = "{target}"\n')
         git("add", "--", str(package.about))
     say(f"{package.name} {before} -> {target}: {package.about}, {package.changelog}")
-    say(f"commit them on main, then: git tag -a {tag} -m '{package.name} {target}' && git push origin {tag}")
+    say(f"commit, then: git tag -a {tag} -m '{package.name} {target}' && git push origin {tag}")
 
 
 def _target(package: Package, step: str) -> Version:
