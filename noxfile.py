@@ -46,6 +46,9 @@ SCHEMAS = {
 }
 """The schema that files are checked against which nothing here reads: the host of the repository does."""
 
+EVERY = "slow or not slow"
+"""What pytest selects instead of its default, the tests that are not slow."""
+
 OTHER_INTERPRETERS = ["3.10", "3.12", "3.13"]
 """What hatnet-core declares beyond 3.11, which all other sessions run on."""
 
@@ -78,9 +81,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """Strict type checking of every package."""
+    """Strict type checking of every package and of the scripts under tools/."""
     install(session, *PACKAGES, groups=("typing",))
-    session.run("mypy", *(f"packages/hatnet-{package}/src" for package in PACKAGES))
+    sources = [f"packages/hatnet-{package}/src" for package in PACKAGES]
+    session.run("mypy", *sources, *map(str, Path("tools").glob("*.py")))
 
 
 @nox.session
@@ -116,13 +120,13 @@ def threads(package: str) -> dict[str, str]:
 @nox.session
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def coverage(session: nox.Session, package: str) -> None:
-    """Lines that the tests of one package run, in all the processes that they start; fails where these are too few."""
+    """Lines that all tests of a package run, slow ones too, in all processes they start; fails where too few."""
     install(session, package, groups=(*GROUPS.get(package, ("test",)), "coverage"))
     file = Path(session.create_tmp()).resolve() / "coverage"
     environment = {"COVERAGE_FILE": str(file)}
     modules = sorted(path.stem for path in Path(f"packages/hatnet-{package}/src").iterdir() if path.stem[0] != "_")
     session.run("coverage", "erase", env=environment)
-    measured = ["coverage", "run", f"--source={','.join(modules)}", "-m", "pytest", *tested(package)]
+    measured = ["coverage", "run", f"--source={','.join(modules)}", "-m", "pytest", "-m", EVERY, *tested(package)]
     session.run(*measured, *session.posargs, env=environment | threads(package))
     session.run("coverage", "combine", "--quiet", env=environment)
     session.run("coverage", "report", f"--fail-under={COVERED[package]}", env=environment)
@@ -169,7 +173,7 @@ def slow(session: nox.Session, package: str) -> None:
 def faults(session: nox.Session, form: str) -> None:
     """Training runs that are killed, whose disk is full, whose files are damaged; "faults(long)" tries all of it."""
     install(session, "train", groups=("test",))
-    which = {"short": "not slow", "long": "slow or not slow"}[form]
+    which = {"short": "not slow", "long": EVERY}[form]
     session.run("pytest", "-m", which, FAULTS, *session.posargs)
 
 

@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable
 from email import message_from_bytes
 from pathlib import Path
+from typing import NoReturn
 
 Files = dict[str, bytes]
 """Content by name, in a wheel or sdist."""
@@ -171,7 +172,7 @@ def say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
-def fail(text: str) -> None:
+def fail(text: str) -> NoReturn:
     raise SystemExit(text)
 
 

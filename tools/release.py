@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
@@ -271,7 +272,7 @@ def say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
-def fail(*lines: str) -> None:
+def fail(*lines: str) -> NoReturn:
     raise SystemExit("\n".join(lines))
 
 
