@@ -1,17 +1,12 @@
-import json
 import math
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch.export import Dim
 
 from conftest import SMALL
-from hatnet_core import HATNet, create_model, read_metadata, save_checkpoint
-from hatnet_core.export import check_shapes, export_onnx, export_program, largest_difference, main, smallest_side
+from hatnet_core import HATNet
+from hatnet_core.export import check_shapes, export_onnx, export_program, largest_difference, smallest_side
 
 UNSEEN = [(1, 224, 224), (2, 256, 320), (3, 197, 331), (1, 33, 61), (5, 100, 47), (1, 32, 33)]
 """Sizes that no export below is traced with; 197×331, 33×61 and 100×47 are multiples of nothing in the model."""
@@ -115,81 +110,6 @@ def test_checks_are_at_sizes_other_than_the_traced_one():
     assert traced == (1, 224, 224)
     assert larger == (2, 256, 320)
     assert all(size % 7 and size % 8 for size in odd[1:])
-
-
-@pytest.mark.parametrize("name", ["m.pt2", "m.onnx", "m.safetensors"])
-def test_the_command_exports_a_checkpoint_and_says_how_far_it_is_from_the_model(name, small_model, tmp_path, capsys):
-    save_checkpoint(small_model, tmp_path / "weights.safetensors")
-    main([str(tmp_path / name), "--checkpoint", str(tmp_path / "weights.safetensors"), "--size", "64", "96"])
-    said = capsys.readouterr().out
-    assert f"wrote {tmp_path / name}" in said
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({name, "weights.safetensors"})
-    if name.endswith(".safetensors"):
-        assert read_metadata(tmp_path / name)["config"] == read_metadata(tmp_path / "weights.safetensors")["config"]
-    else:
-        assert "largest difference to the model" in said
-        assert "2×3×96×192" in said
-        assert largest_difference(small_model, tmp_path / name, [(2, 75, 81)]) < 1e-4
-
-
-def test_the_command_takes_a_foreign_checkpoint_with_the_name_of_its_model(tmp_path):
-    model = create_model("hatnet_tiny", num_classes=3, in_chans=4)
-    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "t.pth")
-    main([str(tmp_path / "t.safetensors"), "--checkpoint", str(tmp_path / "t.pth"), "--model", "hatnet_tiny"])
-    config = read_metadata(tmp_path / "t.safetensors")["config"]
-    assert (config["num_classes"], config["in_chans"]) == (3, 4)
-
-
-@pytest.mark.parametrize("config", [{"qk_norm": True}, {"depths": None}, {"depthwise": "false"}])
-def test_a_checkpoint_whose_configuration_builds_no_model_is_refused_by_name(config, small_model, tmp_path, capsys):
-    record = json.dumps({"config": {**small_model.config, **config}})
-    save_file(small_model.state_dict(), tmp_path / "m.safetensors", {"hatnet": record})
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "m.pt2"), "--checkpoint", str(tmp_path / "m.safetensors")])
-    assert "m.safetensors holds a configuration that builds no HAT-Net" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["m.xyz", "--model", "hatnet_tiny"], r"must end in one of \.pt2, \.onnx, \.safetensors, got .*m\.xyz"),
-        (["m.onnx"], "what is to be exported is missing: expected --checkpoint, --model or both"),
-        (["m.pt2", "--pretrained"], "what is to be exported is missing"),
-        (["m.pt2", "--model", "hatnet_tiny", "--size", "32", "32"], "size must have a side above 32 pixels"),
-        (["m.onnx", "--model", "hatnet_huge"], "invalid choice: 'hatnet_huge'"),
-        (["m.onnx", "--checkpoint", "x.pth", "--pretrained"], "two sources of weights"),
-        (["nowhere/m.onnx", "--model", "hatnet_tiny"], "nowhere/m.onnx is a folder, or in one that does not exist"),
-        (["m.onnx", "--model", "hatnet_tiny", "--size", "31", "64"], "--size must be at least 32 32, got 31 64"),
-        (["m.onnx", "--checkpoint", "no.pth"], "does not say what model it is: name it with --model"),
-        (["m.onnx", "--checkpoint", "no.safetensors"], "no checkpoint at no.safetensors"),
-        (["m.onnx", "--model", "hatnet_small_gelu", "--pretrained"], "no weights were released"),
-    ],
-)
-def test_wrong_arguments_end_with_one_line_and_no_file(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code in (1, 2)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("hatnet-export: error: ")
-    assert re.search(message, error), error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_that_differs_from_the_model_is_not_written(small_model, tmp_path, monkeypatch, capsys):
-    save_checkpoint(small_model, tmp_path / "weights.safetensors")
-    monkeypatch.setattr("hatnet_core.export.TOLERANCE", -1.0)
-    with pytest.raises(SystemExit) as stop:
-        main([str(tmp_path / "m.pt2"), "--checkpoint", str(tmp_path / "weights.safetensors"), "--static"])
-    assert stop.value.code == 1
-    assert "m.pt2 not written: its outputs differ by" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]
-
-
-def test_python_m_runs_the_command():
-    result = subprocess.run([sys.executable, "-m", "hatnet_core.export", "--help"], capture_output=True, text=True)
-    assert result.returncode == 0
-    assert result.stdout.startswith("usage: hatnet-export")
 
 
 @pytest.mark.parametrize("attention", ["hierarchical", "window"])

@@ -180,6 +180,35 @@ def load_checkpoint(model: HATNet, path: str | Path, drop_head: bool = False) ->
     return dropped
 
 
+def load_model(path: str | Path, variant: str | None = None) -> HATNet:
+    """The model that a checkpoint holds, with its weights.
+
+    Args:
+        path: as in :func:`load_checkpoint`.
+        variant: name of the model, for files that do not say it; the classes and input channels are the file's.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it does not say which model it holds, says so of another than its weights are of, however
+            large, or as :func:`load_checkpoint` does.
+        ImportError: if the file is safetensors and safetensors is not installed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}: expected an existing file or folder")
+    state, _ = read_state(path)
+    if variant is not None:
+        config = {**model_arguments(variant), "num_classes": head_size(state), "in_chans": stem_channels(state)}
+    elif has_metadata(path):
+        config = read_metadata(path)["config"]
+        _check_extent(config, state, path)
+    else:
+        raise ValueError(f"{path} does not say which model it holds: name it with --variant")
+    model = build_model(config, path)
+    load_checkpoint(model, path)
+    return model
+
+
 def build_model(config: Mapping[str, Any], origin: str | Path) -> HATNet:
     """The model of a stored configuration, with fresh weights.
 
@@ -192,8 +221,19 @@ def build_model(config: Mapping[str, Any], origin: str | Path) -> HATNet:
     """
     try:
         return HATNet(**config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{origin} holds a configuration that builds no HAT-Net: {error}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the latter two of torch, about the size
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{origin} holds a configuration that builds no HAT-Net: {reason}") from error
+
+
+def _check_extent(config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> None:
+    """ValueError, before anything of its size is made, if a configuration is of another model than the weights."""
+    depths = config.get("depths")
+    if isinstance(depths, list) and all(type(depth) is int for depth in depths) and sum(depths) > len(state):
+        raise ValueError(f"{path} says that it holds {sum(depths)} blocks, but has no more than {len(state)} tensors")
+    with torch.device("meta"):
+        described = build_model(config, path)
+    _check_same_parameters(described.state_dict(), state, path)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

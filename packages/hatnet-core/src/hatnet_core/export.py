@@ -1,42 +1,24 @@
 """One file for every batch size, height and width: ``torch.export`` programs and ONNX graphs, checked when made.
 
-The command ``hatnet-export`` (or ``python -m hatnet_core.export``) writes the file, runs it beside the model at
-the traced and at other sizes, and keeps it only if the outputs agree. ONNX needs the extra ``hatnet-core[onnx]``.
+The command ``hatnet-export`` (``cli.py``) writes the file, runs it beside the model at the traced and at other sizes,
+and keeps it only if the outputs agree. ONNX needs the extra ``hatnet-core[onnx]``.
 TorchScript is not offered: torch deprecates it in favour of ``torch.export``.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from hatnet_core.checkpoint import (
-    build_model,
-    has_metadata,
-    head_size,
-    load_checkpoint,
-    read_metadata,
-    read_state,
-    save_checkpoint,
-    stem_channels,
-)
-from hatnet_core.factory import create_model
-from hatnet_core.model import MIN_SIZE, HATNet
-from hatnet_core.variants import list_models
-
-SUFFIXES = (".pt2", ".onnx", ".safetensors")
-"""A ``torch.export`` program, an ONNX graph, or weights with their configuration."""
+from hatnet_core.model import HATNet
+from hatnet_core.variants import MIN_SIZE
 
 TOLERANCE = 1e-4
 """Largest difference of the outputs, relative to the largest output, at which a file still counts as the model."""
@@ -147,112 +129,6 @@ def check_shapes(size: tuple[int, int]) -> list[tuple[int, int, int]]:
     return [(1, height, width), (2, height + 32, width + 96), (3, height + 45, width + 107)]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command ``hatnet-export``."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.out.suffix not in SUFFIXES:
-        parser.error(f"the file must end in one of {', '.join(SUFFIXES)}, got {args.out}")
-    if not args.out.parent.is_dir() or args.out.is_dir():
-        parser.error(f"{args.out} is a folder, or in one that does not exist: expected the name of a file")
-    if args.checkpoint is None and args.model is None:
-        parser.error("what is to be exported is missing: expected --checkpoint, --model or both")
-    if args.checkpoint is not None and args.pretrained:
-        parser.error("--checkpoint and --pretrained are two sources of weights: expected one")
-    if min(args.size) < MIN_SIZE:
-        parser.error(f"--size must be at least {MIN_SIZE} {MIN_SIZE}, got {args.size[0]} {args.size[1]}")
-    try:
-        model = _model(args)
-        _export(args, model, _metadata(args))
-    except (ValueError, OSError, ImportError) as error:
-        parser.exit(1, f"hatnet-export: error: {error}\n")
-
-
-def _export(args: argparse.Namespace, model: HATNet, metadata: dict[str, Any]) -> None:
-    size = (args.size[0], args.size[1])
-    shapes = [(1, *size)] if args.static else check_shapes(size)
-    start = time.perf_counter()
-    print(f"exporting to {args.out} ...", flush=True)
-    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as staging:
-        staged = Path(staging) / args.out.name
-        if args.out.suffix == ".safetensors":
-            save_checkpoint(model, staged, metadata)
-        elif args.out.suffix == ".onnx":
-            export_onnx(model, staged, size, args.static)
-        else:
-            torch.export.save(export_program(model, size, args.static), staged)
-        print(f"exported in {time.perf_counter() - start:.0f} s, {staged.stat().st_size / 1e6:.1f} MB", flush=True)
-        if args.out.suffix != ".safetensors":
-            difference = largest_difference(model, staged, shapes)
-            print(f"largest difference to the model {difference:.1e} of the largest output, at inputs", end=" ")
-            print(", ".join("×".join(map(str, (b, model.in_chans, h, w))) for b, h, w in shapes))
-            if not difference <= TOLERANCE:
-                raise ValueError(
-                    f"{args.out} not written: its outputs differ by {difference:.1e}, at most {TOLERANCE}"
-                )
-        staged.replace(args.out)
-    print(f"wrote {args.out}")
-
-
-def _model(args: argparse.Namespace) -> HATNet:
-    if args.checkpoint is None:
-        if not args.pretrained:
-            print("neither --checkpoint nor --pretrained: exporting random weights")
-        return create_model(args.model, pretrained=args.pretrained)
-    if args.model is not None:
-        state, _ = read_state(args.checkpoint)
-        model = create_model(args.model, num_classes=head_size(state), in_chans=stem_channels(state))
-    elif has_metadata(args.checkpoint):
-        model = build_model(read_metadata(args.checkpoint)["config"], args.checkpoint)
-    else:
-        raise ValueError(f"{args.checkpoint} does not say what model it is: name it with --model")
-    load_checkpoint(model, args.checkpoint)
-    return model
-
-
-def _metadata(args: argparse.Namespace) -> dict[str, Any]:
-    """What the checkpoint says beside its model, such as the class names."""
-    if args.checkpoint is None or args.model is not None or not has_metadata(args.checkpoint):
-        return {}
-    record = read_metadata(args.checkpoint)
-    return {name: value for name, value in record.items() if name not in ("version", "variant", "config")}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hatnet-export",
-        description="Write a HAT-Net as an ONNX graph (.onnx), a torch.export program (.pt2) or weights with their "
-        "configuration (.safetensors). Graphs and programs take any batch size, height and width. They are checked "
-        "against the model, at other sizes than the traced one, too, before the file appears.",
-        epilog="example: hatnet-export model.onnx --checkpoint runs/digits/model.safetensors",
-    )
-    parser.add_argument("out", type=Path, help=f"the file to write; its ending says what: {', '.join(SUFFIXES)}")
-    source = parser.add_argument_group("what to export")
-    source.add_argument(
-        "--checkpoint",
-        type=Path,
-        help="weights: a run folder of hatnet-train or a checkpoint in it, a file of save_checkpoint, the folder of a "
-        "DeepSpeed checkpoint, or another file together with --model",
-    )
-    source.add_argument(
-        "--model",
-        choices=list_models(ablations=True),
-        metavar="NAME",
-        help=f"{', '.join(list_models())} or one of the paper's ablations (default: what the checkpoint says)",
-    )
-    source.add_argument("--pretrained", action="store_true", help="the weights released with the paper, downloaded")
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        default=(224, 224),
-        metavar=("HEIGHT", "WIDTH"),
-        help="image size to trace with, in pixels (default: 224 224)",
-    )
-    parser.add_argument("--static", action="store_true", help="take one image of exactly this size, instead of any")
-    return parser
-
-
 def _dynamic_dims() -> dict[int, Dim]:
     return {0: Dim("batch", min=1), 2: Dim("height", min=MIN_SIZE), 3: Dim("width", min=MIN_SIZE)}
 
@@ -281,7 +157,3 @@ def _evaluation(model: HATNet) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -22,12 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from hatnet_core import kernels
 from hatnet_core.attention import Attention, HierarchicalAttention, WindowAttention, as_index, positive_int
 from hatnet_core.layers import ACTIVATIONS, Downsample, DropPath, Mlp, Stem
+from hatnet_core.variants import MIN_SIZE
 
 ATTENTIONS = ("hierarchical", "window")
 """What stages 2-4 may attend with: H-MHSA, or the shifted windows of Swin that Table 5 compares it with."""
-
-MIN_SIZE = 32
-"""Smallest height and width of an input image in pixels: one position is left after a reduction by 32."""
 
 
 class Block(nn.Module):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+MIN_SIZE = 32
+"""Smallest height and width of an input image in pixels: one position is left after a reduction by 32."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "hatnet_tiny": {"embed_dims": (48, 96, 240, 384), "depths": (2, 2, 6, 3), "head_dim": 48},
     "hatnet_small": {"embed_dims": (64, 128, 320, 512), "depths": (2, 3, 8, 3)},

@@ -1,0 +1,178 @@
+"""The command hatnet-export."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hatnet_core import create_model, read_metadata, save_checkpoint
+from hatnet_core.cli import main
+from hatnet_core.export import largest_difference
+
+BIN = Path(sys.executable).parent
+
+
+def status(arguments):
+    """Exit status of the command, called in this process."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize("name", ["m.pt2", "m.onnx", "m.safetensors"])
+def test_the_command_exports_a_checkpoint_and_says_how_far_it_is_from_the_model(name, small_model, tmp_path, capsys):
+    save_checkpoint(small_model, tmp_path / "weights.safetensors")
+    weights = tmp_path / "weights.safetensors"
+    assert status(["--checkpoint", weights, "--size", "64", "96", "--out", tmp_path / name]) == 0
+    said = capsys.readouterr().out
+    assert f"wrote {tmp_path / name}" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({name, "weights.safetensors"})
+    if name.endswith(".safetensors"):
+        assert read_metadata(tmp_path / name)["config"] == read_metadata(weights)["config"]
+    else:
+        assert "largest difference to the model" in said
+        assert "2×3×96×192" in said
+        assert largest_difference(small_model, tmp_path / name, [(2, 75, 81)]) < 1e-4
+
+
+def test_the_command_takes_a_foreign_checkpoint_with_the_name_of_its_model(tmp_path):
+    model = create_model("hatnet_tiny", num_classes=3, in_chans=4)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "t.pth")
+    out = tmp_path / "t.safetensors"
+    assert status(["--checkpoint", tmp_path / "t.pth", "--variant", "hatnet_tiny", "--out", out]) == 0
+    config = read_metadata(out)["config"]
+    assert (config["num_classes"], config["in_chans"]) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"qk_norm": True}, {"depths": None}, {"depthwise": "false"}, {"embed_dims": [10**15] * 4}],
+)
+def test_a_checkpoint_whose_configuration_builds_no_model_is_refused_by_name(config, small_model, tmp_path, capsys):
+    record = json.dumps({"config": {**small_model.config, **config}})
+    save_file(small_model.state_dict(), tmp_path / "m.safetensors", {"hatnet": record})
+    assert status(["--checkpoint", tmp_path / "m.safetensors", "--out", tmp_path / "m.pt2"]) == 1
+    assert "m.safetensors holds a configuration that builds no HAT-Net" in capsys.readouterr().err
+
+
+WRONG = [
+    ("--variant hatnet_tiny --out m.xyz", 2, "'m.xyz' does not end in .onnx or .pt2 or .safetensors"),
+    ("--variant hatnet_tiny", 2, "required: --out"),
+    ("--out m.onnx", 2, "what is to be exported is missing: expected --checkpoint, --variant or both"),
+    ("--pretrained --out m.pt2", 2, "what is to be exported is missing"),
+    ("--variant hatnet_huge --out m.onnx", 2, "invalid choice: 'hatnet_huge'"),
+    ("--variant hatnet_smal --out m.onnx", 2, "'hatnet_smal', did you mean hatnet_small?"),
+    ("--varaint hatnet_tiny --out m.onnx", 2, "unknown argument '--varaint', did you mean --variant?"),
+    ("--checkpoint w.safetensors --pretrained --out m.onnx", 2, "two sources of weights: expected one"),
+    ("--variant hatnet_tiny --size 31 64 --out m.onnx", 2, "'31' is not a whole number of pixels from 32 to 4096"),
+    ("--variant hatnet_tiny --size many --out m.onnx", 2, "'many' is not a whole number of pixels"),
+    (
+        "--variant hatnet_tiny --size 32 --out m.pt2",
+        1,
+        "size must have a side above 32 pixels for these G2, got 32×32",
+    ),
+    (
+        "--variant hatnet_tiny --out nowhere/m.onnx",
+        1,
+        "a file in a folder that exists and can be written, got 'nowhere",
+    ),
+    ("--variant hatnet_tiny --out folder.onnx", 1, "--out must be a file in a folder that exists and can be written"),
+    ("--checkpoint no.pth --out m.onnx", 1, "no checkpoint at no.pth: expected an existing file or folder"),
+    ("--checkpoint no.safetensors --out m.onnx", 1, "no checkpoint at no.safetensors: expected"),
+    ("--checkpoint empty --out m.onnx", 1, "empty"),
+    ("--checkpoint w.pth --out m.onnx", 1, "w.pth does not say which model it holds: name it with --variant"),
+    ("--checkpoint text.pth --variant hatnet_tiny --out m.onnx", 1, "text.pth is not a checkpoint of plain tensors"),
+    ("--checkpoint cut.safetensors --out m.onnx", 1, "cut.safetensors is not a readable safetensors file"),
+    ("--checkpoint w.pth --variant hatnet_small --out m.onnx", 1, "w.pth holds hatnet_tiny with 3 classes; expected"),
+    ("--checkpoint deep.safetensors --out m.onnx", 1, "says that it holds 4000000003 blocks, but has no more than"),
+    ("--checkpoint wide.safetensors --out m.onnx", 1, "expected hatnet_tiny with 900000000000 classes"),
+    ("--variant hatnet_small_gelu --pretrained --out m.onnx", 1, "no weights were released for 'hatnet_small_gelu'"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Checkpoints that are damaged, or say of themselves what is not so."""
+    folder = tmp_path_factory.mktemp("files")
+    model = create_model("hatnet_tiny", num_classes=3)
+    torch.save(model.state_dict(), folder / "w.pth")
+    save_checkpoint(model, folder / "w.safetensors")
+    (folder / "cut.safetensors").write_bytes((folder / "w.safetensors").read_bytes()[:100_000])
+    (folder / "text.pth").write_text("<html>")
+    for name, change in (("deep", {"depths": [4_000_000_000, 1, 1, 1]}), ("wide", {"num_classes": 900_000_000_000})):
+        record = json.dumps({"config": {**model.config, **change}})
+        save_file(model.state_dict(), folder / f"{name}.safetensors", {"hatnet": record})
+    (folder / "empty").mkdir()
+    (folder / "folder.onnx").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(("line", "expected", "message"), WRONG)
+def test_wrong_input_is_one_line_a_status_and_no_file(line, expected, message, files, monkeypatch, capsys):
+    monkeypatch.chdir(files)
+    before = sorted(path.name for path in files.iterdir())
+    assert status(line.split()) == expected
+    said = capsys.readouterr()
+    *progress, error = said.err.splitlines()
+    assert error.startswith("hatnet-export: error: ")
+    assert message in error
+    assert all(words.endswith(" ...") for words in progress)
+    assert said.out == ""
+    assert sorted(path.name for path in files.iterdir()) == before
+
+
+def test_a_file_that_differs_from_the_model_is_not_written(small_model, tmp_path, monkeypatch, capsys):
+    save_checkpoint(small_model, tmp_path / "weights.safetensors")
+    monkeypatch.setattr("hatnet_core.export.TOLERANCE", -1.0)
+    out = tmp_path / "m.pt2"
+    assert status(["--checkpoint", tmp_path / "weights.safetensors", "--static", "--out", out]) == 1
+    assert "m.pt2 not written: its outputs differ by" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_the_installed_command_ends_as_it_does_in_process(tmp_path):
+    command = [BIN / "hatnet-export", "--checkpoint", "no.pth", "--out", "m.onnx"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    line = "hatnet-export: error: no checkpoint at no.pth: expected an existing file or folder\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
+
+
+def test_help_and_wrong_command_lines_wait_for_no_torch():
+    code = "import sys\nfrom hatnet_core.cli import main\n"
+    code += "try: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    for arguments in (["--help"], ["--variant", "hatnet_huge"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("hatnet-export --che", "--checkpoint "),
+        ("hatnet-export --variant hatnet_sm", "hatnet_small hatnet_small_window234"),
+        ("hatnet-export --variant hatnet_l", "hatnet_large "),
+        ("hatnet-export --checkpoint ru", "runs/"),
+    ],
+)
+def test_bash_completes_the_command(typed, offered, tmp_path):
+    pytest.importorskip("argcomplete")
+    (tmp_path / "runs").mkdir()
+    script = f"""
+        PATH={BIN}:$PATH
+        eval "$(register-python-argcomplete hatnet-export)"
+        COMP_LINE="$1" COMP_POINT=${{#1}} COMP_WORDBREAKS=$' \\t\\n"\\'><=;|&(:'
+        COMP_WORDS=($1) COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)) COMP_TYPE=9
+        _python_argcomplete hatnet-export "${{COMP_WORDS[-1]}}" "${{COMP_WORDS[-2]}}" 2>&1
+        echo "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", typed], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert offered.strip() in done.stdout
