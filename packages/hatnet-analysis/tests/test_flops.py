@@ -267,6 +267,13 @@ def test_products_in_models_of_timm_are_those_that_torch_dispatches(name):
     assert sum(counted[name] for name in ("conv", "linear", *ACTIVATION_PRODUCTS)) == counter.get_total_flops() / 2
 
 
+def test_pixels_that_fill_no_patch_cost_nothing_in_a_model_of_timm():
+    name = "timm/vit_tiny_patch16_224"  # its patches leave out what remains at the right and bottom
+    counts = [count_flops(load_model(name, (side, side)), side, side).total for side in (96, 100, 112)]
+    assert counts[0] == counts[1]
+    assert counts[1].complete < counts[2].complete
+
+
 def test_a_recurrent_model_is_refused_for_its_lstm():
     model = nn.Sequential(nn.Flatten(2), nn.LSTM(64 * 64, 4, batch_first=True))
     with pytest.raises(ValueError, match="cannot count aten::lstm: expected operators that fvcore counts"):

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,7 +147,7 @@ def test_speed_stands_in_the_page_as_a_plot_and_a_table(tmp_path, monkeypatch):
     [
         ({"sections": ["prices"]}, "unknown section 'prices'; expected one of tables, complexity"),
         ({"tables": ["5"]}, "unknown table '5'; expected one of 1, 2"),
-        ({"device": "cuda:99"}, "device cuda:99 is not there"),
+        ({"device": "cuda:99"}, "device must be auto, cpu, or a GPU that is there"),
         ({"sections": ["attention"], "variant": "hatnet_huge"}, "unknown model 'hatnet_huge'"),
     ],
 )
@@ -154,6 +155,25 @@ def test_what_is_refused_leaves_no_folder(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         write_report(tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "absent", "message"),
+    [
+        (["tables"], "timm", r"table 2 needs timm: pip install 'hatnet-analysis\[timm\]'"),
+        (["tables"], "hatnet_dense", r"table 2 needs hatnet_dense: pip install 'hatnet-analysis\[dense\]'"),
+        (["compare"], "timm", r"timm/resnet50 needs timm: pip install 'hatnet-analysis\[timm\]'"),
+    ],
+)
+def test_a_library_that_is_not_installed_is_named_before_any_measurement(
+    sections, absent, message, tmp_path, measured, monkeypatch
+):
+    monkeypatch.setattr("hatnet_analysis.paper.find_spec", lambda name: None if name == absent else object())
+    monkeypatch.setitem(sys.modules, absent, None)
+    with pytest.raises(ImportError, match=message):
+        write_report(tmp_path / "page", sections)
+    assert measured == []
+    assert not (tmp_path / "page").exists()
 
 
 @pytest.mark.parametrize("name", ["file", "file/below", "new/" + "long" * 100])

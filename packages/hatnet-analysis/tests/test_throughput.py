@@ -173,9 +173,9 @@ def test_a_papers_top_1_is_stated_at_the_size_of_image_it_belongs_to_alone():
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("tpu9", "unknown device 'tpu9'; expected cpu, cuda or cuda:N"),
-        ("meta", "unknown device 'meta'; expected cpu, cuda or cuda:N"),
-        ("cuda:99", r"device cuda:99 is not there; found \d+ CUDA devices"),
+        ("tpu9", "device must be auto, cpu, or a GPU that is there such as cuda:0, got 'tpu9'"),
+        ("meta", "device must be auto, cpu, or a GPU that is there such as cuda:0, got 'meta'"),
+        ("cuda:99", "device must be auto, cpu, or a GPU that is there such as cuda:0, got 'cuda:99'"),
     ],
 )
 def test_a_device_that_is_not_there_is_refused(device, message):

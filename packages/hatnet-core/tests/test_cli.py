@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from hatnet_core import create_model, read_metadata, save_checkpoint
-from hatnet_core.cli import main
+from hatnet_core.cli import main, parser
+from hatnet_core.commands import SHARED
 from hatnet_core.export import largest_difference
 
 BIN = Path(sys.executable).parent
@@ -162,7 +163,6 @@ def test_help_and_wrong_command_lines_wait_for_no_torch():
     ],
 )
 def test_bash_completes_the_command(typed, offered, tmp_path):
-    pytest.importorskip("argcomplete")
     (tmp_path / "runs").mkdir()
     script = f"""
         PATH={BIN}:$PATH
@@ -176,3 +176,11 @@ def test_bash_completes_the_command(typed, offered, tmp_path):
         ["bash", "-c", script, "bash", typed], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert offered.strip() in done.stdout
+
+
+def test_options_that_all_commands_share_have_their_one_form():
+    parsers = [parser()]
+    for one in parsers:
+        for action in one._actions:
+            for option in SHARED.keys() & set(action.option_strings):
+                assert action.help.startswith(SHARED[option]), f"{one.prog} {option}: {action.help}"

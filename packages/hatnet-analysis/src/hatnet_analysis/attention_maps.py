@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from hatnet_core import HATNet, create_model, load_checkpoint
+from hatnet_core import HATNet, create_model
 from hatnet_core.attention import Attention, HierarchicalAttention, average_pool, grid_attention
-from hatnet_core.checkpoint import build_model, has_metadata, head_size, read_metadata, read_state, stem_channels
+from hatnet_core.checkpoint import has_metadata, load_model, read_metadata
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, for checkpoints that do not name their own."""
@@ -395,19 +395,8 @@ def read_model(checkpoint: Path | None, variant: str | None) -> tuple[HATNet, tu
             torch.default_generator.manual_seed(0)
             model = create_model(variant)
         return _drawable(model, variant), (MEAN, STD)
-    if not checkpoint.exists():
-        raise FileNotFoundError(f"no checkpoint at {checkpoint}: expected an existing file or folder")
+    model = _drawable(load_model(checkpoint, variant), str(checkpoint))
     record = _record(checkpoint, variant)
-    if variant is not None:
-        state, _ = read_state(checkpoint)
-        model = create_model(variant, num_classes=head_size(state), in_chans=stem_channels(state))
-    elif "config" in record:
-        model = build_model(record["config"], checkpoint)
-    else:
-        read_state(checkpoint)  # says so if it is no checkpoint at all
-        raise ValueError(f"{checkpoint} does not say which model it holds: name it with --variant")
-    _drawable(model, str(checkpoint))
-    load_checkpoint(model, checkpoint)
     return model, (_channels(record, "mean", MEAN, checkpoint), _channels(record, "std", STD, checkpoint))
 
 

@@ -9,11 +9,5 @@ SECTIONS = ("tables", "complexity", "compare", "attention")
 SIZES = (224, 320, 448, 640, 896, 1280, 2048)
 """Sides of the images of :func:`hatnet_analysis.growth.growth`, in pixels."""
 
-MODELS = ("hatnet_tiny", "hatnet_small", "hatnet_medium", "hatnet_large")
-"""The models of Table 1, :func:`hatnet_core.list_models`."""
-
-MIN_SIZE = 32
-"""Smallest height and width of an image in pixels, as of HAT-Net itself."""
-
 MAX_SIZE = 2**16
 """Largest height and width of an image in pixels; far beyond, the number of values is no longer an int64."""

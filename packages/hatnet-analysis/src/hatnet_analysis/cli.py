@@ -1,8 +1,8 @@
 """The ``hatnet-analysis`` command: what the paper says of its models and attention, measured.
 
-Rows go to stdout, as a table for reading or as JSON for programs, pictures to files, progress to stderr. Whatever
-goes wrong is one line on stderr and exit status 2. This module imports nothing that takes seconds; what measures is in
-modules of its own, and imported when its command runs.
+Rows go to stdout, as a table for reading or as JSON for programs, pictures to files, progress to stderr. How the
+command looks and ends is in :mod:`hatnet_core.commands`. This module imports nothing that takes seconds; what measures
+is in modules of its own, and imported when its command runs.
 """
 
 from __future__ import annotations
@@ -10,112 +10,74 @@ from __future__ import annotations
 import argparse
 import codecs
 import json
-import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hatnet_analysis.__about__ import __version__
-from hatnet_analysis.choices import MAX_SIZE, MIN_SIZE, MODELS, SECTIONS, SIZES, TABLES
+from hatnet_analysis.choices import MAX_SIZE, SECTIONS, SIZES, TABLES
 from hatnet_analysis.tables import Row, render
+from hatnet_core.commands import (
+    STATUSES,
+    Parser,
+    UsageError,
+    add_batch,
+    add_checkpoint,
+    add_device,
+    add_format,
+    add_size,
+    add_variant,
+    path_ending,
+    say,
+    whole,
+    writable_file,
+    writable_folder,
+)
+from hatnet_core.variants import MIN_SIZE, list_models
 
-TRACEBACK = "HATNET_TRACEBACK"
-"""Environment variable; if it is set, an error shows where it comes from."""
+MODELS = list_models()
 
 NAMES = f"""\
-models: {", ".join(MODELS)}, or one of their ablations;
-timm/NAME; a config of hatnet-dense, MMDetection or MMSegmentation, such as
-retinanet_hatnet-s_fpn_1x_coco or mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.
-All have random weights."""
+Models: {", ".join(MODELS)}, or one of their ablations; timm/NAME; a config of hatnet-dense, MMDetection or
+MMSegmentation, such as retinanet_hatnet-s_fpn_1x_coco or mmdet::retinanet/retinanet_r50_fpn_1x_coco.py. All have
+random weights."""
 
-PEAK = "\nPeak memory is what a step holds beyond weights, images and optimizer state."
+PEAK = " Peak memory is what a step holds beyond weights, images and optimizer state."
 
 CONVENTIONS = """\
 One multiply-add is one FLOP. Two conventions stand side by side:
 
-  paper     convolutions, linear layers and normalisations, as in Table 2 of the paper
+  paper     convolutions, linear layers and normalisations, as in Table 2
   complete  these and the products of activations, the two of every attention"""
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and ``message``, without the usage."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command.
-
-    Args:
-        argv: the arguments behind the program's name; those of the process by default.
-
-    Raises:
-        SystemExit: with status 0 after ``--help`` and ``--version``, 1 if nobody reads the output, 2 after an error,
-            130 if interrupted.
-    """
-    parser = _parser()
-    try:
-        try:
-            with warnings.catch_warnings():
-                # torch's compiler, fvcore and the dense libraries warn of what a user of this command cannot change
-                warnings.simplefilter("ignore")
-                args = _parsed(parser, argv)
-                parser = args.parser
-                output = args.run(args)
-            print(_encodable(output, sys.stdout.encoding or "utf-8", getattr(args, "format", "table")))
-        finally:
-            _flush()  # what --help wrote, too
-    except BrokenPipeError:  # whoever reads has seen enough
-        parser.exit(1)
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted\n")
-    except Exception as error:  # models and libraries raise whatever they like
-        if os.environ.get(TRACEBACK):
-            traceback.print_exc()
-        parser.error(_said(error))
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; see its ``--help``."""
+    with warnings.catch_warnings():
+        # torch's compiler, fvcore and the dense libraries warn of what a user of this command cannot change
+        warnings.simplefilter("ignore")
+        return parser().run(_main, arguments)
 
 
-def _parsed(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        usage = " ".join(args.parser.format_usage().split()).removeprefix("usage: ")
-        args.parser.error(f"unknown argument {unknown[0]!r}; expected {usage}")
-    return args
+def _main(args: argparse.Namespace) -> None:
+    output = args.run(args)
+    say(_escaped(output) if getattr(args, "format", None) == "json" else output)
 
 
-def _said(error: Exception) -> str:
-    """The message of an error in one line; one that does not speak to the user comes with its type and with a hint."""
-    message = " ".join(str(error).split())
-    if isinstance(error, ValueError | ImportError | OSError) and message:
-        return message
-    return f"{type(error).__name__}: {message} ({TRACEBACK}=1 in the environment shows where)"
+def _escaped(text: str) -> str:
+    """JSON, in the escapes of its own what standard output cannot hold."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "json").decode(encoding)
 
 
-def _encodable(text: str, encoding: str, style: str) -> str:
-    """``text`` without what an output of this encoding cannot hold: escaped in JSON, question marks elsewhere."""
-    return text.encode(encoding, "json" if style == "json" else "replace").decode(encoding)
-
-
-def _escaped(error: Any) -> tuple[str, int]:
+def _escape(error: Any) -> tuple[str, int]:
     """What codecs asks for in place of letters that an encoding does not have: as JSON writes them in ASCII."""
     return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
-codecs.register_error("json", _escaped)
-
-
-def _flush() -> None:
-    """Write what stdout still holds; if that fails, it goes nowhere, since Python would try once more at its end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
+codecs.register_error("json", _escape)
 
 
 def params(args: argparse.Namespace) -> str:
@@ -161,13 +123,12 @@ def complexity(args: argparse.Namespace) -> str:
         return _growth(args)
     from hatnet_analysis.models import refusals
     from hatnet_analysis.paper import eq15_rows
-    from hatnet_core import list_models
 
     _refuse_unused(args, ("sizes", "device", "out"), "with --growth")
     size, rows = args.size or (224, 224), []
     for name in args.models or MODELS:
         if name not in list_models(ablations=True):
-            raise ValueError(f"Eq. 15 is about HAT-Net; expected one of {', '.join(MODELS)}, got {name!r}")
+            raise UsageError(f"Eq. 15 is about HAT-Net; expected one of {', '.join(MODELS)}, got {name!r}")
         _progress(f"counting {name} at {size[0]}×{size[1]}")
         with refusals(name, size):
             rows += eq15_rows(name, *size)
@@ -178,12 +139,11 @@ def _growth(args: argparse.Namespace) -> str:
     from hatnet_analysis.figures import growth_figure, save_figure
     from hatnet_analysis.growth import crossings, exponents, growth
     from hatnet_analysis.models import refusals
-    from hatnet_analysis.throughput import checked_device
 
     if args.models:
-        raise ValueError(f"--growth is about single layers and takes no model, got {args.models[0]}")
+        raise UsageError(f"--growth is about single layers and takes no model, got {args.models[0]}")
     _refuse_unused(args, ("size",), "without --growth, which has --sizes")
-    out, device, sizes = _writable(args.out), str(checked_device(args.device or "cpu")), args.sizes or SIZES
+    out, device, sizes = _picture(args.out), _device(args), args.sizes or SIZES
     with refusals("the four attentions", (max(sizes), max(sizes))):
         rows = growth(sizes, device, progress=_progress)
     powers, found = exponents(rows), crossings(rows)
@@ -199,12 +159,12 @@ def _growth(args: argparse.Namespace) -> str:
 
 def paper(args: argparse.Namespace) -> str:
     """The tables of the paper beside what is measured."""
-    from hatnet_analysis.paper import table_rows
-    from hatnet_analysis.throughput import checked_device
+    from hatnet_analysis.paper import check_libraries, table_rows
 
     if "memory" not in args.table:
         _refuse_unused(args, ("device",), "with the table memory")
-    device = str(checked_device(args.device or "cpu"))
+    device = _device(args)
+    check_libraries(args.table)
     tables = {table: table_rows(table, _progress, device) for table in args.table}
     if args.format == "json":
         return render([row for rows in tables.values() for row in rows], "json")
@@ -230,7 +190,7 @@ def compare(args: argparse.Namespace) -> str:
     from hatnet_analysis.throughput import COMPARED
     from hatnet_analysis.throughput import compare as measure
 
-    out = _writable(args.out)
+    out = _picture(args.out)
     rows = measure(args.models or COMPARED, _settings(args), _progress)
     if out is not None:
         save_figure(compare_figure(rows), out)
@@ -240,8 +200,15 @@ def compare(args: argparse.Namespace) -> str:
 def _settings(args: argparse.Namespace) -> Any:
     from hatnet_analysis.throughput import Settings
 
-    names = ("device", "batch", "dtype", "compile", "train", "channels_last", "rounds")
-    return Settings(size=tuple(args.size), **{name: getattr(args, name) for name in names})
+    names = ("batch", "size", "dtype", "compile", "train", "channels_last", "rounds")
+    return Settings(device=_device(args), **{name: getattr(args, name) for name in names})
+
+
+def _device(args: argparse.Namespace) -> str:
+    """The device that was asked for, by the name that goes into the rows."""
+    from hatnet_analysis.throughput import checked_device
+
+    return str(checked_device(args.device or "auto"))
 
 
 def attention(args: argparse.Namespace) -> str:
@@ -250,7 +217,7 @@ def attention(args: argparse.Namespace) -> str:
     from hatnet_analysis.figures import attention_figure, save_figure
     from hatnet_analysis.models import refusals
 
-    out, size = _writable(args.out), tuple(args.size)
+    out, size = _picture(args.out), args.size
     image = maps.read_image(args.image)
     model, (mean, std) = maps.read_model(args.checkpoint, args.variant)
     with refusals(str(args.checkpoint or args.variant), size):
@@ -273,167 +240,165 @@ def report(args: argparse.Namespace) -> str:
         _refuse_unused(args, ("image", "checkpoint", "variant"), "with the section attention")
     if not {"complexity", "compare"} & set(args.sections) and not ("tables" in args.sections and "memory" in tables):
         _refuse_unused(args, ("device",), "with the sections complexity and compare, and the table memory")
+    out = writable_folder(args.out)
     path = write_report(
-        args.out, args.sections, tables, args.image, args.checkpoint, args.variant, args.device or "cpu", _progress
+        out, args.sections, tables, args.image, args.checkpoint, args.variant, _device(args), _progress
     )
     return f"written: {path}"
 
 
 def _refuse_unused(args: argparse.Namespace, names: Sequence[str], when: str) -> None:
-    """ValueError for an option that was given where it has no effect; those named here have None as their default."""
+    """UsageError for an option that was given where it has no effect; those named here have None as their default."""
     for name in names:
         given = getattr(args, name)
         if given is not None:
-            shown = " ".join(map(str, given)) if isinstance(given, list) else given
-            raise ValueError(f"--{name} has an effect only {when}, got {shown}")
+            shown = " ".join(map(str, given)) if isinstance(given, list | tuple) else given
+            raise UsageError(f"--{name} has an effect only {when}, got {shown}")
 
 
 def _progress(text: str) -> None:
     print(f"{text} ...", file=sys.stderr, flush=True)
 
 
-def _writable(path: Path | None) -> Path | None:
+def _picture(path: Path | None) -> Path | None:
     """A picture's path, checked before anything is measured."""
-    if path is None:
-        return None
-    if path.suffix not in (".png", ".svg"):
-        raise ValueError(f"--out must end in .png or .svg, got {path}")
-    if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--out must be a file in a folder that exists and can be written, got {path}")
-    return path
+    return None if path is None else writable_file(path)
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="hatnet-analysis",
+def parser() -> Parser:
+    """The options of ``hatnet-analysis``."""
+    made = Parser(
+        "hatnet-analysis",
         description="Parameters, FLOPs, complexity, speed and attention of HAT-Net, beside the paper's figures.",
-        epilog="'hatnet-analysis COMMAND --help' describes a command. Exit status: 0; 2 after an error, which is one "
-        f"line; 130 if interrupted. {TRACEBACK}=1 in the environment shows where an error comes from.",
-        allow_abbrev=False,
+        epilog="examples:\n"
+        "  hatnet-analysis flops hatnet_small --by stage\n"
+        "  hatnet-analysis paper --table 1 2 --format markdown\n"
+        "  hatnet-analysis attention photograph.jpg --variant hatnet_small \\\n"
+        "      --point 220 120 --out seen.png\n\n"
+        f"'hatnet-analysis COMMAND --help' describes a command.\n\n{STATUSES}",
+        version=__version__,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = made.add_subparsers(metavar="COMMAND", required=True)
     for add in (_add_params, _add_flops, _add_complexity, _add_paper, _add_throughput, _add_compare):
         add(commands)
     _add_attention(commands)
     _add_report(commands)
-    return parser
+    return made
 
 
 def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], str], summary: str, description: str
-) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    command.set_defaults(run=run, parser=command)
+    commands: Any, name: str, run: Callable[[argparse.Namespace], str], summary: str, description: str, example: str
+) -> Parser:
+    epilog = f"example:\n  hatnet-analysis {name} {example}"
+    command: Parser = commands.add_parser(name, help=summary, description=description, epilog=epilog)
+    command.set_defaults(run=run)
     if name != "report":
-        command.add_argument(
-            "--format", choices=("table", "json", "markdown"), default="table", help="output format (default: table)"
-        )
+        add_format(command, "markdown")
     return command
 
 
 def _add_params(commands: Any) -> None:
     text = f"Count the parameters of models; those for classification have 1000 classes.\n\n{NAMES}"
-    command = _command(commands, "params", params, "number of parameters", text)
+    command = _command(commands, "params", params, "number of parameters", text, "hatnet_tiny timm/resnet50")
     _models(command)
     _by(command, ("model", "stage", "block"))
 
 
 def _add_flops(commands: Any) -> None:
     text = f"Count the FLOPs of one image. {CONVENTIONS}\n\n{NAMES}"
-    command = _command(commands, "flops", flops, "FLOPs of one image, as the paper counts them and completely", text)
+    summary = "FLOPs of one image, as the paper counts them and completely"
+    command = _command(commands, "flops", flops, summary, text, "hatnet_small --size 480 640 --by stage")
     _models(command)
     _by(command, ("model", "stage", "block", "operator"))
-    _size(command)
+    add_size(command, (224, 224), MAX_SIZE)
 
 
 def _add_complexity(commands: Any) -> None:
     text = (
-        "Eq. 5 and Eq. 15 beside the same products measured, for one block of each stage. With --growth, the\n"
-        "multiply-adds, time and peak memory of MHSA, windows, spatial reduction and H-MHSA as images grow, on the\n"
+        "Eq. 5 and Eq. 15 beside the same products measured, for one block of each stage. With --growth, the "
+        "multiply-adds, time and peak memory of MHSA, windows, spatial reduction and H-MHSA as images grow, on the "
         "map of stage 2."
     )
-    command = _command(commands, "complexity", complexity, "Eq. 5 and Eq. 15, measured; growth with the image", text)
+    summary = "Eq. 5 and Eq. 15, measured; growth with the image"
+    command = _command(commands, "complexity", complexity, summary, text, "--growth --out growth.png")
     _models(command, "*", f"{', '.join(MODELS)}, or one of their ablations (default: the four)")
-    _size(command)
-    command.set_defaults(size=None)
+    add_size(command, None, MAX_SIZE, " (default 224)")
     command.add_argument("--growth", action="store_true", help="measure the growth with the size of the image")
     command.add_argument(
         "--sizes",
         metavar="SIDE",
         nargs="+",
-        type=_side,
-        help=f"sides of the images of --growth, multiples of 32 (default: {' '.join(map(str, SIZES))})",
+        type=whole(MIN_SIZE, MAX_SIZE, " of pixels"),
+        help=f"sides of the images of --growth in pixels, multiples of 32 (default {' '.join(map(str, SIZES))})",
     )
-    command.add_argument("--device", help="of --growth, cpu or cuda (default: cpu)")
-    command.add_argument("--out", metavar="FILE", type=Path, help="log-log plot of --growth, .png or .svg")
+    add_device(command, " with --growth", default=None)
+    _out(command, "the log-log plot of --growth")
 
 
 def _add_paper(commands: Any) -> None:
     text = (
-        "Every row of the paper's Tables 1-4 and 6: measured #Param and FLOPs beside the printed ones, with a\n"
-        "verdict; accuracies, which need datasets, are shown as the paper's. 'eq15' is Eq. 5 and Eq. 15, 'memory'\n"
+        "Every row of the paper's Tables 1-4 and 6: measured #Param and FLOPs beside the printed ones, with a "
+        "verdict; accuracies, which need datasets, are shown as the paper's. 'eq15' is Eq. 5 and Eq. 15, 'memory' "
         "the claim of Sec. 4.4. Tables 2, 3, 4 and 6 take minutes and need hatnet-dense, 2 timm as well."
     )
-    command = _command(commands, "paper", paper, "the paper's tables, measured", text)
+    command = _command(commands, "paper", paper, "the paper's tables, measured", text, "--table 1 2 --format markdown")
     _table(command)
-    command.add_argument("--device", help="for 'memory': cpu or cuda (default: cpu)")
+    add_device(command, " the table 'memory'", default=None)
 
 
 def _add_throughput(commands: Any) -> None:
     text = f"Images a second of models that take turns; ratios are against the first.{PEAK}\n\n{NAMES}"
-    command = _command(commands, "throughput", throughput, "images a second, latency and peak memory", text)
+    summary, example = "images a second, latency and peak memory", "hatnet_tiny timm/resnet18 --batch 16"
+    command = _command(commands, "throughput", throughput, summary, text, example)
     _models(command)
     _speed(command)
 
 
 def _add_compare(commands: Any) -> None:
     text = (
-        "Throughput, FLOPs, parameters and the top-1 that the papers state, of HAT-Net and its peers (which need\n"
+        "Throughput, FLOPs, parameters and the top-1 that the papers state, of HAT-Net and its peers (which need "
         f"timm), or of the models named.{PEAK}\n\n{NAMES}"
     )
-    command = _command(commands, "compare", compare, "speed and size beside the papers' top-1", text)
+    summary, example = "speed and size beside the papers' top-1", "--device cuda --batch 64 --out compare.png"
+    command = _command(commands, "compare", compare, summary, text, example)
     _models(command, "*", "name of a model, see above (default: HAT-Net and its peers)")
     _speed(command)
-    command.add_argument("--out", metavar="FILE", type=Path, help="scatter plot, .png or .svg")
+    _out(command, "a scatter plot")
 
 
 def _add_attention(commands: Any) -> None:
     text = (
-        "What the local step (Eq. 6-8) and the global step (Eq. 11-13) attend to from one point of an image, and\n"
+        "What the local step (Eq. 6-8) and the global step (Eq. 11-13) attend to from one point of an image, and "
         "rollout over all blocks. The image is scaled to --size. Needs --checkpoint or --variant."
     )
-    command = _command(commands, "attention", attention, "what a point of an image attends to", text)
+    example = "photograph.jpg --variant hatnet_small \\\n      --point 220 120 --out seen.png"
+    command = _command(commands, "attention", attention, "what a point of an image attends to", text, example)
     command.add_argument("image", metavar="IMAGE", type=Path, help="image file")
     command.add_argument(
         "--point",
         metavar=("X", "Y"),
         nargs=2,
-        type=float,
+        type=_coordinate,
         required=True,
         help="in pixels from the top left corner of the image, turned as its EXIF says",
     )
-    command.add_argument("--stage", type=int, choices=(2, 3, 4, 5), default=2, help="as the paper counts (default: 2)")
-    command.add_argument("--block", type=int, help="of the stage, from 0 (default: the last)")
-    command.add_argument("--head", type=int, help="from 0 (default: the mean of all)")
-    _checkpoint(command)
-    _size(command)
-    command.add_argument("--out", metavar="FILE", type=Path, help="picture, .png or .svg")
+    command.add_argument("--stage", type=int, choices=(2, 3, 4, 5), default=2, help="as the paper counts (default 2)")
+    command.add_argument("--block", type=whole(0), metavar="N", help="of the stage, from 0 (default: the last)")
+    command.add_argument("--head", type=whole(0), metavar="N", help="from 0 (default: the mean of all)")
+    add_checkpoint(command)
+    add_variant(command, ", where the checkpoint does not say it; alone, one with random weights")
+    add_size(command, (224, 224), MAX_SIZE)
+    _out(command, "the picture")
 
 
 def _add_report(commands: Any) -> None:
     text = (
-        "One HTML page without any other file: tables, plots, and an attention explorer in which a click on the\n"
-        "image shows what that point attends to. All sections take about half an hour on two cores."
+        "One HTML page without any other file: tables, plots, and an attention explorer in which a click on the "
+        "image shows what that point attends to. All sections take about half an hour on two cores, and need timm "
+        "and hatnet-dense."
     )
-    command = _command(commands, "report", report, "one HTML page with all of it", text)
-    command.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder; index.html is written there")
+    command = _command(commands, "report", report, "one HTML page with all of it", text, "--out page")
+    command.add_argument("--out", metavar="DIR", type=Path, required=True, help="write index.html to this folder")
     command.add_argument(
         "--sections",
         nargs="+",
@@ -445,19 +410,21 @@ def _add_report(commands: Any) -> None:
     _table(command)
     command.set_defaults(table=None)
     command.add_argument("--image", metavar="FILE", type=Path, help="for the explorer (default: drawn shapes)")
-    _checkpoint(command)
-    command.add_argument("--device", help="of the measurements, cpu or cuda (default: cpu)")
+    add_checkpoint(command)
+    add_variant(command, ", where the checkpoint does not say it; alone, one with random weights")
+    add_device(command, " what is measured", default=None)
 
 
-def _models(command: argparse.ArgumentParser, number: str = "+", text: str = "name of a model, see above") -> None:
-    command.add_argument("models", metavar="MODEL", nargs=number, type=_model, help=text)
+def _models(command: Parser, number: str = "+", text: str = "name of a model, see above") -> None:
+    action = command.add_argument("models", metavar="MODEL", nargs=number, type=_model, help=text)
+    action.completer = lambda **_: list_models(ablations=True)  # type: ignore[attr-defined]  # argcomplete's
 
 
-def _by(command: argparse.ArgumentParser, choices: tuple[str, ...]) -> None:
-    command.add_argument("--by", choices=choices, default="model", help="what a row is (default: model)")
+def _by(command: Parser, choices: tuple[str, ...]) -> None:
+    command.add_argument("--by", choices=choices, default="model", help="what a row is (default model)")
 
 
-def _table(command: argparse.ArgumentParser) -> None:
+def _table(command: Parser) -> None:
     command.add_argument(
         "--table",
         nargs="+",
@@ -468,41 +435,28 @@ def _table(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _size(command: argparse.ArgumentParser) -> None:
+def _speed(command: Parser) -> None:
+    add_device(command)
+    add_batch(command, 8)
+    add_size(command, (224, 224), MAX_SIZE)
     command.add_argument(
-        "--size",
-        metavar=("H", "W"),
-        nargs=2,
-        type=_side,
-        default=(224, 224),
-        help=f"height and width of the image in pixels, {MIN_SIZE} to {MAX_SIZE} (default: 224 224)",
-    )
-
-
-def _checkpoint(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--checkpoint", metavar="PATH", type=Path, help="file, or folder of hatnet-train")
-    command.add_argument(
-        "--variant",
-        choices=MODELS,
-        metavar="MODEL",
-        help=f"one of {', '.join(MODELS)}; for checkpoints that do not say it; alone, random weights",
-    )
-
-
-def _speed(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    command.add_argument("--batch", type=_positive, default=8, help="images of one step (default: 8)")
-    _size(command)
-    command.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="autocast (default: float32)"
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="autocast (default float32)"
     )
     command.add_argument("--compile", action="store_true", help="with torch.compile")
     command.add_argument("--train", action="store_true", help="forward, backward and AdamW")
     command.add_argument("--channels-last", action="store_true", help="in that memory format")
-    command.add_argument("--rounds", type=_positive, default=5, help="turns of each model (default: 5)")
+    command.add_argument("--rounds", type=whole(1), default=5, metavar="N", help="turns of each model (default 5)")
+
+
+def _out(command: Parser, what: str) -> None:
+    endings = (".png", ".svg")
+    text = f"write {what} to this file, {' or '.join(endings)}"
+    command.add_argument("--out", type=path_ending(*endings), metavar="FILE", help=text)
 
 
 def _model(name: str) -> str:
+    if name in list_models(ablations=True):
+        return name
     from hatnet_analysis.models import check_name
 
     try:
@@ -511,13 +465,8 @@ def _model(name: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _side(text: str) -> int:
-    if not text.isdecimal() or not MIN_SIZE <= int(text) <= MAX_SIZE:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of pixels from {MIN_SIZE} to {MAX_SIZE}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)
+def _coordinate(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of pixels") from None

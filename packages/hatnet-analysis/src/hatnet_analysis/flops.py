@@ -27,7 +27,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
 from hatnet_core.flop_handles import HANDLES, conventions
-from hatnet_core.model import MIN_SIZE
+from hatnet_core.variants import MIN_SIZE
 
 MULTIPLIES = re.compile(
     r"\w*mm|matmul|cosine|mv|addmv|dot|vdot|inner|outer|ger|addr|einsum|tensordot|kron|cdist|pdist|cov|corrcoef"

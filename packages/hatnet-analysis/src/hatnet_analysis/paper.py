@@ -10,7 +10,8 @@ its verdict says that. The verdicts compare with both conventions of ``flops.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -68,6 +69,23 @@ def table_rows(
         progress(f"table {table}: {row.model}")
         measured.append(_measure(table, row))
     return _relative(measured) if table == "6" else measured
+
+
+NEEDS = {"2": ("timm", "hatnet_dense"), "3": ("hatnet_dense",), "4": ("hatnet_dense",), "6": ("hatnet_dense",)}
+"""The optional libraries that rows of a table are built by."""
+
+
+def check_libraries(tables: Iterable[str]) -> None:
+    """Look whether the libraries are installed that tables need, before anything is measured.
+
+    Raises:
+        ImportError: naming the table, the library and what installs it.
+    """
+    for table in tables:
+        for library in NEEDS.get(table, ()):
+            if find_spec(library) is None:
+                extra = library.removeprefix("hatnet_")
+                raise ImportError(f"table {table} needs {library}: pip install 'hatnet-analysis[{extra}]'")
 
 
 def eq15_rows(name: str, height: int = 224, width: int = 224) -> list[dict[str, Any]]:

@@ -28,7 +28,8 @@ from hatnet_analysis.attention_maps import AttentionWeights, read_image, read_mo
 from hatnet_analysis.choices import SECTIONS, TABLES
 from hatnet_analysis.figures import compare_figure, growth_figure
 from hatnet_analysis.growth import crossings, exponents, growth
-from hatnet_analysis.paper import table_rows
+from hatnet_analysis.models import check_name
+from hatnet_analysis.paper import check_libraries, table_rows
 from hatnet_analysis.tables import render
 from hatnet_analysis.throughput import COMPARED, Settings, checked_device, compare
 
@@ -73,13 +74,16 @@ def write_report(
         ValueError: if a section or table is unknown, the folder or the page cannot be written, or image, checkpoint
             or device are refused; all of that before anything is measured.
         FileNotFoundError: if there is no such image or checkpoint.
-        ImportError: if timm or hatnet-dense, which peers come from, is not installed.
+        ImportError: if timm or hatnet-dense, which peers come from, is not installed, likewise.
     """
     for what, wanted, known in (("section", sections, SECTIONS), ("table", tables, TABLES)):
         unknown = sorted(set(wanted) - set(known))
         if unknown:
             raise ValueError(f"unknown {what} {unknown[0]!r}; expected one of {', '.join(known)}")
     checked_device(device)
+    check_libraries(tables if "tables" in sections else ())
+    for name in COMPARED if "compare" in sections else ():
+        check_name(name)
     picture = _drawn_shapes() if image is None else read_image(image)
     explored = read_model(checkpoint, variant if checkpoint or variant else "hatnet_tiny")  # before hours of work
     makers: dict[str, tuple[str, Callable[[], str]]] = {

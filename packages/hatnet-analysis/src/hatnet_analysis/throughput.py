@@ -21,6 +21,7 @@ from hatnet_analysis.flops import count_flops, count_params
 from hatnet_analysis.memory import peak_memory
 from hatnet_analysis.models import load_model, refusals
 from hatnet_analysis.peers import table_2
+from hatnet_core.commands import pick_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -149,15 +150,14 @@ def paper_top1(name: str, size: tuple[int, int]) -> float | None:
 
 
 def checked_device(name: str) -> torch.device:
-    """A device that is there; ValueError naming it otherwise."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}; expected cpu, cuda or cuda:N") from error
+    """A device that is there and whose memory is measured here; ``auto`` as for ``pick_device``.
+
+    Raises:
+        ValueError: naming it otherwise.
+    """
+    device = pick_device(name)
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"unknown device {name!r}; expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name} is not there; found {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"device must be cpu or cuda, whose memory can be measured, got {name!r}")
     return device
 
 

@@ -45,6 +45,18 @@ TRACEBACK = "HATNET_TRACEBACK"
 EXPECTED = (ValueError, ImportError, OSError, ArithmeticError)
 """Errors whose messages speak to the user; of any other, the type says more."""
 
+SHARED = {
+    "--variant": f"the model: {', '.join(list_models())}, or one of the paper's ablations",
+    "--checkpoint": "weights: a run folder of hatnet-train, a checkpoint in it, a .safetensors file, or with "
+    "--variant any other file of weights",
+    "--size": f"height and width of the image in pixels, from {MIN_SIZE}",
+    "--device": "where to compute",
+    "--batch": "images that a process computes at a time",
+    "--format": "how the result is printed",
+    "--out": "write ",
+}
+"""Options that mean the same wherever they occur, and how their help begins."""
+
 WIDTH = 79
 """Columns of a description; argparse wraps the rest to the terminal."""
 
@@ -186,18 +198,13 @@ def add_checkpoint(parser: argparse.ArgumentParser, note: str = "", *, required:
         type=Path,
         required=required,
         metavar="PATH",
-        help="weights: a run folder of hatnet-train, a checkpoint in it, a .safetensors file, or with --variant any "
-        f"other file of weights{note}",
+        help=SHARED["--checkpoint"] + note,
     )
 
 
 def add_variant(parser: argparse.ArgumentParser, note: str) -> None:
     """``--variant``: the model, by the name of :func:`hatnet_core.create_model`."""
-    parser.add_argument("--variant", help=VARIANT + note, **variant_settings())
-
-
-VARIANT = f"the model: {', '.join(list_models())}, or one of the paper's ablations"
-"""Help of ``--variant``."""
+    parser.add_argument("--variant", help=SHARED["--variant"] + note, **variant_settings())
 
 
 def variant_settings() -> dict[str, Any]:
@@ -215,27 +222,28 @@ def add_size(parser: argparse.ArgumentParser, default: tuple[int, int] | None, h
         type=whole(MIN_SIZE, high, " of pixels"),
         default=default,
         metavar=("H", "W"),
-        help=f"height and width of the image in pixels, {MIN_SIZE} to {high}; one number: both{note}{shown}",
+        help=f"{SHARED['--size']} to {high}; one number: both{note}{shown}",
     )
 
 
 def add_device(parser: argparse.ArgumentParser, note: str = "", default: str | None = "auto") -> None:
     """``--device``: where to compute; see :func:`pick_device`."""
-    text = f"where to compute{note}: auto (a GPU if there is one), cpu, cuda or cuda:N (default auto)"
+    text = f"{SHARED['--device']}{note}: auto (a GPU if there is one), cpu, cuda or cuda:N (default auto)"
     action = parser.add_argument("--device", default=default, metavar="NAME", help=text)
     action.completer = lambda **_: ["auto", "cpu", "cuda"]  # type: ignore[attr-defined]  # argcomplete's
 
 
 def add_batch(parser: argparse.ArgumentParser, default: int) -> None:
     """``--batch``: images that a process computes at a time."""
-    text = f"images that a process computes at a time (default {default})"
+    text = f"{SHARED['--batch']} (default {default})"
     parser.add_argument("--batch", type=whole(1), default=default, metavar="N", help=text)
 
 
 def add_format(parser: argparse.ArgumentParser, *more: str) -> None:
     """``--format``: how the result is printed."""
     choices = ("table", "json", *more)
-    parser.add_argument("--format", choices=choices, default="table", help="how the result is printed (default table)")
+    text = f"{SHARED['--format']} (default table)"
+    parser.add_argument("--format", choices=choices, default="table", help=text)
 
 
 def whole(low: int, high: int | None = None, unit: str = "") -> Callable[[str], int]:
