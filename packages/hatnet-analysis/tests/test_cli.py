@@ -28,7 +28,7 @@ USAGE = [
     (["flops", "hatnet_tiny", "--form", "json"], ["'--form'", "did you mean --format?"]),
     (["flops"], ["required: MODEL"]),
     (["speed"], ["'speed'", "flops"]),
-    (["parms"], ["'parms'", "did you mean params?"]),
+    (["paramz"], ["'paramz'", "did you mean params?"]),
     ([], ["required: COMMAND"]),
     (["flops", "timm/resnet_50"], ["unknown model 'timm/resnet_50'", "timm/resnet50"]),
     (["flops", "timm/"], ["unknown model 'timm/'; expected timm/ and a name of timm.list_models()"]),
