@@ -1,5 +1,6 @@
 import json
 import re
+import resource
 
 import pytest
 import torch
@@ -59,6 +60,7 @@ def test_a_checkpoint_without_class_names_is_refused(tmp_path):
         ({"classes": ["a"] * 11}, "has no usable classes"),
         ({"image_size": 16}, "has no usable image_size"),
         ({"image_size": True}, "has no usable image_size"),
+        ({"image_size": 10**9}, "has no usable image_size"),
         ({"crop_fraction": 1.5}, "has no usable crop_fraction"),
         ({"mean": 0.5}, "has no usable mean"),
         ({"std": [0.1, 0.1, 0.0]}, "has no usable std"),
@@ -80,3 +82,26 @@ def test_a_checkpoint_whose_weights_are_of_another_model_is_refused(checkpoint, 
     save_file(create_model("hatnet_small", num_classes=10).state_dict(), tmp_path / "m.safetensors", header)
     with pytest.raises(ValueError, match="holds hatnet_small with 10 classes; expected hatnet_tiny with 10 classes"):
         load_classifier(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depths": [10**9, 1, 1, 1]}, r"says that it holds 1000000003 blocks, but has no more than \d+ tensors"),
+        (
+            {"embed_dims": [10**6] * 4, "head_dim": 10**6},
+            "holds hatnet_tiny with 10 classes; expected a HAT-Net of an",
+        ),
+        ({"num_classes": 10**12}, "expected hatnet_tiny with 1000000000000 classes"),
+        ({"mlp_ratios": [10**12] * 4}, "m.safetensors holds "),
+    ],
+)
+def test_a_description_of_a_giant_is_refused_without_its_memory(change, message, checkpoint, tmp_path):
+    path = tmp_path / "m.safetensors"
+    record = read_metadata(checkpoint)
+    record["config"] |= change
+    save_file(load_file(checkpoint), path, {"hatnet": json.dumps(record)})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=message):
+        load_classifier(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**19  # KiB: half a GiB

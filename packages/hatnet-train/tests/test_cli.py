@@ -1,11 +1,28 @@
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from hatnet_core.commands import SHARED
 from hatnet_train import TrainConfig
-from hatnet_train.cli import GRACE_SECONDS, _report_errors, evaluate, predict, shards, train
+from hatnet_train.cli import (
+    GRACE_SECONDS,
+    evaluate,
+    evaluate_parser,
+    predict,
+    predict_parser,
+    shards,
+    shards_parser,
+    train,
+    train_parser,
+)
 
 
 def one_error_line(capsys):
@@ -23,31 +40,186 @@ def status(command, arguments):
         return stop.code
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--recipe", "imagnet"], "unknown recipe 'imagnet'; known recipes: digits, imagenet"),
-        (["--recipe", "digits", "--varaint", "x"], "unrecognized arguments: --varaint x"),
-        (["--recipe", "digits", "--image-size", "24"], "image_size must be from 32 to 2048 pixels, got 24"),
-        (["--recipe", "digits", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
-        (["--recipe", "digits", "--variant", "hatnet_huge"], "got hatnet_huge"),
-        (["--recipe", "imagenet"], "recipe imagenet needs --data: digits, synthetic, or the path of"),
-        (["--recipe", "digits", "--grid-sizes", "8", "8"], "argument --grid-sizes: expected 3 arguments"),
-        (["--recipe", "digits", "--deepspeed_config", "no.json"], "no DeepSpeed configuration at no.json: expected"),
-        ([], "the following arguments are required: --recipe"),
-    ],
-)
-def test_wrong_training_arguments_end_with_one_line_and_make_no_folder(arguments, expected, tmp_path, capsys):
-    assert status(train, [*arguments, "--out", tmp_path / "run"]) != 0
-    line = one_error_line(capsys)
-    assert line.startswith("hatnet-train: error: ")
-    assert expected in line
-    assert not (tmp_path / "run").exists()
+WRONG = [
+    (train, "", 2, "the following arguments are required: --recipe, --out"),
+    (train, "--recipe digits", 2, "the following arguments are required: --out"),
+    (
+        train,
+        "--recipe imagnet --out run",
+        2,
+        "invalid choice: 'imagnet', did you mean imagenet? (choose from digits, ",
+    ),
+    (train, "--recipe digits --out run --varaint x", 2, "unknown argument '--varaint', did you mean --variant?"),
+    (train, "--recipe digits --out run --image-size 24", 2, "--image-size must be from 32 to 2048 pixels, got 24"),
+    (train, "--recipe digits --out run --epochs many", 2, "argument --epochs: 'many' is not a whole number"),
+    (train, "--recipe digits --out run --epochs -1", 2, "--epochs must be from 1 to 1000000, got -1"),
+    (train, "--recipe digits --out run --lr fast", 2, "argument --lr: 'fast' is not a number"),
+    (train, "--recipe digits --out run --lr nan", 2, "--lr must be positive, got nan"),
+    (train, "--recipe digits --out run --variant hatnet_huge", 2, "invalid choice: 'hatnet_huge'"),
+    (train, "--recipe digits --out run --precision int8", 2, "invalid choice: 'int8' (choose from bf16, fp16, fp32)"),
+    (train, "--recipe digits --out run --zero-stage 4", 2, "invalid choice: 4 (choose from 0, 1, 2, 3)"),
+    (train, "--recipe digits --out run --grid-sizes 8 8", 2, "argument --grid-sizes: expected 3 arguments"),
+    (train, "--recipe digits --out run --preempt-seconds 0", 2, "'0' is not a number above 0"),
+    (train, "--recipe imagenet --out run", 2, "recipe imagenet needs --data: digits, synthetic, or the path of"),
+    (train, "--recipe digits --preflight --print-config", 2, "not allowed with argument --preflight"),
+    (
+        train,
+        "--recipe digits --out run --deepspeed_config ds.json --batch-size 32",
+        2,
+        "--batch-size 32 contradicts ds.",
+    ),
+    (
+        train,
+        "--recipe digits --out run --deepspeed_config no.json",
+        1,
+        "no DeepSpeed configuration at no.json: expec",
+    ),
+    (
+        train,
+        "--recipe digits --out run --deepspeed_config bad.json",
+        1,
+        "bad.json: batch_size must be at least 1, got -",
+    ),
+    (
+        train,
+        "--recipe digits --out run --deepspeed_config typo.json",
+        1,
+        "typo.json: unknown key 'gradient_cliping', di",
+    ),
+    (
+        train,
+        "--recipe digits --out text.png",
+        1,
+        "--out must be a folder that can be made and written, got 'text.png'",
+    ),
+    (
+        train,
+        "--verify nowhere",
+        1,
+        "neither config.json nor checkpoints in nowhere; expected a run folder of hatnet-tr",
+    ),
+    (train, "--check-hostfile nowhere", 1, "cannot read hostfile nowhere: No such file or directory"),
+    (evaluate, "--data digits", 2, "the following arguments are required: --checkpoint"),
+    (evaluate, "--checkpoint w.safetensors", 2, "the following arguments are required: --data"),
+    (
+        evaluate,
+        "--checkpoint w.safetensors --data digits --size 16",
+        2,
+        "'16' is not a whole number of pixels from 32 ",
+    ),
+    (
+        evaluate,
+        "--checkpoint w.safetensors --data digits --batch 0",
+        2,
+        "--batch: '0' is not a whole number from 1 up",
+    ),
+    (evaluate, "--checkpoint w.safetensors --data digits --batch-size 8", 2, "'--batch-size', did you mean --batch?"),
+    (
+        evaluate,
+        "--checkpoint w.safetensors --data digits --workers -1",
+        2,
+        "'-1' is not a whole number from 0 to 1024",
+    ),
+    (
+        evaluate,
+        "--checkpoint w.safetensors --data digits --format xml",
+        2,
+        "invalid choice: 'xml' (choose from table, j",
+    ),
+    (evaluate, "--checkpoint w.safetensors --data digits --timeout never", 2, "'never' is not a number above 0"),
+    (
+        evaluate,
+        "--checkpoint w.safetensors --data digits --out no/row.json",
+        1,
+        "exists and can be written, got 'no/row.",
+    ),
+    (predict, "--checkpoint w.safetensors", 2, "the following arguments are required: IMAGE"),
+    (predict, "image.png --checkpoint w.safetensors --top-k 0", 2, "--top-k: '0' is not a whole number from 1 up"),
+    (predict, "image.png --checkpoint w.safetensors --top-k 11", 1, "top_k must be from 1 to the 10 classes, got 11"),
+    (
+        predict,
+        "image.png --checkpoint w.safetensors --device cuda:77",
+        1,
+        "device must be auto, cpu, or a GPU that is t",
+    ),
+    (
+        predict,
+        "image.png --checkpoint w.safetensors --variant hatnet_small",
+        1,
+        "holds hatnet_tiny, got hatnet_small: ",
+    ),
+    (
+        predict,
+        "image.png --checkpoint w.safetensors --variant hatnet_smal",
+        2,
+        "'hatnet_smal', did you mean hatnet_smal",
+    ),
+    (
+        predict,
+        "image.png --checkpoint no.safetensors",
+        1,
+        "no checkpoint at no.safetensors: expected an existing file or",
+    ),
+    (predict, "image.png --checkpoint cut.safetensors", 1, "cut.safetensors is not a readable safetensors file"),
+    (predict, "image.png --checkpoint text.png", 1, "text.png is not a checkpoint of plain tensors"),
+    (predict, "image.png --checkpoint huge.safetensors", 1, "expected hatnet_tiny with 900000000000 classes"),
+    (predict, "image.png --checkpoint empty", 1, "empty"),
+    (predict, "no.png --checkpoint w.safetensors", 1, "no image at no.png: expected an existing file"),
+    (
+        predict,
+        "text.png --checkpoint w.safetensors",
+        1,
+        "cannot read text.png as an image: its 6 bytes are of no known f",
+    ),
+    (predict, "cut.png --checkpoint w.safetensors", 1, "cannot read cut.png as an image"),
+    (predict, "empty --checkpoint w.safetensors", 1, "no image at empty: expected an existing file"),
+    (shards, "empty", 2, "one of the arguments --out --verify is required"),
+    (shards, "empty --out made --verify", 2, "argument --verify: not allowed with argument --out"),
+    (shards, "empty --out made --resize 31", 2, "'31' is not a whole number of pixels from 32 up"),
+    (shards, "empty --out made --quality 80", 2, "--quality has an effect only with --resize, got 80"),
+    (shards, "empty --out made --resize 32 --quality 101", 2, "'101' is not a whole number from 1 to 100"),
+    (shards, "empty --out made --shard-megabytes 0", 2, "'0' is not a number above 0"),
+    (shards, "nowhere --out made", 1, "no folder nowhere/train: expected one folder for every class in it"),
+    (shards, "empty --out made", 1, "no folder empty/train: expected one folder for every class in it"),
+    (shards, "empty --out text.png", 1, "--out must be a folder that can be made and written, got 'text.png'"),
+    (shards, "empty --verify", 1, "empty"),
+]
+"""Commands with arguments that are wrong, their exit statuses, and what is said."""
 
 
-def test_a_run_without_a_folder_is_refused(capsys):
-    assert status(train, ["--recipe", "digits"]) == 2
-    assert "the following arguments are required: --out" in one_error_line(capsys)
+@pytest.fixture(scope="module")
+def files(checkpoint, tmp_path_factory):
+    """The folder in which the wrong commands are tried."""
+    folder = tmp_path_factory.mktemp("files")
+    content = checkpoint.read_bytes()
+    (folder / "w.safetensors").write_bytes(content)
+    (folder / "cut.safetensors").write_bytes(content[:100_000])
+    with safe_open(checkpoint, "pt") as file:
+        record = json.loads(file.metadata()["hatnet"])
+    record["config"]["num_classes"] = 900_000_000_000
+    save_file(load_file(checkpoint), folder / "huge.safetensors", {"hatnet": json.dumps(record)})
+    Image.linear_gradient("L").save(folder / "image.png")
+    (folder / "cut.png").write_bytes((folder / "image.png").read_bytes()[:100])
+    (folder / "text.png").write_text("<html>")
+    (folder / "empty").mkdir()
+    for name, value in (("ds", {"train_batch_size": 64}), ("bad", {"train_batch_size": -8})):
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    (folder / "typo.json").write_text('{"gradient_cliping": 1.0}')
+    return folder
+
+
+@pytest.mark.parametrize(("command", "line", "expected", "message"), WRONG)
+def test_wrong_input_is_one_line_and_a_status_and_leaves_nothing(
+    command, line, expected, message, files, monkeypatch, capsys
+):
+    monkeypatch.chdir(files)
+    before = sorted(files.iterdir())
+    assert status(command, line.split()) == expected
+    error = one_error_line(capsys)
+    assert error.startswith("hatnet-")
+    assert ": error: " in error
+    assert message in error
+    assert sorted(files.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -58,23 +230,32 @@ def test_a_run_without_a_folder_is_refused(capsys):
             "lost contact with another pro",
         ),
         ("DataLoader worker (pid 23550) is killed by signal: Killed. ", "a data worker was killed from outside"),
-        ("CUDA out of memory. Tried to allocate 2 GiB", "not enough memory; --accumulation"),
+        ("CUDA out of memory. Tried to allocate 2 GiB", "not enough memory; a smaller batch needs less"),
     ],
 )
-def test_what_happens_to_a_machine_is_told_in_one_line_and_a_mistake_of_ours_is_not_hidden(text, expected, capsys):
+def test_what_happens_to_a_machine_is_told_in_one_line_and_a_mistake_of_ours_is_shown(text, expected, capsys):
     def fail(message):
         raise RuntimeError(message)
 
-    assert _report_errors("hatnet-train", lambda: fail(text)) == 1
-    assert f"hatnet-train: error: {expected}" in one_error_line(capsys)
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        _report_errors("hatnet-train", lambda: fail("shape mismatch"))
+    assert predict_parser().run(lambda options: fail(text), ["a", "--checkpoint", "b"]) == 1
+    assert f"hatnet-predict: error: {expected}" in one_error_line(capsys)
+    assert predict_parser().run(lambda options: fail("shape mismatch"), ["a", "--checkpoint", "b"]) == 1
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert last.startswith("hatnet-predict: error: RuntimeError: shape mismatch")
 
 
-def test_a_result_that_could_not_be_written_is_refused_before_the_work(tmp_path, capsys):
-    result = tmp_path / "nowhere" / "row.json"
-    assert status(evaluate, ["--checkpoint", "x.safetensors", "--data", "digits", "--out", result]) == 1
-    assert f"--out must be a file in a folder that exists, got {result}" in one_error_line(capsys)
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "shards"])
+def test_the_installed_commands_refuse_a_wrong_option_before_torch_is_imported(command, run_command):
+    code = "import sys\nfrom importlib.metadata import entry_points\nsys.argv = ['x', '--absent']\ntry:\n    "
+    code += f"entry_points(name='hatnet-{command}')['hatnet-{command}'].load()()\nfinally:\n    "
+    code += "print('torch' in sys.modules)"
+    done = run_command(sys.executable, "-c", code)
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    assert done.stderr.startswith(f"hatnet-{command}: error: ")
+    assert done.stderr.count("\n") == 1
+    installed = run_command(f"hatnet-{command}", "--absent")
+    assert (installed.returncode, installed.stderr) == (2, done.stderr)
 
 
 def test_a_hostfile_is_looked_up_without_a_launch(tmp_path, capsys):
@@ -109,7 +290,7 @@ def test_deepspeeds_json_goes_before_the_recipe_and_must_not_contradict_a_flag(t
     assert status(train, [*run, "--zero-stage", "2"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["batch_size"], printed["zero_stage"]) == (64, 2)
-    assert status(train, [*run, "--batch-size", "32"]) == 1
+    assert status(train, [*run, "--batch-size", "32"]) == 2
     assert f"--batch-size 32 contradicts {file}, which gives 64: leave one out" in one_error_line(capsys)
 
 
@@ -118,25 +299,10 @@ def test_other_ranks_report_late_and_under_their_number(tmp_path, capsys, monkey
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("time.sleep", waits.append)
     assert status(train, ["--recipe", "imagnet", "--out", tmp_path]) != 0
-    assert one_error_line(capsys).startswith("hatnet-train: error: [rank 1] unknown recipe 'imagnet'")
+    assert one_error_line(capsys).startswith(
+        "hatnet-train: error: [rank 1] argument --recipe: invalid choice: 'imagnet'"
+    )
     assert waits == [GRACE_SECONDS]
-
-
-@pytest.mark.parametrize("broken", ["missing image", "unreadable image", "missing checkpoint", "corrupt checkpoint"])
-def test_wrong_files_end_the_prediction_with_one_line_that_names_them(broken, checkpoint, tmp_path, capsys):
-    image = tmp_path / "image.png"
-    weights = checkpoint
-    if broken == "unreadable image":
-        image.write_bytes(b"not an image")
-    elif broken != "missing image":
-        Image.new("L", (8, 8)).save(image)
-        weights = tmp_path / "model.safetensors"
-        if broken == "corrupt checkpoint":
-            weights.write_bytes(checkpoint.read_bytes()[:10_000])
-    assert status(predict, ["--checkpoint", weights, image]) != 0
-    line = one_error_line(capsys)
-    assert line.startswith("hatnet-predict: error: ")
-    assert str(image if "image" in broken else weights) in line
 
 
 def test_predictions_come_as_a_table_or_as_json(checkpoint, tmp_path, capsys):
@@ -155,37 +321,51 @@ def test_shards_are_written_and_verified(tmp_path, capsys):
         (tmp_path / "data" / split / name).mkdir(parents=True)
         Image.new("RGB", (40, 50), "red").save(tmp_path / "data" / split / name / "x.png")
     out = tmp_path / "shards"
-    assert status(shards, [tmp_path / "data", out, "--resize", "32", "--workers", "0"]) == 0
+    assert status(shards, [tmp_path / "data", "--out", out, "--resize", "32", "--workers", "0"]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("train: 2 images in 1 shards, ")
     assert status(shards, ["--verify", out]) == 0
     assert capsys.readouterr().out == f"{out}: all shards are as they were written\n"
-    assert status(shards, [tmp_path / "data", out, "--workers", "0"]) == 1
+    assert status(shards, [tmp_path / "data", "--out", out, "--workers", "0"]) == 1
     assert str(out) in one_error_line(capsys)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["data"], "the following arguments are required: OUT"),
-        (["data", "out", "--verify"], "--verify takes DATA alone"),
-        (["nowhere", "out", "--workers", "0"], "nowhere"),
-        (["nowhere", "out", "--resize", "31", "--workers", "0"], "got 31"),
-    ],
-)
-def test_wrong_arguments_of_shards_end_with_one_line(arguments, expected, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert status(shards, arguments) != 0
-    line = one_error_line(capsys)
-    assert line.startswith("hatnet-shards: error: ")
-    assert expected in line
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("command", [train, evaluate, predict, shards])
-def test_help_shows_an_example_and_every_default(command, capsys):
+def test_help_shows_an_example_and_every_default_and_fits_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert status(command, ["--help"]) == 0
     text = capsys.readouterr().out
     assert "example" in text
     assert "(default" in text
+    assert max(map(len, text.splitlines())) <= 80
     assert "digits: 7, imagenet: 300)" in text or command is not train
+
+
+def test_options_that_all_commands_share_have_their_one_form():
+    parsers = [train_parser(), evaluate_parser(), predict_parser(), shards_parser()]
+    for one in parsers:
+        for action in one._actions:
+            for option in SHARED.keys() & set(action.option_strings):
+                assert action.help.startswith(SHARED[option]), f"{one.prog} {option}: {action.help}"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("hatnet-train --recipe imag", "imagenet"),
+        ("hatnet-eval --che", "--checkpoint"),
+        ("hatnet-predict --device c", "cpu"),
+        ("hatnet-shards --ver", "--verify"),
+    ],
+)
+def test_a_shell_is_told_what_completes_a_line(line, expected):
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": " ", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    command = Path(sys.executable).with_name(line.partition(" ")[0])
+    answer = subprocess.run(  # the answer is written to descriptor 8
+        ["bash", "-c", f"{command} 8>&1 >/dev/null 2>&1"],
+        env={**os.environ, **asked},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert expected in answer.stdout.split()

@@ -1,10 +1,11 @@
 import json
 
 import pytest
+from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
 
 from hatnet_train import build_config
 from hatnet_train.deepspeed_config import deepspeed_config
-from hatnet_train.deepspeed_json import fields_of, read_deepspeed_json
+from hatnet_train.deepspeed_json import KEYS, fields_of, read_deepspeed_json
 
 
 @pytest.fixture
@@ -107,6 +108,8 @@ def test_values_that_mean_nothing_are_refused(user, expected, written):
     [
         ("{", "is not JSON: "),
         ("[1]", "must hold a JSON object, got list"),
+        ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping', did you mean gradient_clipping?"),
+        ({"elasticity": {"enabled": True}}, "unknown key 'elasticity'"),
         ({"zero_optimization": True}, "zero_optimization must be an object, got True"),
         ({"optimizer": "AdamW"}, "optimizer must be an object, got 'AdamW'"),
         ({"optimizer": {"params": [1]}}, r"optimizer\.params must be an object, got \[1\]"),
@@ -146,3 +149,36 @@ def test_deepspeeds_own_optimizer_is_not_given_what_only_torchs_knows(written):
     user = written({"optimizer": {"type": "AdamW", "params": {"torch_adam": False}}})
     settings = deepspeed_config(build_config("digits", fields_of(user)), world_size=1, user=user)
     assert "fused" not in settings["optimizer"]["params"]
+
+
+class Noted(dict):
+    """A configuration that notes which keys are looked for in it."""
+
+    def __init__(self, content, sought):
+        super().__init__(content)
+        self.sought = sought
+
+    def __contains__(self, key):
+        self.sought.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key):
+        self.sought.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.sought.add(key)
+        return super().get(key, default)
+
+    def keys(self):
+        return self
+
+    def __copy__(self):
+        return self
+
+
+def test_the_keys_that_are_known_are_those_that_deepspeed_looks_for():
+    sought = set()
+    DeepSpeedConfig(Noted({"train_batch_size": 8}, sought))
+    of_initialize = {"sequence_parallel_size", "data_parallel_size"}  # which deepspeed.initialize reads itself
+    assert sought - set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) == KEYS - of_initialize

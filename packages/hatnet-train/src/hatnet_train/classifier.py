@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hatnet_core import HATNet, create_model, load_checkpoint, read_metadata
-from hatnet_core.checkpoint import build_model, has_metadata, head_size, read_state
-from hatnet_core.model import MIN_SIZE
+from hatnet_core import HATNet, read_metadata
+from hatnet_core.checkpoint import has_metadata, load_model
+from hatnet_core.variants import MIN_SIZE
+from hatnet_train.config import MAX_SIZE
 from hatnet_train.data.augment import MEAN, STD, centre_crop, normalise
 
 
@@ -54,28 +54,21 @@ def load_classifier(checkpoint: Path, variant: str | None = None) -> Classifier:
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: if it cannot be read, does not describe its model, or not how images are preprocessed; if it is of
-            another variant.
+        ValueError: as :func:`hatnet_core.checkpoint.load_model` does, or if it does not say how images are
+            preprocessed, or is of another variant.
     """
     described = _record_of(checkpoint) if variant is not None else None
     if described is not None and "image_size" in described:
         if described.get("variant") != variant:
             raise ValueError(f"{checkpoint} holds {described.get('variant')}, got {variant}: leave the variant out")
         variant = None
-    if variant is None and not has_metadata(checkpoint):
-        if not checkpoint.exists():
-            raise FileNotFoundError(f"no checkpoint at {checkpoint}: expected an existing file or folder")
-        raise ValueError(f"{checkpoint} does not say which model it holds: name it with --variant")
+    model = load_model(checkpoint, variant)
     if variant is not None:
-        state, _ = read_state(checkpoint)
-        model = create_model(variant, num_classes=head_size(state))
         record: dict[str, Any] = {"classes": [str(i) for i in range(model.num_classes)], "image_size": 224}
         record |= {"crop_fraction": 0.875, "mean": list(MEAN), "std": list(STD)}
     else:
         record = read_metadata(checkpoint)
-        model = build_model(record["config"], checkpoint)
         _check_record(record, model.num_classes, checkpoint)
-    load_checkpoint(model, checkpoint)
     return Classifier(
         model=model.eval(),
         classes=record["classes"],
@@ -95,27 +88,11 @@ def _record_of(checkpoint: Path) -> dict[str, Any] | None:
         return None
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a name such as ``cpu`` or ``cuda:1``; ``auto`` is a GPU where there is one.
-
-    Raises:
-        ValueError: if torch does not know or have it.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be auto, cpu, or one that this machine has, got {name}") from error
-    return device
-
-
 def _check_record(record: dict[str, Any], num_classes: int, checkpoint: Path) -> None:
     classes, size, fraction = record.get("classes"), record.get("image_size"), record.get("crop_fraction")
     usable = {
         "classes": isinstance(classes, list) and len(classes) == num_classes > 0,
-        "image_size": type(size) is int and size >= MIN_SIZE,
+        "image_size": type(size) is int and MIN_SIZE <= size <= MAX_SIZE,
         "crop_fraction": isinstance(fraction, float) and 0 < fraction <= 1,
         "mean": _three_numbers(record.get("mean")),
         "std": _three_numbers(record.get("std")) and min(record["std"]) > 0,

@@ -6,23 +6,37 @@ Every field can be given on the command line under its own name (``batch_size`` 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hatnet_core import list_models
-from hatnet_core.model import MIN_SIZE
+from hatnet_core.commands import SHARED
+from hatnet_core.variants import MIN_SIZE, list_models
 
 MAX_SIZE = 2048
 """Largest ``image_size`` in pixels, our choice: a slip of the hand should not take all memory."""
 
+MAX_WORKERS = 1024
+
 PRECISIONS = ("bf16", "fp16", "fp32")
+
+ZERO_STAGES = (0, 1, 2, 3)
 
 BAD_IMAGE = ("strict", "replace")
 
 
-def _described(help_text: str, default: Any = dataclasses.MISSING) -> Any:
+SHARD_MEGABYTES = 256.0
+"""Size of a shard of hatnet-shards. It makes 560 of ImageNet's 140 GB: enough for many processes to write and for
+readers in sequence to share out, few enough to have half of them open at once, and one that is damaged is soon copied
+again."""
+
+QUALITY = 90
+"""Of the JPEG files that hatnet-shards makes when it resizes."""
+
+
+def _described(help_text: str, default: Any = dataclasses.MISSING, choices: Sequence[Any] | None = None) -> Any:
     """A field with its documentation; without a default, every recipe gives the value."""
-    return field(default=default, metadata={"help": help_text})
+    return field(default=default, metadata={"help": help_text, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +51,7 @@ class TrainConfig:
 
     data: str = _described("digits, synthetic, or the path of an ImageNet-layout folder or of shards")
 
-    variant: str = _described(f"model to train: {', '.join(list_models())} or one of the paper's ablations")
+    variant: str = _described(SHARED["--variant"], choices=list_models(ablations=True))
     image_size: int = _described("side of the square input in pixels, from 32 up (Sec. 4.1: 224)")
     grid_sizes: tuple[int, int, int] | None = _described("G1 of stages 2-4 (default: the variant's)", None)
     pool_sizes: tuple[int, int, int] | None = _described("G2 of stages 2-4 (default: the variant's)", None)
@@ -66,8 +80,8 @@ class TrainConfig:
     label_smoothing: float = _described("label smoothing of the training loss, in [0, 1) (Sec. 4.1, DeiT: 0.1)", 0.0)
     crop_fraction: float = _described("evaluation: share of the short side that the centre crop takes (DeiT)", 0.875)
 
-    precision: str = _described("bf16 or fp16 through torch's autocast, weights in fp32; or fp32", "bf16")
-    zero_stage: int = _described("ZeRO stage of DeepSpeed, 0 to 3: what the processes share out", 0)
+    precision: str = _described("bf16 or fp16 through torch's autocast, weights in fp32; or fp32", "bf16", PRECISIONS)
+    zero_stage: int = _described("ZeRO stage of DeepSpeed, 0 to 3: what the processes share out", 0, ZERO_STAGES)
     accumulation: int = _described("forward and backward passes an optimizer step", 1)
     activation_checkpointing: bool = _described(
         "compute activations again in the backward pass, to save memory", False
@@ -81,6 +95,7 @@ class TrainConfig:
         "strict: an image that cannot be read ends the run; replace: the next one takes its place, held out it is not "
         "counted",
         "strict",
+        BAD_IMAGE,
     )
     max_bad_images: int = _described("such images in an epoch; more end the run", 100)
     seed: int = _described("seed of the weights, the order of the images and their augmentation", 0)
@@ -125,9 +140,9 @@ class TrainConfig:
             "clip_grad": (0 <= self.clip_grad < infinity, "0 or positive"),
             "ema_decay": (0 <= self.ema_decay < 1, "in [0, 1)"),
             "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
-            "zero_stage": (self.zero_stage in range(4), "from 0 to 3"),
+            "zero_stage": (self.zero_stage in ZERO_STAGES, "from 0 to 3"),
             "accumulation": (self.accumulation >= 1, "at least 1"),
-            "workers": (0 <= self.workers <= 1024, "from 0 to 1024"),
+            "workers": (0 <= self.workers <= MAX_WORKERS, f"from 0 to {MAX_WORKERS}"),
             "checkpoint_steps": (self.checkpoint_steps >= 0, "0 or positive"),
             "keep_checkpoints": (self.keep_checkpoints >= 1, "at least 1"),
             "max_skipped_steps": (self.max_skipped_steps >= 0, "0 or positive"),

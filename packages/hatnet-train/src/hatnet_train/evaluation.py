@@ -13,7 +13,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
-from hatnet_core.model import MIN_SIZE
+from hatnet_core.variants import MIN_SIZE
 from hatnet_train.classifier import Classifier, load_classifier
 from hatnet_train.config import MAX_SIZE
 from hatnet_train.data import Source, open_split
@@ -55,7 +55,7 @@ def evaluation_run(
         FileNotFoundError: if checkpoint or data is not there.
         ValueError: if one of them, or a value, is not as expected, or their classes differ.
     """
-    for name, value, low, high in (("batch-size", batch_size, 1, 2**31), ("workers", workers, 0, 1024)):
+    for name, value, low, high in (("batch_size", batch_size, 1, 2**31), ("workers", workers, 0, 1024)):
         if not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, got {value}")
     if size is not None and not MIN_SIZE <= size <= MAX_SIZE:

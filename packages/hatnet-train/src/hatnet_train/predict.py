@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hatnet_train.classifier import Classifier, pick_device
+from hatnet_core.commands import pick_device
+from hatnet_train.classifier import Classifier
 from hatnet_train.data.images import read_image
 
 BATCH_SIZE = 32
@@ -24,18 +25,19 @@ def predict(
         classifier: of :func:`hatnet_train.classifier.load_classifier`.
         images: image files in any format that Pillow reads.
         top_k: how many classes to return an image, best first.
-        device: ``auto``, ``cpu``, ``cuda``, ...
+        device: as for :func:`hatnet_core.commands.pick_device`.
 
     Returns:
         One dict an image: ``image`` (the path), ``classes`` (names) and ``probabilities``, both of length ``top_k``.
 
     Raises:
         FileNotFoundError: if an image is not there.
-        ValueError: if one cannot be read, or ``top_k`` is not between 1 and the number of classes.
+        ValueError: if one cannot be read, ``top_k`` is not between 1 and the number of classes, or there is no such
+            device.
     """
     names = classifier.classes
     if not 1 <= top_k <= len(names):
-        raise ValueError(f"top-k must be from 1 to the {len(names)} classes, got {top_k}")
+        raise ValueError(f"top_k must be from 1 to the {len(names)} classes, got {top_k}")
     target = pick_device(device)
     model = classifier.model.to(target)
     rows: list[dict[str, Any]] = []

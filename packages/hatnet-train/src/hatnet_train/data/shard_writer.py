@@ -39,6 +39,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from hatnet_train.checkpoint import sync_folder
+from hatnet_train.config import QUALITY, SHARD_MEGABYTES
 from hatnet_train.data.folder import Folder
 from hatnet_train.data.images import decode, to_pillow
 from hatnet_train.data.shards import (
@@ -53,13 +54,6 @@ from hatnet_train.data.shards import (
     progress_bar,
     records_path,
 )
-
-SHARD_MEGABYTES = 256.0
-"""Size of a shard. It makes 560 of ImageNet's 140 GB: enough for many processes to write and for readers in sequence
-to share out, few enough to have half of them open at once, and one that is damaged is soon copied again."""
-
-QUALITY = 90
-"""Of the JPEG files that are made when images are resized."""
 
 _SAMPLE = 64
 """Images that are measured to find out how many make a shard."""

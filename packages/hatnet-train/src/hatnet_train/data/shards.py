@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -226,14 +226,31 @@ def verify(root: Path, *, progress: bool = True) -> None:
 
 def progress_bar(total: int, what: str, unit: str, *, disable: bool = False) -> tqdm[NoReturn]:
     """A bar on a terminal; in a log file a line now and then."""
+    terminal = sys.stderr.isatty()
     return tqdm(
         desc=what,
         total=total,
         unit=unit,
         unit_scale=unit == "B",
         disable=disable,
-        mininterval=0.2 if sys.stderr.isatty() else 30,
+        file=sys.stderr if terminal else _Lines(sys.stderr),
+        mininterval=0.2 if terminal else 30,
+        delay=2,
     )
+
+
+class _Lines:
+    """A file in which every state of a bar is a line of its own, where on a terminal one overwrites the other."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            self.file.write(f"{line}\n")
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def records_path(root: Path, split: str) -> Path:
