@@ -18,6 +18,7 @@ from hatnet_core.commands import (
     pick_device,
     real,
     say,
+    some_path,
     writable_file,
     writable_folder,
 )
@@ -36,6 +37,7 @@ def parser():
     play.add_argument("--share", type=real(0, 1))
     play.add_argument("--seconds", type=real(0))
     play.add_argument("--out", type=path_ending(".png", ".svg"))
+    play.add_argument("--folder", type=some_path)
     return made
 
 
@@ -82,6 +84,7 @@ def run(parser, capsys):
         (["play", "--seconds", "inf"], "argument --seconds: 'inf' is not a number above 0"),
         (["play", "--seconds", "soon"], "argument --seconds: 'soon' is not a number above 0"),
         (["play", "--out", "a.gif"], "argument --out: 'a.gif' does not end in .png or .svg"),
+        (["play", "--folder", ""], "argument --folder: '' is no path"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_status_2(arguments, message, run):

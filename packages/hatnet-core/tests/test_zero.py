@@ -156,9 +156,9 @@ def test_a_checkpoint_of_another_model_is_refused(written, tmp_path):
 
 
 def test_an_exported_checkpoint_keeps_what_is_said_beside_the_weights(tmp_path):
-    from hatnet_core.export import main
+    from hatnet_core.cli import main
 
     model = create_model("hatnet_tiny", num_classes=3)
     save_checkpoint(model, tmp_path / "a.safetensors", {"classes": ["a", "b", "c"]})
-    main([str(tmp_path / "b.safetensors"), "--checkpoint", str(tmp_path / "a.safetensors")])
+    assert main(["--checkpoint", str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "b.safetensors")]) == 0
     assert read_metadata(tmp_path / "b.safetensors") == read_metadata(tmp_path / "a.safetensors")

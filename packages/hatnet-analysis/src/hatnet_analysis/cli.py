@@ -31,6 +31,7 @@ from hatnet_core.commands import (
     add_variant,
     path_ending,
     say,
+    some_path,
     whole,
     writable_file,
     writable_folder,
@@ -398,7 +399,7 @@ def _add_report(commands: Any) -> None:
         "and hatnet-dense."
     )
     command = _command(commands, "report", report, "one HTML page with all of it", text, "--out page")
-    command.add_argument("--out", metavar="DIR", type=Path, required=True, help="write index.html to this folder")
+    command.add_argument("--out", metavar="DIR", type=some_path, required=True, help="write index.html to this folder")
     command.add_argument(
         "--sections",
         nargs="+",

@@ -275,6 +275,13 @@ def real(low: float, high: float = float("inf")) -> Callable[[str], float]:
     return read
 
 
+def some_path(text: str) -> Path:
+    """The type of an option that is written to; nothing, such as a variable that is not set, is no path."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no path")
+    return Path(text)
+
+
 def path_ending(*endings: str) -> Callable[[str], Path]:
     """The type of an option that is a file whose ending says what is written."""
 

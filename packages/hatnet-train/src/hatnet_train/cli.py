@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import logging
 import os
 import re
 import sys
@@ -31,6 +32,7 @@ from hatnet_core.commands import (
     add_variant,
     real,
     say,
+    some_path,
     whole,
     writable_file,
     writable_folder,
@@ -92,7 +94,7 @@ def train_parser() -> Parser:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=some_path,
         metavar="DIR",
         help="write to this run folder: new, empty, or with --resume that run's own",
     )
@@ -161,7 +163,7 @@ def evaluate_parser() -> Parser:
     _add_timeout(parser)
     _add_local_rank(parser)
     add_format(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write to this JSON file, too")
+    parser.add_argument("--out", type=some_path, metavar="FILE", help="write to this JSON file, too")
     return parser
 
 
@@ -198,7 +200,7 @@ def shards_parser() -> Parser:
     )
     parser.add_argument("data", type=Path, metavar="DATA", help="folder with train/ and val/; shards with --verify")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, metavar="DIR", help="write to this folder: new or empty")
+    what.add_argument("--out", type=some_path, metavar="DIR", help="write to this folder: new or empty")
     what.add_argument("--verify", action="store_true", help="read all shards of DATA and compare their hashes")
     parser.add_argument(
         "--resize",
@@ -266,6 +268,7 @@ def _evaluate(options: Namespace) -> None:
     if options.out is not None:
         writable_file(options.out)
     _import_deepspeed()
+    from hatnet_train.checkpoint import write_file
     from hatnet_train.evaluation import evaluation_run
 
     row = evaluation_run(
@@ -281,7 +284,7 @@ def _evaluate(options: Namespace) -> None:
     if row is None:  # rank 0 speaks
         return
     if options.out is not None:
-        options.out.write_text(json.dumps(row, indent=2) + "\n")
+        write_file(options.out, (json.dumps(row, indent=2) + "\n").encode())
     if options.format == "json":
         say(json.dumps(row, indent=2))
         return
@@ -390,7 +393,8 @@ def _flag(field: str) -> str:
 
 
 def _import_deepspeed() -> None:
-    """Import DeepSpeed with its log on standard error: ours is for results."""
+    """Import DeepSpeed with its log on standard error, ours being for results, and not a line about having no GPU."""
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     with contextlib.redirect_stdout(sys.stderr):
         importlib.import_module("deepspeed")
 
