@@ -178,7 +178,7 @@ def test_a_compiled_model_trains_as_the_plain_one(alone, run_command, tmp_path, 
 
 def test_held_out_images_are_counted_once_on_any_number_of_processes(alone, images, run_command, train, tmp_path):
     one, three = tmp_path / "one.json", tmp_path / "three.json"  # the launcher logs to standard output, too
-    flags = ["--checkpoint", alone / "model.safetensors", "--data", images, "--workers", "0", "--batch-size", "6"]
+    flags = ["--checkpoint", alone / "model.safetensors", "--data", images, "--workers", "0", "--batch", "6"]
     train(*flags, "--out", one, ranks=1, function="evaluate")
     done = run_command(*MODULE[:2], "3", "--no_python", BIN / "hatnet-eval", *flags, "--out", three)
     assert done.returncode == 0, done.stderr
@@ -276,7 +276,7 @@ def test_a_run_folder_that_cannot_be_made_ends_the_launch_with_one_line(run_comm
     done = run_command(*MODULE, *short, "--out", tmp_path / "file" / "run")
     assert done.returncode != 0
     assert done.stderr.count("hatnet-train: error: ") == 1
-    assert f"cannot make run folder {tmp_path / 'file' / 'run'}: Not a directory" in done.stderr
+    assert f"--out must be a folder that can be made and written, got '{tmp_path / 'file' / 'run'}'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
