@@ -284,6 +284,16 @@ def build(session: nox.Session, package: str, folder: Path) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site, docs/_build/html, and run the blocks of its pages; "-- docs/start.md" runs those of one page."""
+    packages = ["hatnet-core[all]", "hatnet-train[all]", "hatnet-analysis[timm]", "hatnet-dense"]
+    wanted = [argument for package in packages for argument in ("-e", f"packages/{package}")]
+    session.install("-c", "constraints.txt", "--group=docs", *wanted)
+    session.run("sphinx-build", "-W", "--keep-going", "--quiet", "docs", "docs/_build/html")
+    session.run("pytest", *(session.posargs or ["docs"]))
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Train on scikit-learn's digits under DeepSpeed, predict held-out images, show what came out."""
     install(session, "train")

@@ -1,0 +1,56 @@
+"""What the pages presuppose that a reader has, made from what scikit-learn ships: images, a photograph, a run.
+
+python docs/data.py images FOLDER      an ImageNet-layout folder: three classes of 10 images, and 4 held out of each
+python docs/data.py photograph FILE    a photograph of 640×427 pixels
+python docs/data.py run FOLDER         what a run leaves, with weights of HAT-Net-Small that are random, and the same
+                                       every time
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_image
+
+from hatnet_core import create_model, save_checkpoint
+
+CLASSES = {"zero": 0, "one": 1, "two": 2}
+
+SPLITS = {"train": (0, 10), "val": (10, 14)}
+"""Which scans of every digit are which images."""
+
+
+def images(folder: Path) -> None:
+    """Scans of digits, enlarged to 64×64 pixels, in a folder for every class."""
+    digits = load_digits()
+    for name, digit in CLASSES.items():
+        scans = digits.images[digits.target == digit]
+        for split, (first, end) in SPLITS.items():
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for i, scan in enumerate(scans[first:end]):
+                Image.fromarray((scan * 15).astype("uint8")).resize((64, 64)).save(place / f"{i}.png")
+
+
+def photograph(file: Path) -> None:
+    """The temple that scikit-learn ships."""
+    Image.fromarray(load_sample_image("china.jpg")).save(file)
+
+
+def run(folder: Path) -> None:
+    """A folder with ``model.safetensors``."""
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    save_checkpoint(create_model("hatnet_small"), folder / "model.safetensors")
+
+
+MADE: dict[str, Callable[[Path], None]] = {"images": images, "photograph": photograph, "run": run}
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in MADE:
+        sys.exit(f"usage: {Path(__file__).name} {'|'.join(MADE)} PATH, got {sys.argv[1:]}")
+    MADE[sys.argv[1]](Path(sys.argv[2]))
