@@ -2,63 +2,67 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from contenders import Plan, ours, seconds, wait_for
-from results import Measurement, Table, interleaved
+from contenders import Plan, ours, seconds
+from results import Measurement, Ratio, Table, interleaved, quotients
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from hatnet_core import set_kernels
+from hatnet_core.model import Block
 
 KINDS = {
-    "1×1 and other matrix products": ("::mm", "addmm", "addmm_", "linear", "gemm", "cutlass", "nvjet"),
-    "convolutions": ("convolution", "conv2d", "cudnn"),
+    "matrix products": ("::mm", "addmm", "addmm_", "linear", "gemm", "cutlass", "nvjet"),
+    "convolutions, 1×1 and depthwise among them": ("convolution", "conv2d", "cudnn"),
     "attention": ("attention", "bmm", "softmax", "_window", "flash", "fmha"),
-    "activations": ("silu", "gelu"),
+    "activations, on a GPU with the depthwise convolution": ("silu", "gelu", "depthwise"),
     "normalisation": ("norm",),
-    "depthwise with activations": ("depthwise",),
     "copies and sums": ("copy_", "::cat", "::add", "::clone", "elementwise"),
 }
 """Kinds of operators and kernels by parts of their names; the first that fits counts."""
 
+PRODUCT, COPY = "FLOPs of a product of 4096×4096", "bytes read and written"
+
 
 def measure_parts(plan: Plan, *, batches: tuple[int, ...] = (8, 1), size: int = 224) -> Measurement:
     """Milliseconds of each part and its distance from a roofline, and of each kind of operator."""
-    what = """HAT-Net-Small, eager. Milliseconds of a batch in each part of the model, and the least that this machine
-    would need for it: all multiply-adds as one large matrix product, or reading every block's map and weights and
-    writing its map once, whichever takes longer, at the rates measured here in the same run. Then milliseconds by kind
-    of operator, as a profiler sees them."""
+    what = """HAT-Net-Small, eager. Milliseconds of a batch in each part of the model, beside the least that this
+    machine would need for it: all multiply-adds as one product of 4096×4096 matrices, or reading every block's map
+    and weights and writing its map once, whichever takes longer, at the rates measured in the same round. Then
+    milliseconds by kind of operator, as a profiler sees them."""
     dtype = torch.bfloat16 if plan.device.type == "cuda" else torch.float32
-    product, copy = _product_rate(plan.device, dtype), _copy_rate(plan.device)
-    settings = plan.settings() | {
-        "dtype": str(dtype).removeprefix("torch."),
-        "rate of a matrix product of 4096×4096": f"{product / 1e9:.0f} GFLOP/s",
-        "rate of reading and writing": f"{copy / 1e9:.1f} GB/s",
-    }
-    result = Measurement("Where the time goes", " ".join(what.split()), settings)
+    result = Measurement("Where the time goes", " ".join(what.split()), plan.settings() | {"dtype": _name(dtype)})
     model = ours().to(plan.device, dtype).model
     set_kernels("auto")
     for batch in batches:
         images = torch.randn(batch, 3, size, size, device=plan.device, dtype=dtype)
         parts = _inputs(model, images)
-        turns = {name: _timed(part, x) for name, (part, x) in parts.items()}
-        times = interleaved(turns, plan.rounds, f"parts, batch {batch}", warm_up=True)
-        limits = {f"{name}, least": [1e3 * _least(part, x, product, copy)] for name, (part, x) in parts.items()}
-        table = {key: values for name in parts for key, values in _pair(name, times, limits)}
+        needs = {name: _needs(part, x) for name, (part, x) in parts.items()}
+        turns = {name: _timed(partial(seconds, part, x)) for name, (part, x) in parts.items()}
+        times = interleaved(turns | _ceilings(plan.device, dtype), plan.rounds, f"parts, batch {batch}", warm_up=True)
+        product, copy = times.pop(PRODUCT), times.pop(COPY)
+        table, ratios = {}, []
+        for name, (flops, moved) in needs.items():
+            rates = zip(product, copy, strict=True)
+            least = [max(flops * of_flop, moved * of_byte) for of_flop, of_byte in rates]
+            table |= {name: times[name], f"{name}, least": least}
+            ratios.append(Ratio(f"least to measured, {name}, batch {batch}", quotients(least, times[name])))
         result.tables.append(Table(f"batch {batch}", "ms", table))
-        kinds = _kinds(model, images)
-        result.tables.append(Table(f"by kind of operator, batch {batch}", "ms", kinds))
+        rates = {PRODUCT: [1e-6 / ms for ms in product], COPY: [1e-6 / ms for ms in copy]}
+        result.tables.append(Table(f"rates meanwhile, batch {batch}", "10⁹/s", rates))
+        result.tables.append(Table(f"by kind of operator, batch {batch}", "ms", _kinds(model, images)))
+        result.ratios += ratios
     return result
 
 
-def _pair(name: str, times: dict[str, list[float]], limits: dict[str, list[float]]) -> list[tuple[str, list[float]]]:
-    return [(name, times[name]), (f"{name}, least", limits[f"{name}, least"])]
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _inputs(model: nn.Module, images: Tensor) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
@@ -73,13 +77,23 @@ def _inputs(model: nn.Module, images: Tensor) -> dict[str, tuple[Callable[[Tenso
     return parts | {"the whole": (model, images)}
 
 
-def _timed(part: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[int], float]:
-    return lambda _: 1e3 * min(seconds(part, x) for _ in range(3))
+def _timed(work: Callable[[], float], scale: float = 1.0) -> Callable[[int], float]:
+    """Milliseconds of the fastest of three, divided by ``scale``."""
+    return lambda _: 1e3 * min(work() for _ in range(3)) / scale
 
 
-def _least(part: Callable[[Tensor], Tensor], x: Tensor, product: float, copy: float) -> float:
-    """Seconds in which a part could be done at the rates of this machine."""
-    blocks = [m for m in part.modules() if type(m).__name__ == "Block"] if isinstance(part, nn.Module) else []
+def _ceilings(device: torch.device, dtype: torch.dtype, side: int = 4096, count: int = 2**26) -> dict[str, Any]:
+    """Milliseconds of a FLOP, two for a multiply-add as FlopCounterMode counts, and of a byte read or written."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    out, source, target = torch.empty_like(a), torch.zeros(count, device=device), torch.zeros(count, device=device)
+    product = partial(seconds, lambda _: torch.mm(a, b, out=out), a)
+    copy = partial(seconds, target.copy_, source)
+    return {PRODUCT: _timed(product, 2 * side**3), COPY: _timed(copy, 8 * count)}
+
+
+def _needs(part: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, int]:
+    """FLOPs of a part, and bytes of its blocks' maps and weights, or of its own map where it has none."""
+    blocks = [m for m in part.modules() if isinstance(m, Block)] if isinstance(part, nn.Module) else []
     moved: list[int] = []
 
     def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -93,8 +107,7 @@ def _least(part: Callable[[Tensor], Tensor], x: Tensor, product: float, copy: fl
     set_kernels("auto")
     for hook in hooks:
         hook.remove()
-    bytes_moved = sum(moved) or (x.numel() + out.numel()) * out.element_size()
-    return max(counter.get_total_flops() / product, bytes_moved / copy)
+    return counter.get_total_flops(), sum(moved) or (x.numel() + out.numel()) * out.element_size()
 
 
 def _kinds(model: nn.Module, images: Tensor, passes: int = 3) -> dict[str, list[float]]:
@@ -111,25 +124,3 @@ def _kinds(model: nn.Module, images: Tensor, passes: int = 3) -> dict[str, list[
         kind = next((k for k, names in KINDS.items() if any(n in event.key for n in names)), "all else")
         spent[kind] += microseconds / 1e3 / passes
     return {kind: [spent[kind]] for kind, _ in spent.most_common() if spent[kind] > 0}
-
-
-def _product_rate(device: torch.device, dtype: torch.dtype, side: int = 4096) -> float:
-    """FLOP/s of a matrix product, two for a multiply-add as FlopCounterMode counts."""
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / _fastest(lambda: a @ b, device)
-
-
-def _copy_rate(device: torch.device, count: int = 2**26) -> float:
-    """Bytes read and written in a second, from memory to memory."""
-    source, target = torch.zeros(count, device=device), torch.zeros(count, device=device)
-    return 8 * count / _fastest(lambda: target.copy_(source), device)
-
-
-def _fastest(work: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        wait_for(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
