@@ -275,7 +275,7 @@ def crossings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def by_formula(contender: Contender, quantity: str, size: int) -> int:
-    """``macs`` or ``memory_formula`` of a contender on the map of a square image of side ``size``, a multiple of 32."""
+    """``macs`` or ``memory_formula`` of a contender for a square image of side ``size``, a multiple of 32."""
     formula = contender.macs if quantity == "macs" else contender.memory
     return formula(size // 4, size // 4)
 
