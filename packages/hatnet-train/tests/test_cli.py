@@ -72,7 +72,7 @@ WRONG = [
         train,
         "--recipe digits --out run --deepspeed_config no.json",
         1,
-        "no DeepSpeed configuration at no.json: expec",
+        "no DeepSpeed configuration at no.json: ",
     ),
     (
         train,
