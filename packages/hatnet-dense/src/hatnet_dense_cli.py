@@ -1,4 +1,4 @@
-"""The command ``hatnet-dense``: arguments in, one call, errors in one line.
+"""The options of the command ``hatnet-dense``. How it looks and ends is in :mod:`hatnet_core.commands`.
 
 A module beside the package, which imports nothing of it before the arguments are read: ``import hatnet_dense``
 registers classes with MMEngine and so imports torch, seconds that ``--help`` and a mistyped line need not wait.
@@ -9,88 +9,59 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
-import sys
-import traceback
+import importlib.util
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any
 
-TRACEBACK = "HATNET_TRACEBACK"
-"""Environment variable; if it is set, an error shows where it comes from."""
+from hatnet_core.commands import STATUSES, TRACEBACK, Parser, add_device, add_format, add_size, real, some_path
 
 LARGEST_SIDE = 4096
 """Of an image that FLOPs are counted on, in pixels: the model runs on it, in several GiB of memory."""
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it: 128 and the number of the signal."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see its ``--help``."""
     # importlib's, and torch's own compiler's; nothing a user of this command can change
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")
+    warnings.filterwarnings("ignore", "nothing of hatnet_dense is registered")  # the error says it, in one line
     warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")
-    options = _parser().parse_args(arguments)
-    try:
-        from hatnet_dense import cli
-
-        return int(getattr(cli, options.run)(options) or 0)
-    except KeyboardInterrupt:
-        sys.stderr.write("hatnet-dense: interrupted\n")
-        return INTERRUPTED
-    except Exception as error:  # the libraries raise whatever they like
-        if os.environ.get(TRACEBACK):
-            traceback.print_exc()
-        sys.stderr.write(f"hatnet-dense: error: {_reason(error)}\n")
-        return 1
+    return parser().run(_main, arguments)
 
 
-def _reason(error: Exception) -> str:
-    from hatnet_dense.errors import said
-
-    if isinstance(error, FileNotFoundError) and error.filename:
-        return f"no file at {error.filename}: expected what the config names, or --cfg-options to name another"
-    return said(error)
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="hatnet-dense",
-        description="HAT-Net in MMDetection and MMSegmentation: train, test and predict with any of their configs,\n"
+def parser() -> Parser:
+    """The options of ``hatnet-dense``."""
+    made = _Parser(
+        "hatnet-dense",
+        description="HAT-Net in MMDetection and MMSegmentation: train, test and predict with any of their configs, "
         "or with one that comes with this package.",
         epilog="examples:\n"
-        "  hatnet-dense train mask-rcnn_hatnet-s_fpn_1x_coco\n"
-        "  torchrun --nproc-per-node 8 --no-python hatnet-dense train mask-rcnn_hatnet-s_fpn_1x_coco "
-        "--launcher pytorch\n"
-        "  hatnet-dense test mask-rcnn_hatnet-s_fpn_1x_coco work_dirs/mask-rcnn_hatnet-s_fpn_1x_coco/epoch_12.pth\n"
-        "  hatnet-dense predict mask-rcnn_hatnet-s_fpn_1x_coco epoch_12.pth photographs --out found\n"
         "  hatnet-dense doctor\n"
-        "exit status: 0; 1 after an error; 2 for a wrong command line; 130 if interrupted\n"
-        f"{TRACEBACK}=1 in the environment shows where an error comes from",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "  hatnet-dense train mask-rcnn_hatnet-s_fpn_1x_coco\n"
+        "  torchrun --nproc-per-node 8 --no-python \\\n"
+        "      hatnet-dense train mask-rcnn_hatnet-s_fpn_1x_coco --launcher pytorch\n"
+        "  hatnet-dense predict mask-rcnn_hatnet-s_fpn_1x_coco \\\n"
+        f"      epoch_12.pth photographs --out found\n\n{STATUSES}",
+        version=importlib.metadata.version("hatnet-dense"),
     )
-    parser.add_argument(
-        "--version", action="version", version=f"%(prog)s {importlib.metadata.version('hatnet-dense')}"
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = made.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        added: argparse.ArgumentParser = commands.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    def command(name: str, text: str, more: str = "", example: str = "") -> Parser:
+        epilog = f"example:\n  {example}" if example else ""
+        added: Parser = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}", epilog=epilog
         )
         added.set_defaults(run=name)
         return added
 
-    train = command("train", "train the model of a config")
+    train = command(
+        "train",
+        "train the model of a config",
+        "Checkpoints and logs go to --work-dir.",
+        "hatnet-dense train retinanet_hatnet-t_fpn_1x_coco \\\n"
+        "      --cfg-options train_cfg.max_epochs=1 train_dataloader.batch_size=4",
+    )
     _add_config(train)
     train.add_argument(
         "--resume",
@@ -119,48 +90,82 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_run(train)
 
-    test = command("test", "evaluate a checkpoint with the evaluators of its config")
+    test = command(
+        "test",
+        "evaluate a checkpoint with the evaluators of its config",
+        "The metrics are printed as JSON.",
+        "hatnet-dense test retinanet_hatnet-t_fpn_1x_coco \\\n      epoch_12.pth --out metrics.json",
+    )
     _add_config(test)
     _add_checkpoint(test)
-    test.add_argument("--out", metavar="FILE", help="write the metrics to a JSON file, too")
-    test.add_argument("--show-dir", metavar="DIR", help="draw truth and prediction of every image")
+    test.add_argument("--out", type=some_path, metavar="FILE", help="write to this JSON file, too")
+    test.add_argument("--show-dir", type=some_path, metavar="DIR", help="draw truth and prediction of every image")
     _add_run(test)
 
-    predict = command("predict", "predict image files: pictures, and JSON or label images")
+    predict = command(
+        "predict",
+        "predict image files: pictures, and JSON or label images",
+        example="hatnet-dense predict mask-rcnn_hatnet-s_fpn_1x_coco \\\n      epoch_12.pth photographs --out found",
+    )
     _add_config(predict)
     _add_checkpoint(predict)
-    predict.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or folder of images")
-    predict.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of images")
     predict.add_argument(
-        "--score-threshold", type=float, default=0.3, metavar="SCORE", help="of the boxes drawn (default 0.3)"
+        "--score-threshold", type=real(0, 1), default=0.3, metavar="SCORE", help="of the boxes drawn (default 0.3)"
     )
-    predict.add_argument("--device", default="auto", help="auto, cpu, cuda:0, ... (default auto)")
+    add_device(predict)
+    predict.add_argument("--out", type=some_path, required=True, metavar="DIR", help="write to this folder")
 
-    flops = command("flops", "count parameters and FLOPs of the model of a config")
-    _add_config(flops)
-    flops.add_argument(
-        "--size",
-        nargs=2,
-        type=_side,
-        default=(800, 1280),
-        metavar=("H", "W"),
-        help="height and width of the image in pixels (default 800 1280, as in Table 4; Table 3 has 512 512)",
+    flops = command(
+        "flops",
+        "count parameters and FLOPs of the model of a config",
+        "Table 4 of the paper has 800 1280, Table 3 512.",
+        "hatnet-dense flops semfpn_hatnet-s_4xb4-80k_ade20k-512x512 --size 512",
     )
-    flops.add_argument("--format", choices=("table", "json"), default="table", help="output (default table)")
+    _add_config(flops)
+    add_size(flops, (800, 1280), LARGEST_SIDE)
+    add_format(flops)
 
     configs = command("configs", "list the configs of this package, or print the paths of some")
-    configs.add_argument("names", nargs="*", metavar="NAME", help="print its path, for the libraries' own tools")
+    _completed(
+        configs.add_argument("names", nargs="*", metavar="NAME", help="print its path, for the libraries' own tools")
+    )
 
     doctor = command("doctor", "say what is installed, whether it fits, and what mends it")
-    doctor.add_argument("--format", choices=("table", "json"), default="table", help="output (default table)")
-    return parser
+    add_format(doctor)
+    return made
+
+
+class _Parser(Parser):
+    def explain(self, error: Exception) -> str:
+        """An error of ours or of the libraries, in one line."""
+        if isinstance(error, FileNotFoundError) and error.filename:
+            return f"no file at {error.filename}: expected what the config names, or --cfg-options to name another"
+        from hatnet_dense.errors import EXPECTED, said
+
+        if isinstance(error, ModuleNotFoundError):
+            return f"{said(error)}; 'hatnet-dense doctor' says what mends it"
+        hint = "" if isinstance(error, EXPECTED) else f" ({TRACEBACK}=1 shows where it comes from)"
+        return said(error) + hint
+
+
+def _main(options: argparse.Namespace) -> int | None:
+    from hatnet_dense import cli
+
+    status: int | None = getattr(cli, options.run)(options)
+    return status
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="config file, or a name that 'hatnet-dense configs' lists")
+    _completed(
+        parser.add_argument(
+            "config", metavar="CONFIG", help="config file, or a name that 'hatnet-dense configs' lists"
+        )
+    )
     parser.add_argument(
         "--cfg-options",
         nargs="+",
+        type=_key_value,
         default=[],
         metavar="KEY=VALUE",
         help="over the values of the config, such as train_cfg.max_epochs=1 train_dataloader.dataset.data_root=/data/",
@@ -168,12 +173,15 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint that a training run wrote")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint that a training run wrote")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--work-dir", metavar="DIR", help="folder of the run (default work_dirs/ and the config's name)"
+        "--work-dir",
+        type=some_path,
+        metavar="DIR",
+        help="folder of the run (default work_dirs/ and the config's name)",
     )
     parser.add_argument(
         "--launcher",
@@ -183,7 +191,22 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _side(text: str) -> int:
-    if not text.isdecimal() or not 32 <= int(text) <= LARGEST_SIDE:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of pixels from 32 to {LARGEST_SIDE}")
-    return int(text)
+def _key_value(text: str) -> str:
+    key, equals, _ = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return text
+
+
+def _completed(action: argparse.Action) -> None:
+    """Let a shell complete the names of this package's configs, beside files."""
+
+    def names(prefix: str, **_: Any) -> list[str]:
+        spec = importlib.util.find_spec("hatnet_dense")  # not imported: that takes seconds
+        folders = (spec.submodule_search_locations if spec else None) or []
+        ours = [path.stem for folder in folders for path in Path(folder, "configs").glob("*.py")]
+        from argcomplete.completers import FilesCompleter
+
+        return sorted(ours) + list(FilesCompleter(["py"])(prefix))
+
+    action.completer = names  # type: ignore[attr-defined]  # argcomplete's

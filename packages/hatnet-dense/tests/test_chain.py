@@ -206,7 +206,7 @@ def test_the_librarys_own_tool_repeats_the_figures_of_the_training(library, head
 def refused(capsys, *arguments):
     """The one line that the command ends with."""
     assert main(list(arguments)) == 1
-    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("hatnet-dense: error: ")]
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("hatnet-dense train: error: ")]
     return line
 
 

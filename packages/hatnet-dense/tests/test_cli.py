@@ -1,15 +1,19 @@
 """The command: help, lists, and wrong command lines."""
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from hatnet_core.commands import SHARED
 from hatnet_dense.cli import main
 from hatnet_dense.config import CONFIGS, config_names
 from hatnet_dense.errors import said
+from hatnet_dense_cli import parser
 
 
 def status(arguments):
@@ -19,11 +23,12 @@ def status(arguments):
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["test"], ["predict"], ["flops"], ["configs"], ["doctor"]])
-def test_every_command_has_a_help(command, capsys):
+def test_every_command_has_a_help_that_fits_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert status([*command, "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: hatnet-dense")
-    assert max(map(len, text.splitlines())) < 130
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_configs_lists_the_names_and_gives_the_path_of_one(capsys):
@@ -48,7 +53,17 @@ def test_flops_as_table_and_as_json(capsys):
     ("arguments", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["fly"], "invalid choice: 'fly'"),
+        (["fly"], "invalid choice: 'fly' (choose from train, test, predict, flops, configs, doctor)"),
+        (["predikt"], "'predikt', did you mean predict?"),
+        (["train", "c", "--work-dri", "x"], "unknown argument '--work-dri', did you mean --work-dir?"),
+        (["train", "c", "--zero-stage", "4"], "invalid choice: 4 (choose from 1, 2, 3)"),
+        (["train", "c", "--amp", "int8"], "invalid choice: 'int8' (choose from float16, bfloat16)"),
+        (["train", "c", "--cfg-options", "x"], "argument --cfg-options: 'x' is not KEY=VALUE"),
+        (["train", "c", "--work-dir", ""], "argument --work-dir: '' is no path"),
+        (["test", "c"], "the following arguments are required: CHECKPOINT"),
+        (["predict", "c", "d", "e", "--out", "o", "--score-threshold", "2"], "'2' is not a number from 0 to 1"),
+        (["flops", "c", "--format", "xml"], "invalid choice: 'xml' (choose from table, json)"),
+        (["flops", "c", "--size", "64", "64", "64"], "expected one number or two, got 64 64 64"),
         (["train"], "the following arguments are required: CONFIG"),
         (["predict", "c", "d", "e"], "the following arguments are required: --out"),
         (["train", "c", "--launcher", "magic"], "invalid choice: 'magic'"),
@@ -71,7 +86,8 @@ CONFIG = "retinanet_hatnet-t_fpn_1x_coco"
     ("arguments", "message"),
     [
         (["train", "absent"], "no config absent: expected a file, or a name that 'hatnet-dense configs' lists"),
-        (["train", CONFIG, "--work-dir", "OUT", "--cfg-options", "x"], "--cfg-options must be KEY=VALUE, got 'x'"),
+        (["train", CONFIG.replace("retinanet", "retnanet")], f"that 'hatnet-dense configs' lists such as {CONFIG}"),
+        (["flops", "mmdet::absent.py"], "no config absent.py in mmdet: expected a file below"),
         (["train", CONFIG, "--work-dir", "OUT", "--amp"], "--amp float16 needs a GPU"),
         (["train", CONFIG, "--work-dir", "OUT", "--launcher", "mpi"], "launcher must be none or pytorch, got mpi"),
         (["train", CONFIG, "--work-dir", "OUT", "--resume", "absent.pth"], "no checkpoint at absent.pth"),
@@ -80,7 +96,7 @@ CONFIG = "retinanet_hatnet-t_fpn_1x_coco"
             "no checkpoint at absent.pth: expected an existing file",
         ),
         (["test", CONFIG, "absent.pth", "--out", "absent/m.json"], "--out must be a file in a folder that exists"),
-        (["test", CONFIG, "absent.pth", "--out", "EMPTY"], "--out must be a file in a folder that exists, got "),
+        (["test", CONFIG, "absent.pth", "--out", "EMPTY"], "--out must be a file in a folder that exists and can be"),
         (["predict", CONFIG, "absent.pth", "absent.jpg", "--out", "OUT"], "no image at absent.jpg"),
         (["predict", CONFIG, "absent.pth", "EMPTY", "--out", "OUT"], "no images in "),
         (["test", CONFIG, "PAGE", "--work-dir", "OUT"], "page.pth: expected a checkpoint of tensors and plain values"),
@@ -95,7 +111,6 @@ CONFIG = "retinanet_hatnet-t_fpn_1x_coco"
             "cannot train with this config: KeyError",
         ),
         (["predict", CONFIG, "absent.pth", "PAGE", "--out", "OUT"], "page.pth: expected an image"),
-        (["predict", CONFIG, "absent.pth", "EMPTY", "--out", "OUT", "--score-threshold", "2"], "from 0 to 1, got 2"),
     ],
 )
 def test_bad_input_ends_in_one_line_with_status_1(arguments, message, tmp_path, monkeypatch, capsys):
@@ -105,7 +120,9 @@ def test_bad_input_ends_in_one_line_with_status_1(arguments, message, tmp_path, 
     (tmp_path / "page.pth").write_text("<html>")
     places = {"OUT": str(tmp_path / "out"), "EMPTY": str(tmp_path / "empty"), "PAGE": str(tmp_path / "page.pth")}
     assert main([places.get(text, text) for text in arguments]) == 1
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"hatnet-dense {arguments[0]}: error: ")
+    assert message in line
     assert not list((tmp_path / "out").glob("*.pth"))
 
 
@@ -117,7 +134,7 @@ def test_the_dataset_that_is_not_there_is_named(tmp_path, capsys):
     ]
     assert main(["train", CONFIG, "--work-dir", str(tmp_path / "out"), *options]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("hatnet-dense: error: ")
+    assert line.startswith("hatnet-dense train: error: ")
     assert f"{tmp_path}/absent/annotations/instances_train2017.json" in line
 
 
@@ -140,37 +157,32 @@ def test_importing_the_package_registers_all_of_it_and_leaves_deepspeed_alone():
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "line"),
+    ("error", "line"),
     [
-        (KeyError("neck"), 1, "hatnet-dense: error: KeyError: 'neck'"),
-        (RuntimeError("first\nsecond"), 1, "hatnet-dense: error: RuntimeError: first"),
-        (BrokenPipeError(32, "Broken pipe"), 1, "hatnet-dense: error: [Errno 32] Broken pipe"),
-        (AssertionError(), 1, "hatnet-dense: error: AssertionError"),
-        (KeyboardInterrupt(), 130, "hatnet-dense: interrupted"),
+        (KeyError("neck"), "hatnet-dense configs: error: KeyError: 'neck' (HATNET_TRACEBACK=1 shows where it comes"),
+        (RuntimeError("first\nsecond"), "hatnet-dense configs: error: RuntimeError: first (HATNET_TRACEBACK=1 "),
+        (
+            FileNotFoundError(2, "No such file", "a"),
+            "hatnet-dense configs: error: no file at a: expected what the con",
+        ),
     ],
 )
-def test_whatever_ends_a_command_is_one_line_and_no_success(error, status, line, monkeypatch, capsys):
+def test_whatever_the_libraries_raise_is_one_line(error, line, monkeypatch, capsys):
     def fail(*_):
         raise error
 
     monkeypatch.setattr("hatnet_dense.config.config_names", fail)
-    assert main(["configs"]) == status
-    assert capsys.readouterr().err == f"{line}\n"
+    assert main(["configs"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(line)
 
 
-def test_a_variable_shows_where_an_error_comes_from(monkeypatch, capsys):
-    monkeypatch.setenv("HATNET_TRACEBACK", "1")
-    assert main(["configs", "absent"]) == 1
-    text = capsys.readouterr().err
-    assert text.startswith("Traceback (most recent call last)")
-    assert text.splitlines()[-1].startswith("hatnet-dense: error: no config absent")
-
-
-def test_a_reader_that_goes_away_ends_nothing():
-    code = "import os, sys; os.close(1); r, w = os.pipe(); os.close(r); assert w == 1 or os.dup2(w, 1) == 1\n"
-    code += "from hatnet_dense_cli import main; sys.exit(main(['configs']))"
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], stderr=subprocess.PIPE, text=True, check=False)
-    assert (run.returncode, run.stderr) == (0, "")
+def test_the_installed_command_ends_as_it_does_in_process():
+    command = [Path(sys.executable).with_name("hatnet-dense"), "configs", "retinanet"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.startswith("hatnet-dense configs: error: no config retinanet: expected a file, or a name that")
+    assert run.stderr.count("\n") == 1
 
 
 def test_a_message_of_a_loading_process_is_its_last_line():
@@ -183,13 +195,14 @@ def test_a_message_of_a_loading_process_is_its_last_line():
     "arguments",
     [["predict", "c", "d", "e", "--out"], ["train", CONFIG, "--work-dir"], ["test", CONFIG, "c", "--show-dir"]],
 )
-@pytest.mark.parametrize("place", ["", "FILE", "FILE/below"])
+@pytest.mark.parametrize("place", ["FILE", "FILE/below"])
 def test_a_folder_that_cannot_be_one_is_refused_before_the_work(arguments, place, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     folder = place.replace("FILE", str(tmp_path / "file"))
     assert main([*arguments, folder]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"hatnet-dense: error: {arguments[-1]} must be a folder, got {folder or repr('')}"
+    expected = f"{arguments[-1]} must be a folder that can be made and written, got {folder!r}"
+    assert line == f"hatnet-dense {arguments[0]}: error: {expected}"
     assert (tmp_path / "file").read_text() == ""
 
 
@@ -202,3 +215,29 @@ def test_the_module_is_the_command():
 
 def test_the_files_of_the_configs_are_part_of_the_package():
     assert Path(CONFIGS / "_base_" / "hatnet.py").is_file()
+
+
+def test_options_that_all_commands_share_have_their_one_form():
+    (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    parsers = [parser(), *commands.choices.values()]
+    for one in parsers:
+        for action in one._actions:
+            for option in SHARED.keys() & set(action.option_strings):
+                assert action.help.startswith(SHARED[option]), f"{one.prog} {option}: {action.help}"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("hatnet-dense fl", "flops"), ("hatnet-dense flops retinanet_hatnet-t", "retinanet_hatnet-t_fpn_1x_coco")],
+)
+def test_a_shell_is_told_what_completes_a_line(line, expected):
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": " ", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    command = Path(sys.executable).with_name(line.partition(" ")[0])
+    answer = subprocess.run(  # the answer is written to descriptor 8
+        ["bash", "-c", f"{command} 8>&1 >/dev/null 2>&1"],
+        env={**os.environ, **asked},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert expected in answer.stdout.split()

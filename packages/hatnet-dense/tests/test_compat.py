@@ -75,7 +75,7 @@ def test_an_mmcv_without_its_operators_is_named_with_the_command_that_compiles_t
     assert found["mmcv"]["command"] == MMCV
     refused = doctor(tmp_path, "flops", "retinanet_hatnet-t_fpn_1x_coco")
     assert refused.returncode == 1
-    assert refused.stderr.splitlines()[-1].startswith("hatnet-dense: error: mmcv ")
+    assert refused.stderr.splitlines()[-1].startswith("hatnet-dense flops: error: mmcv ")
     assert "cannot be used: its compiled operators do not load" in refused.stderr.splitlines()[-1]
 
 

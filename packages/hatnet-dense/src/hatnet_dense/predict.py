@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,11 +21,11 @@ from typing import Any
 import cv2
 import mmcv
 import numpy as np
-import torch
 from mmengine.config import Config
 from PIL import Image
 from tqdm import tqdm
 
+from hatnet_core.commands import pick_device
 from hatnet_dense.config import demand, innermost
 from hatnet_dense.data_check import check_classes
 from hatnet_dense.errors import cut, said
@@ -35,9 +34,6 @@ from hatnet_dense.plain_checkpoint import check_weights, read_checkpoint
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Files of a folder that are taken for images."""
-
-DEVICES = re.compile(r"auto|cpu|(cuda|npu|mlu|mps|musa)(:\d+)?")
-"""What MMEngine computes on."""
 
 MAX_CLASSES = 256
 """Values of an indexed PNG."""
@@ -62,7 +58,7 @@ def predict(
         images: files, and folders whose images are taken, not those of folders inside.
         out: folder for the results, made if need be; it must not be the one of an image, nor its ``labels``.
         score_threshold: of the boxes in the pictures; the JSON holds all that the config keeps.
-        device: such as ``cpu`` or ``cuda:0``; ``auto`` takes a GPU if there is one.
+        device: as for :func:`hatnet_core.commands.pick_device`.
 
     Returns:
         What stands in ``predictions.json``.
@@ -79,7 +75,7 @@ def predict(
     model = load_model(config, checkpoint, device)
     draws = _Detections(model, score_threshold) if config.default_scope == "mmdet" else _Labels(model)
     with _staged(out) as place:
-        for file in tqdm(files, desc="predicting", unit="image", delay=2):
+        for file in tqdm(files, desc="predicting", unit="image", delay=2, disable=None):
             image = _read(file)
             try:
                 draws.add(file, image, place)
@@ -124,21 +120,7 @@ def load_model(config: Config, checkpoint: Path, device: str = "auto") -> Any:
     if not isinstance(palette, str) and len(palette) < len(classes):
         raise ValueError(f"{checkpoint}: {len(classes)} classes with {len(palette)} colours: expected one for each")
     model.cfg = config
-    return model.to(_device(device))
-
-
-def _device(name: str) -> torch.device:
-    if not DEVICES.fullmatch(name):
-        raise ValueError(f"--device must be auto, cpu, or a GPU such as cuda:0, got {name!r}")
-    if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device must be auto, cpu, or a GPU that is there, got {name!r}: {reason}") from error
-    return device
+    return model.to(pick_device(device))
 
 
 class _Detections:
