@@ -23,6 +23,7 @@ from hatnet_core.commands import (
     EXPECTED,
     SHARED,
     STATUSES,
+    TRACEBACK,
     Parser,
     UsageError,
     add_batch,
@@ -496,7 +497,7 @@ class _Parser(Parser):
         """An error in one line; of one that is a mistake of ours, since a run cannot be repeated for it, the trace."""
         if isinstance(error, RuntimeError) and (known := _known_cause(str(error))):
             return known
-        if not isinstance(error, EXPECTED):
+        if not isinstance(error, EXPECTED) and not os.environ.get(TRACEBACK):
             traceback.print_exception(error)
         return super().explain(error)
 

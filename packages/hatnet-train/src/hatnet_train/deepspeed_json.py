@@ -38,7 +38,7 @@ KEYS = frozenset(
         *("sequence_parallel_size", "data_parallel_size", "use_data_before_expert_parallelism"),
         *("weight_quantization", "autotuning", "comms_logger", "flops_profiler", "timers", "disable_python_gc"),
         *("tensorboard", "wandb", "csv_monitor", "comet", "steps_per_print", "dump_state", "log_level"),
-        *("wall_clock_breakdown", "memory_breakdown"),
+        *("wall_clock_breakdown", "memory_breakdown", "vocabulary_size"),
     }
 )
 """What DeepSpeed looks for at the top of the file; it says nothing of other keys, such as a misspelt one."""
