@@ -11,7 +11,9 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from measure_parts import measure_parts
 from measure_steps import measure_steps
 from report import Report
 from results import Measurement
+
+from hatnet_core.commands import whole
 
 PACKAGES = ("hatnet-core", "torch", "timm")
 
@@ -51,7 +55,7 @@ def main() -> int:
     parser.add_argument("chosen", nargs="*", metavar="MEASUREMENT", help=f"any of {', '.join(MEASUREMENTS)}")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (default: %(default)s)")
+    parser.add_argument("--rounds", type=whole(1), default=7, help="turns of each contender (default: %(default)s)")
     parser.add_argument("--against", metavar="FILE", type=Path, help="a report, .json, whose ratios must be kept")
     args = parser.parse_args()
     if unknown := set(args.chosen) - set(MEASUREMENTS):
@@ -67,18 +71,26 @@ def main() -> int:
     part = [*["gpu"] * (args.device == "cuda"), *(chosen if args.chosen else [])]
     report = Report(args.out, "core", part, PACKAGES)
     plan = Plan(rounds=args.rounds, device=torch.device(args.device))
-    measured = {name: report.add(name, partial(MEASUREMENTS[name], plan)) for name in chosen}
+    measured = {name: report.add(name, partial(_in_fresh_process, MEASUREMENTS[name], plan)) for name in chosen}
     print(f"\nwrote {report.path('.json')} and {report.path('.md')}")
     return 0 if args.against is None else _behind(measured, json.loads(args.against.read_text(encoding="utf-8")))
 
 
+def _in_fresh_process(measure: Callable[[Plan], Measurement], plan: Plan) -> Measurement:
+    """What ran before in a process tells in its memory allocator, and so in the speed of what follows."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(measure, plan).result()
+
+
 def _behind(measured: Mapping[str, Measurement], recorded: dict[str, Any]) -> int:
-    """Print every ratio beside the recorded one; 1 if one lost too much."""
-    failed = 0
+    """Print every ratio beside the recorded one; 1 if one lost too much, or is not recorded."""
+    failed = False
     for name, measurement in measured.items():
         before = {ratio["name"]: ratio["median"] for ratio in recorded["measurements"].get(name, {}).get("ratios", [])}
         for ratio in measurement.ratios:
             if ratio.name not in before:
+                print(f"NOT RECORDED: {ratio.name}; expected one of the ratios of {name} in the report")
+                failed = True
                 continue
             now, then = statistics.median(ratio.rounds), before[ratio.name]
             lost = 1 - (then / now if ratio.at_most is not None else now / then)  # of memory, less is more

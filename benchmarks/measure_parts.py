@@ -11,6 +11,7 @@ import torch
 from contenders import Plan, ours, seconds
 from results import Measurement, Ratio, Table, interleaved, quotients
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -120,6 +121,8 @@ def _kinds(model: nn.Module, images: Tensor, passes: int = 3) -> dict[str, list[
             seconds(model, images)
     spent: Counter[str] = Counter()
     for event in profiler.key_averages():
+        if gpu and event.device_type != DeviceType.CUDA:
+            continue  # an operator, whose kernels follow
         microseconds = event.self_device_time_total if gpu else event.self_cpu_time_total
         kind = next((k for k, names in KINDS.items() if any(n in event.key for n in names)), "all else")
         spent[kind] += microseconds / 1e3 / passes

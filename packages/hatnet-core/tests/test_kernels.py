@@ -206,6 +206,83 @@ def test_whoever_listens_to_or_changes_a_layer_of_the_mlp_is_called(change):
     assert called
 
 
+REPLACEMENTS = {
+    "expand with a bias": ("expand", lambda: nn.Conv2d(8, 32, 1)),
+    "expand of 3×3": ("expand", lambda: nn.Conv2d(8, 32, 3, padding=1, bias=False)),
+    "expand by groups": ("expand", lambda: nn.Conv2d(8, 32, 1, groups=2, bias=False)),
+    "depthwise with a bias": ("dwconv", lambda: nn.Conv2d(32, 32, 3, padding=1, groups=32)),
+    "depthwise, dilated": ("dwconv", lambda: nn.Conv2d(32, 32, 3, padding=2, dilation=2, groups=32, bias=False)),
+    "depthwise, around the edge": (
+        "dwconv",
+        lambda: nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False, padding_mode="circular"),
+    ),
+    "depthwise of stride 2": ("dwconv", lambda: nn.Conv2d(32, 32, 3, 2, padding=1, groups=32, bias=False)),
+    "depthwise of 3×5": ("dwconv", lambda: nn.Conv2d(32, 32, (3, 5), padding=(1, 2), groups=32, bias=False)),
+    "not depthwise": ("dwconv", lambda: nn.Conv2d(32, 32, 3, padding=1, bias=False)),
+    "project with a bias": ("project", lambda: nn.Conv2d(32, 8, 1)),
+    "GELU by tanh": ("act", lambda: nn.GELU("tanh")),
+    "another activation": ("act", nn.ReLU),
+    "no dropout": ("drop", nn.Identity),
+    "another dropout": ("drop", lambda: nn.Dropout(0.0)),
+}
+
+
+@pytest.mark.parametrize("name", REPLACEMENTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_of_the_mlp_that_was_replaced_does_what_it_is(name, training):
+    layer, (attribute, build) = Mlp(8, 4).train(training), REPLACEMENTS[name]
+    setattr(layer, attribute, build())
+    x = torch.randn(2, 8, 6, 7)
+    out = layer.project(layer.act(layer.dwconv(layer.act(layer.expand(layer.norm(x))))))
+    torch.testing.assert_close(layer(x), layer.out_norm(out))
+
+
+def test_dropout_that_alone_is_in_training_drops():
+    layer = Mlp(8, 4, proj_drop_rate=0.5).eval()
+    layer.drop.train()
+    layer.out_norm = nn.Identity()
+    x = torch.randn(2, 8, 6, 6)
+    outputs = []
+    for kind in ("auto", "reference"):
+        set_kernels(kind)
+        torch.manual_seed(3)
+        outputs.append(layer(x))
+    torch.testing.assert_close(*outputs)
+    assert (outputs[0] - layer(x)).abs().max() > 0.01
+
+
+def test_weights_of_another_dtype_than_the_images_are_refused_as_by_pytorch():
+    layer = Mlp(8, 4)
+    layer.expand.double()
+    with pytest.raises(RuntimeError, match=r"expected scalar type|should be the same"):
+        layer(torch.randn(1, 8, 6, 6))
+
+
+def test_weights_that_are_mapped_over_take_the_plain_layers():
+    layers = [Mlp(8, 4).eval() for _ in range(3)]
+    stacked, _ = torch.func.stack_module_state(layers)
+    x = torch.randn(2, 8, 6, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch, about speed
+        out = torch.func.vmap(lambda weights: torch.func.functional_call(layers[0], weights, (x,)))(stacked)
+    torch.testing.assert_close(out, torch.stack([layer(x) for layer in layers]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_traced_graph_follows_the_switch_the_dtype_and_the_hooks(small_model):
+    traced = torch.fx.symbolic_trace(small_model)
+    x = torch.randn(2, 3, 64, 64)
+    expected = small_model(x)
+    set_kernels("reference")
+    torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-5)
+    set_kernels("auto")
+    torch.testing.assert_close(traced.double()(x.double()).float(), expected, rtol=1e-4, atol=1e-5)
+    traced.float()
+    called = []
+    traced.get_submodule("stages.0.blocks.0.mlp.dwconv").register_forward_hook(lambda *_: called.append(1))
+    torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-5)
+    assert called
+
+
 def test_a_hook_on_all_modules_sees_the_layers_of_the_mlp():
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
@@ -301,6 +378,37 @@ def test_whoever_listens_to_a_layer_sees_the_whole_batch(small_model, monkeypatc
     monkeypatch.setattr(kernels, "PART_POSITIONS", 1)
     seen = []
     small_model.stages[1].blocks[0].attn.qkv.register_forward_hook(lambda *args: seen.append(len(args[2])))
+    with torch.no_grad():
+        small_model(torch.randn(3, 3, 64, 64))
+    assert seen == [3]
+
+
+class Sees(nn.Module):
+    """A layer of somebody else's in the place of one of ours."""
+
+    def __init__(self, inner, seen):
+        super().__init__()
+        self.inner, self.seen = inner, seen
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        return self.inner(x)
+
+
+def replaced_by_another(attention, seen):
+    attention.proj = Sees(attention.proj, seen)
+
+
+def patched(attention, seen):
+    inner = attention.forward
+    attention.forward = lambda x: seen.append(len(x)) or inner(x)
+
+
+@pytest.mark.parametrize("change", [replaced_by_another, patched])
+def test_a_layer_of_somebody_else_sees_the_whole_batch(change, small_model, monkeypatch):
+    monkeypatch.setattr(kernels, "PART_POSITIONS", 1)
+    seen = []
+    change(small_model.stages[1].blocks[0].attn, seen)
     with torch.no_grad():
         small_model(torch.randn(3, 3, 64, 64))
     assert seen == [3]

@@ -20,7 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 triton = pytest.importorskip("triton", reason="Triton is not made for this platform")
-from hatnet_core import HATNet, set_kernels  # noqa: E402
+from hatnet_core import HATNet, kernels, set_kernels  # noqa: E402
 from hatnet_core.kernels import triton_depthwise, triton_group_norm, triton_window  # noqa: E402
 
 elsewhere = pytest.mark.skipif(
@@ -206,6 +206,35 @@ def test_group_norm_of_samples_in_one_split_and_in_several(monkeypatch, programs
 
 
 @elsewhere
+def test_group_norm_of_weights_that_are_not_contiguous():
+    x, weights = torch.randn(2, 8, 3, 5, device=DEVICE), torch.randn(2, 16, device=DEVICE)
+    weight, bias = weights[0, ::2], weights[1, :1].expand(8)
+    torch.testing.assert_close(
+        triton_group_norm.group_norm(x, weight, bias, 1e-6), F.group_norm(x, 1, weight.clone(), bias.clone(), 1e-6)
+    )
+
+
+@elsewhere
+def test_group_norm_of_another_number_of_weights_is_refused():
+    x, weight = torch.randn(2, 8, 3, 5, device=DEVICE), torch.ones(4, device=DEVICE)
+    with pytest.raises(ValueError, match=r"8 channels of x, got shapes \(\(4,\), \(4,\)\)"):
+        triton_group_norm.group_norm(x, weight, weight, 1e-6)
+
+
+@elsewhere
+def test_group_norm_of_a_bfloat16_map_in_float32_rounds_nothing_as_under_autocast():
+    x = torch.randn(2, 8, 3, 5, device=DEVICE).bfloat16().requires_grad_()
+    weight, bias = torch.randn(2, 8, device=DEVICE).unbind()
+    out = triton_group_norm.group_norm(x, weight, bias, 1e-6, torch.float32)
+    expected = F.group_norm(x.float(), 1, weight, bias, 1e-6)
+    torch.testing.assert_close(out, expected)
+    given = torch.randn_like(out)
+    (gradient,), (expected_gradient,) = (torch.autograd.grad(o, x, given) for o in (out, expected))
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(gradient, expected_gradient, rtol=2**-7, atol=2**-7)
+
+
+@elsewhere
 @few
 @given(st.tuples(st.integers(1, 3), st.integers(8, 40), st.integers(1, 9), st.integers(1, 9)))
 def test_group_norm_of_any_shape(shape):
@@ -215,7 +244,7 @@ def test_group_norm_of_any_shape(shape):
 @elsewhere
 def test_group_norm_is_a_well_formed_operator():
     x, weight, bias = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((2, 8, 3, 5), 8, 8))
-    check_op(triton_group_norm._group_norm, x, weight, bias, 1e-6)
+    check_op(triton_group_norm._group_norm, x, weight, bias, 1e-6, torch.float32)
     check_op(
         triton_group_norm._group_norm_backward, x.detach(), x.detach(), weight.detach(), torch.ones_like(x[0, :2])
     )
@@ -242,6 +271,24 @@ def test_activated_depthwise(kernel, dtype):
 @pytest.mark.parametrize("shape", [(2, 20, 4, 9), (1, 70, 3, 17), (1, 3, 1, 1)])
 def test_activated_depthwise_of_sizes_that_no_block_divides(shape):
     check_depthwise(shape, 3, torch.float32)
+
+
+@elsewhere
+@pytest.mark.parametrize("shape", [(8, 1, 4, 4), (8, 1, 3, 5), (4, 1, 3, 3), (8, 8, 3, 3)])
+def test_a_weight_that_is_not_a_kernel_for_each_channel_is_refused(shape):
+    with pytest.raises(ValueError, match=r"weight must be \[8, 1, K, K\] of an odd K, got"):
+        triton_depthwise.activated_depthwise(torch.randn(1, 8, 5, 5, device=DEVICE), torch.randn(shape, device=DEVICE))
+
+
+@elsewhere
+def test_all_kernels_run_where_they_are_tried_whatever_the_default_dtype():
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            kernels._try_all(torch.device(DEVICE))
+    finally:
+        torch.set_default_dtype(default)
 
 
 @elsewhere
@@ -361,5 +408,5 @@ def test_other_dtypes_and_even_kernels_are_refused():
         triton_group_norm.group_norm(x.double(), x[0, :, 0, 0], x[0, :, 0, 0], 1e-6)
     with pytest.raises(ValueError, match=r"got torch\.float64"):
         triton_depthwise.activated_depthwise(x.double(), torch.zeros(4, 1, 3, 3, device=DEVICE))
-    with pytest.raises(ValueError, match="odd sides, got 4×4"):
+    with pytest.raises(ValueError, match=r"of an odd K, got \[4, 1, 4, 4\]"):
         triton_depthwise.activated_depthwise(x, torch.zeros(4, 1, 4, 4, device=DEVICE))

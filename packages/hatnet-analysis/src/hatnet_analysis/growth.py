@@ -40,7 +40,7 @@ from hatnet_analysis.complexity import (
 )
 from hatnet_analysis.memory import peak_memory
 from hatnet_core.attention import Attention, HierarchicalAttention, WindowAttention, token_attention
-from hatnet_core.layers import group_norm
+from hatnet_core.layers import GroupNorm
 
 DIM = 64
 """C of stage 2 in Small, Medium and Large, which is one head there."""
@@ -78,10 +78,10 @@ class SpatialReductionAttention(nn.Module):
 
     def __init__(self, dim: int, reduction: int) -> None:
         super().__init__()
-        self.norm = group_norm(dim)
+        self.norm = GroupNorm(dim)
         self.q = nn.Conv2d(dim, dim, 1)
         self.reduce = nn.Conv2d(dim, dim, reduction, stride=reduction)
-        self.reduced_norm = group_norm(dim)
+        self.reduced_norm = GroupNorm(dim)
         self.kv = nn.Conv2d(dim, 2 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 

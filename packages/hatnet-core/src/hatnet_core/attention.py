@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hatnet_core import kernels
-from hatnet_core.layers import group_norm
+from hatnet_core.layers import GroupNorm
 
 
 @torch.fx.wrap
@@ -156,10 +156,10 @@ class HierarchicalAttention(nn.Module):
         self.num_heads = _num_heads(dim, head_dim)
         self.grid_size = positive_int("grid_size", grid_size)
         self.pool_size = positive_int("pool_size", pool_size)
-        self.norm = group_norm(dim)
+        self.norm = GroupNorm(dim)
         self.qkv = nn.Conv2d(dim, 3 * dim, 1)
-        self.grid_norm = group_norm(dim)
-        self.pool_norm = group_norm(dim)
+        self.grid_norm = GroupNorm(dim)
+        self.pool_norm = GroupNorm(dim)
         self.q = nn.Conv2d(dim, dim, 1)
         self.kv = nn.Conv2d(dim, 2 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
@@ -195,7 +195,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, head_dim: int = 64, proj_drop_rate: float = 0.0) -> None:
         super().__init__()
         self.num_heads = _num_heads(dim, head_dim)
-        self.norm = group_norm(dim)
+        self.norm = GroupNorm(dim)
         self.qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
         self.proj_drop = nn.Dropout2d(proj_drop_rate)
@@ -237,7 +237,7 @@ class WindowAttention(nn.Module):
         self.num_heads = _num_heads(dim, head_dim)
         self.window_size = positive_int("window_size", window_size)
         self.shift = window_size // 2 if shifted else 0
-        self.norm = group_norm(dim)
+        self.norm = GroupNorm(dim)
         self.qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, self.num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)

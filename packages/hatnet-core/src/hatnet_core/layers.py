@@ -11,20 +11,20 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU}
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, computed by the chosen kernels; only for one group."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] → [B, C, H, W]."""
-        return kernels.group_norm(x, self.weight, self.bias, self.eps)
-
-
-def group_norm(dim: int) -> GroupNorm:
     """The only normalisation of the model: mean and variance over channels *and* positions of one sample.
+
+    PyTorch's with one group and eps 1e-6, computed by the chosen kernels.
 
     Args:
         dim: number of channels; weight and bias are [dim].
     """
-    return GroupNorm(1, dim, eps=1e-6)
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(1, dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C, H, W]."""
+        return kernels.group_norm(x, self.weight, self.bias, self.eps)
 
 
 class Mlp(nn.Module):
@@ -61,7 +61,7 @@ class Mlp(nn.Module):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         hidden = mlp_ratio * dim
         padding = kernel_size // 2
-        self.norm = group_norm(dim)
+        self.norm = GroupNorm(dim)
         self.expand = nn.Conv2d(dim, hidden, 1, bias=False)
         self.dwconv = (
             nn.Conv2d(hidden, hidden, kernel_size, padding=padding, groups=hidden, bias=False) if depthwise else None
@@ -69,21 +69,12 @@ class Mlp(nn.Module):
         self.act = ACTIVATIONS[activation]()
         self.drop = nn.Dropout2d(proj_drop_rate)
         self.project = nn.Conv2d(hidden, dim, 1, bias=False)
-        self.out_norm = group_norm(dim)
+        self.out_norm = GroupNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W]."""
-        return self.drop(self.out_norm(self._inverted_residual(self.norm(x))))
-
-    def _inverted_residual(self, x: Tensor) -> Tensor:
-        if self.dwconv is not None and not (self.training and self.drop.p):
-            fast = kernels.inverted_residual(x, (self.expand, self.dwconv, self.project), self.act)
-            if fast is not None:
-                return fast
-        x = self.act(self.expand(x))
-        if self.dwconv is not None:
-            x = self.act(self.dwconv(x))
-        return self.project(self.drop(x))
+        x = kernels.inverted_residual(self.norm(x), self.expand, self.dwconv, self.project, self.act, self.drop)
+        return self.drop(self.out_norm(x))
 
 
 class Stem(nn.Module):
@@ -99,7 +90,7 @@ class Stem(nn.Module):
     def __init__(self, in_chans: int, dim: int, hidden_dim: int = 16, activation: str = "silu") -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, hidden_dim, 3, stride=2, padding=1)
-        self.norm = group_norm(hidden_dim)
+        self.norm = GroupNorm(hidden_dim)
         self.act = ACTIVATIONS[activation]()
         self.conv2 = nn.Conv2d(hidden_dim, dim, 3, stride=2, padding=1)
 
@@ -119,7 +110,7 @@ class Downsample(nn.Module):
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1)
-        self.norm = group_norm(dim)
+        self.norm = GroupNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_dim, H, W] → [B, dim, ⌈H/2⌉, ⌈W/2⌉]."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from itertools import chain
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +39,8 @@ def set_kernels(name: str) -> None:
 
     Args:
         name: ``auto`` picks by device, data type and circumstances, falls back where something does not run, and is
-            never wrong to leave as it is. ``reference`` computes as plainly as the equations read, in NCHW with the
-            attention weights as a tensor, to compare with; it alone has forward-mode derivatives. ``triton`` is
+            what to leave it as. ``reference`` computes as plainly as the equations read, in NCHW with the attention
+            weights as a tensor, to compare with; it alone has second and forward-mode derivatives. ``triton`` is
             ``auto`` that does not fall back on a GPU where the Triton kernels fail.
 
     Raises:
@@ -79,11 +81,12 @@ def laid_out(x: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """GroupNorm with one group of ``x`` [B, C, H, W]; the dtype of ``x``, also under autocast where Triton runs."""
-    if _path(x) == "triton":
+    """GroupNorm with one group of ``x`` [B, C, H, W]; its dtype, on a GPU under autocast float32, as PyTorch's."""
+    if _path(x) == "triton" and _is_plain(weight) and _is_plain(bias):
         from hatnet_core.kernels import triton_group_norm
 
-        return triton_group_norm.group_norm(x, weight, bias, eps)
+        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return triton_group_norm.group_norm(x, weight, bias, eps, dtype)
     return F.group_norm(x, 1, weight, bias, eps)
 
 
@@ -91,17 +94,17 @@ def by_images(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor)
     """``forward(x)``, on a CPU some images at a time, whose maps stay in the processor's cache from layer to layer.
 
     Samples have nothing to do with one another in evaluation mode. Not while gradients are kept, nor where somebody
-    listens to a layer of ``module`` and would see it called several times.
+    would see a layer of ``module`` called several times: one with a hook, a replaced or a patched one.
 
     Args:
         module: whose layers ``forward`` calls.
         forward: [B, C, H, W] → [B, C', H', W'].
         x: [B, C, H, W].
     """
-    if _path(x) != "slices" or torch.compiler.is_compiling() or torch.is_grad_enabled() or module.training:
+    if _path(x) != "slices" or torch.compiler.is_compiling() or module.training:
         return forward(x)
     images = max(1, PART_POSITIONS // (x.shape[2] * x.shape[3]))
-    if images >= len(x) or _global_hooks() or any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
+    if images >= len(x) or _keeps_gradients(chain([x], module.parameters())) or not all(map(_own, module.modules())):
         return forward(x)
     return torch.cat([forward(part) for part in torch.split(x, images)])
 
@@ -117,33 +120,50 @@ def grid_attention(qkv: Tensor, num_heads: int, grid_size: int) -> Tensor | None
 
 
 @torch.fx.wrap
-def inverted_residual(x: Tensor, layers: Sequence[nn.Conv2d], activation: nn.Module) -> Tensor | None:
-    """The convolutions ``layers`` with ``activation`` between them; None where no fast path applies.
+def inverted_residual(
+    x: Tensor,
+    expand: nn.Module,
+    depthwise: nn.Module | None,
+    project: nn.Module,
+    activation: nn.Module,
+    dropout: nn.Module,
+) -> Tensor:
+    """Expand → activation → depthwise → activation → dropout → project, layer by layer where no fast path applies.
 
     Args:
         x: [B, C, H, W].
-        layers: expansion, depthwise convolution and projection.
-        activation: behind the first and the second.
+        expand: 1×1 convolution, C to E·C channels.
+        depthwise: K×K convolution of E·C channels; without it, the activation behind it is left out, too.
+        project: 1×1 convolution, E·C to C channels.
+        activation: SiLU or GELU.
+        dropout: before the projection.
 
     Returns:
-        [B, C, H, W] in channels_last, the dtype of ``x``, under autocast that of autocast.
+        [B, C, H, W], the dtype of ``x``, under autocast that of autocast.
     """
-    path, name = _path(x), {nn.SiLU: "silu", nn.GELU: "gelu"}.get(type(activation))
-    expand, depthwise, project = layers
-    if path == "slices" and name is not None and all(_bare(layer) for layer in (*layers, activation)):
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        x, weights = x.to(dtype), [layer.weight.to(dtype) for layer in layers]
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            return mlp.inverted_residual(x, weights[0], weights[1], weights[2], name)
-        from hatnet_core.kernels import mlp_operator  # see there
+    path, name = _path(x), _activation_name(activation)
+    if path and name and _is_depthwise(depthwise) and _own(dropout) and not (dropout.training and _rate(dropout)):
+        if path == "slices" and _is_pointwise(expand) and _is_pointwise(project):
+            weights = _common_dtype(x, expand.weight, depthwise.weight, project.weight)
+            if weights is not None:
+                return _in_slices(*weights, name)
+        if path == "triton" and name == "silu":
+            from hatnet_core.kernels import triton_depthwise
 
-        return mlp_operator.inverted_residual(x, *weights, name)
-    if path == "triton" and name == "silu" and _bare(depthwise) and _bare(activation):
-        from hatnet_core.kernels import triton_depthwise
+            hidden = expand(x)
+            return project(triton_depthwise.activated_depthwise(hidden, depthwise.weight.to(hidden.dtype)))
+    x = activation(expand(x))
+    if depthwise is not None:
+        x = activation(depthwise(x))
+    return project(dropout(x))
 
-        hidden = expand(x)
-        return project(triton_depthwise.activated_depthwise(hidden, depthwise.weight.to(hidden.dtype)))
-    return None
+
+def _in_slices(x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str) -> Tensor:
+    if not torch.compiler.is_compiling() and not _keeps_gradients([x, expand, depthwise, project]):
+        return mlp.inverted_residual(x, expand, depthwise, project, activation)
+    from hatnet_core.kernels import mlp_operator  # see there
+
+    return mlp_operator.inverted_residual(x, expand, depthwise, project, activation)
 
 
 def _path(x: Tensor) -> str:
@@ -153,9 +173,7 @@ def _path(x: Tensor) -> str:
     """
     if _mode == "reference" or torch.compiler.is_exporting() or torch._C._get_tracing_state():
         return ""
-    if type(x) not in (Tensor, nn.Parameter):  # a kind of tensor of its own, or a node of torch.fx
-        return ""
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if not _is_plain(x):
         return ""
     if x.device.type == "cuda":
         path = "triton" if _runs_on(x.device) else ""
@@ -164,9 +182,58 @@ def _path(x: Tensor) -> str:
     return path if x.dtype in DTYPES.get(path, ()) else ""
 
 
-def _bare(module: nn.Module) -> bool:
-    """Whether calling a module does what its class does with its own weights, and nobody listens."""
-    if type(module) not in (nn.Conv2d, nn.SiLU, nn.GELU) or "forward" in vars(module):
+def _is_plain(x: Tensor) -> bool:
+    """Not a kind of tensor of its own, a node of torch.fx, or one that torch.func watches."""
+    if type(x) not in (Tensor, nn.Parameter):
+        return False
+    return torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _keeps_gradients(tensors: Iterable[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _common_dtype(x: Tensor, *weights: Tensor) -> list[Tensor] | None:
+    """All in one dtype, under autocast its own; None where the weights have another than ``x``, which is an error."""
+    if torch.is_autocast_enabled("cpu"):
+        return [t.to(torch.get_autocast_dtype("cpu")) for t in (x, *weights)]
+    return [x, *weights] if all(w.dtype == x.dtype for w in weights) else None
+
+
+def _activation_name(module: nn.Module) -> str:
+    """What the fast paths call an activation; empty where they do not know it."""
+    if not _own(module):
+        return ""
+    exact_gelu = type(module) is nn.GELU and module.approximate == "none"
+    return "silu" if type(module) is nn.SiLU else "gelu" * exact_gelu
+
+
+def _rate(dropout: nn.Module) -> float:
+    """Of a dropout, 0 of an identity, 1 of what is neither: it may do anything."""
+    return float(getattr(dropout, "p", 1.0)) if not isinstance(dropout, nn.Identity) else 0.0
+
+
+def _is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return _is_convolution(module) and module.kernel_size == (1, 1) and module.groups == 1
+
+
+def _is_depthwise(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+    if module is None or not _is_convolution(module) or module.kernel_size[0] != module.kernel_size[1]:
+        return False
+    return module.kernel_size[0] % 2 == 1 and module.groups == module.in_channels == module.out_channels
+
+
+def _is_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether calling a module is a convolution of stride 1 that keeps the size, without bias, and nothing else."""
+    if type(module) is not nn.Conv2d or not _own(module) or not _is_plain(module.weight):
+        return False
+    settings = module.bias, module.stride, module.dilation, module.padding_mode
+    return settings == (None, (1, 1), (1, 1), "zeros") and module.padding == tuple(k // 2 for k in module.kernel_size)
+
+
+def _own(module: nn.Module) -> bool:
+    """Whether calling a module does what a class of torch or of this package does, and nobody listens."""
+    if "forward" in vars(module) or not type(module).__module__.startswith(("torch.nn.", "hatnet_core.")):
         return False
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks) and not _global_hooks()
@@ -200,11 +267,15 @@ _runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 """What ``torch.compiler.assume_constant_result`` does, which itself imports the compiler: a second of every start."""
 
 
-@torch.no_grad()
 def _try_all(device: torch.device) -> None:
+    """Run every kernel, forward and backward; an error where one does not run."""
     from hatnet_core.kernels import triton_depthwise, triton_group_norm, triton_window
 
-    x = torch.zeros(1, 64, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
-    triton_group_norm.group_norm(x, x[0, :, 0, 0], x[0, :, 0, 0], 1e-6)
-    triton_window.grid_attention(x.repeat(1, 3, 1, 1), 1, 8)
-    triton_depthwise.activated_depthwise(x, x.new_zeros(64, 1, 3, 3))
+    with torch.inference_mode(False), torch.enable_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.zeros(1, 64, 8, 8, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            x.requires_grad_()
+            ones = torch.ones(64, device=device, dtype=dtype)
+            x = triton_group_norm.group_norm(x, ones, ones, 1e-6)
+            x = triton_window.grid_attention(x.repeat(1, 3, 1, 1), 1, 8)
+            triton_depthwise.activated_depthwise(x, ones.new_zeros(64, 1, 3, 3)).sum().backward()

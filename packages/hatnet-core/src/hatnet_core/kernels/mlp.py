@@ -1,8 +1,8 @@
 """The inner part of the MLP in slices: 1×1 → activation → K×K depthwise → activation → 1×1, the wide map never whole.
 
 The map of E·C channels is most of what the model reads and writes. Here a slice of it, some images and some of its
-channels, small enough for the processor's cache, goes through all five steps at a time. The backward pass computes
-the slices again, so that nothing of the width E·C is kept.
+channels (in float32 alone: others would round the sums), small enough for the processor's cache, goes through all five
+steps at a time. The backward pass computes the slices again, so that nothing of the width E·C is kept.
 """
 
 from __future__ import annotations

@@ -66,8 +66,9 @@ def _activated_depthwise_backward(gradient: Tensor, h: Tensor, weight: Tensor) -
 def _check(h: Tensor, weight: Tensor) -> None:
     if h.dtype not in DTYPES:
         raise ValueError(f"activated_depthwise in Triton computes float32, bfloat16 and float16, got {h.dtype}")
-    if weight.shape[-1] % 2 == 0:
-        raise ValueError(f"the kernel must have odd sides, got {weight.shape[-2]}×{weight.shape[-1]}")
+    channels, side = h.shape[1], weight.shape[-1]
+    if side % 2 == 0 or weight.shape != (channels, 1, side, side):
+        raise ValueError(f"weight must be [{channels}, 1, K, K] of an odd K, got {list(weight.shape)}")
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ SIZES = ("positions", "per_split")
 """One compiled kernel serves all of these."""
 
 
-def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """GroupNorm with one group: weight · (x - mean) / √(variance + eps) + bias, the moments of a whole sample.
 
     Args:
@@ -43,22 +43,26 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         weight: [C].
         bias: [C].
         eps: added to the variance.
+        dtype: of the result, that of ``x`` by default.
 
     Returns:
-        [B, C, H, W] in channels_last, the dtype of ``x``; computed in float32.
+        [B, C, H, W] in channels_last; computed in float32.
 
     Raises:
-        ValueError: if ``x`` is of another dtype.
+        ValueError: if ``x`` is of another dtype, or weight or bias of another shape.
     """
-    return _group_norm(x, weight, bias, eps)[0]
+    if not weight.shape == bias.shape == x.shape[1:2]:
+        shapes = tuple(weight.shape), tuple(bias.shape)
+        raise ValueError(f"weight and bias must be of the {x.shape[1]} channels of x, got shapes {shapes}")
+    return _group_norm(x, weight.contiguous(), bias.contiguous(), eps, dtype or x.dtype)[0]
 
 
 @torch.library.custom_op("hatnet::group_norm", mutates_args=())
-def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The normalised map, and [2, B] in float32: mean and 1/√(variance + eps) of each sample."""
     if x.dtype not in DTYPES:
         raise ValueError(f"group_norm in Triton computes float32, bfloat16 and float16, got {x.dtype}")
-    tokens, out = _tokens(x), torch.empty_like(x, memory_format=torch.channels_last)
+    tokens, out = _tokens(x), torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
     splits, sizes, blocks = _work(tokens)
     partials = x.new_empty(3, len(x), splits, dtype=torch.float32)
     moments = x.new_empty(2, len(x), dtype=torch.float32)
@@ -286,8 +290,8 @@ def _seen(start: int, last: int, in_channels: tl.tensor, block_p: tl.constexpr) 
 
 
 @_group_norm.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(x, memory_format=torch.channels_last)
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
     return out, x.new_empty(2, x.shape[0], dtype=torch.float32)
 
 
@@ -298,13 +302,13 @@ def _(gradient: Tensor, x: Tensor, weight: Tensor, moments: Tensor) -> tuple[Ten
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, _ = inputs
+    x, weight = inputs[:2]
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*_group_norm_backward(gradient, *ctx.saved_tensors), None)
+    return (*_group_norm_backward(gradient, *ctx.saved_tensors), None, None)
 
 
 _group_norm.register_autograd(_backward, setup_context=_keep)
