@@ -1,6 +1,7 @@
 """What the pages presuppose that a reader has, made from what scikit-learn ships: images, a photograph, a run.
 
 python docs/data.py images FOLDER      an ImageNet-layout folder: three classes of 10 images, and 4 held out of each
+python docs/data.py scans FOLDER       one to learn from: ten classes of 100 images, and 40 held out of each
 python docs/data.py photograph FILE    a photograph of 640×427 pixels
 python docs/data.py run FOLDER         what a run leaves, with weights of HAT-Net-Small that are random, and the same
                                        every time
@@ -18,18 +19,25 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from hatnet_core import create_model, save_checkpoint
 
-CLASSES = {"zero": 0, "one": 1, "two": 2}
-
-SPLITS = {"train": (0, 10), "val": (10, 14)}
-"""Which scans of every digit are which images."""
+CLASSES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 def images(folder: Path) -> None:
-    """Scans of digits, enlarged to 64×64 pixels, in a folder for every class."""
+    """Enough to read and to pack."""
+    write(folder, CLASSES[:3], {"train": (0, 10), "val": (10, 14)})
+
+
+def scans(folder: Path) -> None:
+    """Enough to learn from in a minute."""
+    write(folder, CLASSES, {"train": (0, 100), "val": (100, 140)})
+
+
+def write(folder: Path, classes: list[str], splits: dict[str, tuple[int, int]]) -> None:
+    """Scans of digits, enlarged to 64×64 pixels, in a folder for every class; ``splits`` says which scans of each."""
     digits = load_digits()
-    for name, digit in CLASSES.items():
+    for digit, name in enumerate(classes):
         scans = digits.images[digits.target == digit]
-        for split, (first, end) in SPLITS.items():
+        for split, (first, end) in splits.items():
             place = folder / split / name
             place.mkdir(parents=True)
             for i, scan in enumerate(scans[first:end]):
@@ -48,7 +56,7 @@ def run(folder: Path) -> None:
     save_checkpoint(create_model("hatnet_small"), folder / "model.safetensors")
 
 
-MADE: dict[str, Callable[[Path], None]] = {"images": images, "photograph": photograph, "run": run}
+MADE: dict[str, Callable[[Path], None]] = {"images": images, "scans": scans, "photograph": photograph, "run": run}
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in MADE:
