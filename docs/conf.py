@@ -56,7 +56,8 @@ nitpick_ignore_regex = [
         "triton",
         "typing",
     ]
-]
+] + [("py:class", "Figure|Image|Tensor|tqdm")]
+autodoc_mock_imports = ["mmcv"]  # which would have to be compiled; every other library is there
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

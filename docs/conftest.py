@@ -87,7 +87,7 @@ pytest_collect_file = Sybil(
         CodeBlockParser("console", evaluate_console),
     ],
     pattern="*.md",
-    excludes=["_build/**", *(f"{folder}/*" for folder in UNMARKED)],
+    excludes=["_build/**", *(f"{pages}.md" for pages in UNMARKED)],
     setup=open_folder,
     teardown=close_folder,
 ).pytest()

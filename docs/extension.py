@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -26,8 +27,11 @@ from sphinx.util.fileutil import copy_asset
 SKIP = re.compile(r'<!--\s*skip: (next|start) "(?P<reason>[^"]+)"\s*-->')
 """The comment before a block that is not run; ``conftest.py`` obeys the same."""
 
-UNMARKED = {"benchmarks": "measures for many minutes"}
-"""Folders of pages that the benchmarks write, and why none of their commands is run."""
+RUN = {"shell", "console", "python"}
+"""Languages of blocks that are run, or say why not."""
+
+UNMARKED = {"benchmarks/*": "measures for many minutes", "performance": "measures, or needs a GPU"}
+"""Pages that report measurements, and why none of their blocks is run."""
 
 RELATIVE_LINK = re.compile(r"(?<!!)\[(?P<text>[^\]`]+)\]\((?P<path>\.\./[^)#\s]+)\)")
 
@@ -37,11 +41,12 @@ MATHJAX = ["tex-chtml.js", "output/chtml/fonts/woff-v2"]
 
 def show_reasons(app: Sphinx, doctree: nodes.document) -> None:
     """Behind each block of commands whose page says why it is not run, put that reason."""
-    everywhere = UNMARKED.get(app.env.current_document.docname.rpartition("/")[0], "")
+    page = app.env.current_document.docname
+    everywhere = next((reason for pages, reason in UNMARKED.items() if fnmatch(page, pages)), "")
     for block in list(doctree.findall(nodes.literal_block)):
         before = block.previous_sibling()
         said = SKIP.match(before.astext()) if isinstance(before, nodes.raw | nodes.comment) else None
-        if reason := said["reason"] if said else everywhere if block.get("language") == "shell" else "":
+        if reason := said["reason"] if said else everywhere if block.get("language") in RUN else "":
             note = nodes.paragraph("", f"Not run by the build of this page: {reason}.", classes=["not-run"])
             block.parent.insert(block.parent.index(block) + 1, note)
 
@@ -72,7 +77,7 @@ def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
 class PlainValues:
     """Keeps napoleon, which reads "Table 1: the models" as a type and a text, from the docstrings of values."""
 
-    kinds = ("data", "attribute")
+    kinds = ("data", "attribute", "property")
 
     def __init__(self, app: Sphinx) -> None:
         self.lines: dict[str, list[str]] = {}
@@ -88,6 +93,13 @@ class PlainValues:
         """Behind it."""
         if what in self.kinds:
             lines[:] = self.lines.pop(name)
+
+
+def name_factories(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """Write the default of a dataclass's field that a factory makes as an ellipsis, which can be parsed."""
+    return signature and signature.replace("<factory>", "..."), returned
 
 
 def show_examples(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -129,6 +141,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("doctree-read", show_reasons)
     app.connect("build-finished", copy_mathjax)
     PlainValues(app)
+    app.connect("autodoc-process-signature", name_factories)
     app.connect("autodoc-process-docstring", show_examples)
     app.connect("autodoc-process-docstring", describe_fields, priority=900)
     app.connect("missing-reference", resolve_short_name)

@@ -24,7 +24,7 @@ LOADED = re.compile(
 def test_every_public_name_of_a_package_is_in_the_reference(package):
     with (SITE / "objects.inv").open("rb") as file:
         known = InventoryFile.load(file, "", lambda base, name: name)
-    documented = {name for kind, objects in known.data.items() if kind.startswith("py:") for name in objects}
+    documented = {name for kind, objects in known.items() if kind.startswith("py:") for name in objects}
     assert {f"{package}.{name}" for name in import_module(package).__all__} <= documented
 
 
