@@ -24,7 +24,7 @@ FORKS = ["onedl-mmengine==0.10.12", "onedl-mmcv==2.3.6", "onedl-mmdetection==3.5
 """MMDetection and MMSegmentation as the community carries them on, under the same import names."""
 
 BENCHMARKS = {
-    "core": ["-e", "packages/hatnet-core", "-e", "packages/hatnet-analysis[timm]"],
+    "core": ["openvino", "-e", "packages/hatnet-core[onnx]", "-e", "packages/hatnet-analysis[timm]"],
     "training": ["--group=photographs", "-e", "packages/hatnet-core", "-e", "packages/hatnet-train[all]"],
     "dense": ["--group=photographs", "-e", "packages/hatnet-core", "-e", "packages/hatnet-dense[all]"],
     "analysis": ["-e", "packages/hatnet-core", "-e", "packages/hatnet-dense", "-e", "packages/hatnet-analysis[all]"],

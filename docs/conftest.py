@@ -25,6 +25,9 @@ DOCS = Path(__file__).parent
 TIMEOUT = 300
 """Seconds that the commands of one block may take."""
 
+collect_ignore = ["_build"]
+"""The site holds copies of files that its pages link to."""
+
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -87,7 +90,7 @@ pytest_collect_file = Sybil(
         CodeBlockParser("console", evaluate_console),
     ],
     pattern="*.md",
-    excludes=["_build/**", *(f"{pages}.md" for pages in UNMARKED)],
+    excludes=[f"{pages}.md" for pages in UNMARKED],
     setup=open_folder,
     teardown=close_folder,
 ).pytest()
