@@ -146,7 +146,7 @@ def inverted_residual(
         if path == "slices" and _is_pointwise(expand) and _is_pointwise(project):
             weights = _common_dtype(x, expand.weight, depthwise.weight, project.weight)
             if weights is not None:
-                return _in_slices(*weights, name)
+                return _in_slices(name, *weights)
         if path == "triton" and name == "silu":
             from hatnet_core.kernels import triton_depthwise
 
@@ -158,7 +158,7 @@ def inverted_residual(
     return project(dropout(x))
 
 
-def _in_slices(x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str) -> Tensor:
+def _in_slices(activation: str, x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and not _keeps_gradients([x, expand, depthwise, project]):
         return mlp.inverted_residual(x, expand, depthwise, project, activation)
     from hatnet_core.kernels import mlp_operator  # see there
