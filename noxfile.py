@@ -290,7 +290,8 @@ def docs(session: nox.Session) -> None:
     wanted = [argument for package in packages for argument in ("-e", f"packages/{package}")]
     session.install("-c", "constraints.txt", "--group=docs", *wanted)
     session.run("sphinx-build", "-W", "--keep-going", "--quiet", "docs", "docs/_build/html")
-    session.run("pytest", *(session.posargs or ["docs"]))
+    options = ["--numprocesses=2", "--dist=loadfile"]
+    session.run("pytest", *options, *(session.posargs or ["docs"]), env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

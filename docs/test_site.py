@@ -20,6 +20,7 @@ LOADED = re.compile(
 """Elements whose address a browser fetches by itself."""
 
 
+@pytest.mark.filterwarnings("ignore")  # of what hatnet_dense imports
 @pytest.mark.parametrize("package", ["hatnet_core", "hatnet_train", "hatnet_dense", "hatnet_analysis"])
 def test_every_public_name_of_a_package_is_in_the_reference(package):
     with (SITE / "objects.inv").open("rb") as file:
