@@ -224,6 +224,7 @@ REPLACEMENTS = {
     "another activation": ("act", nn.ReLU),
     "no dropout": ("drop", nn.Identity),
     "another dropout": ("drop", lambda: nn.Dropout(0.0)),
+    "a layer in place of the dropout": ("drop", lambda: nn.Hardtanh(-0.1, 0.1)),
 }
 
 
@@ -233,8 +234,8 @@ def test_a_layer_of_the_mlp_that_was_replaced_does_what_it_is(name, training):
     layer, (attribute, build) = Mlp(8, 4).train(training), REPLACEMENTS[name]
     setattr(layer, attribute, build())
     x = torch.randn(2, 8, 6, 7)
-    out = layer.project(layer.act(layer.dwconv(layer.act(layer.expand(layer.norm(x))))))
-    torch.testing.assert_close(layer(x), layer.out_norm(out))
+    out = layer.project(layer.drop(layer.act(layer.dwconv(layer.act(layer.expand(layer.norm(x)))))))
+    torch.testing.assert_close(layer(x), layer.drop(layer.out_norm(out)))
 
 
 def test_dropout_that_alone_is_in_training_drops():

@@ -142,7 +142,7 @@ def inverted_residual(
         [B, C, H, W], the dtype of ``x``, under autocast that of autocast.
     """
     path, name = _path(x), _activation_name(activation)
-    if path and name and _is_depthwise(depthwise) and _own(dropout) and not (dropout.training and _rate(dropout)):
+    if path and name and _is_depthwise(depthwise) and _keeps_all(dropout):
         if path == "slices" and _is_pointwise(expand) and _is_pointwise(project):
             weights = _common_dtype(x, expand.weight, depthwise.weight, project.weight)
             if weights is not None:
@@ -150,8 +150,10 @@ def inverted_residual(
         if path == "triton" and name == "silu":
             from hatnet_core.kernels import triton_depthwise
 
-            hidden = expand(x)
-            return project(triton_depthwise.activated_depthwise(hidden, depthwise.weight.to(hidden.dtype)))
+            hidden, weight = expand(x), depthwise.weight
+            if torch.is_autocast_enabled(x.device.type):
+                weight = weight.to(hidden.dtype)
+            return project(triton_depthwise.activated_depthwise(hidden, weight))
     x = activation(expand(x))
     if depthwise is not None:
         x = activation(depthwise(x))
@@ -208,9 +210,11 @@ def _activation_name(module: nn.Module) -> str:
     return "silu" if type(module) is nn.SiLU else "gelu" * exact_gelu
 
 
-def _rate(dropout: nn.Module) -> float:
-    """Of a dropout, 0 of an identity, 1 of what is neither: it may do anything."""
-    return float(getattr(dropout, "p", 1.0)) if not isinstance(dropout, nn.Identity) else 0.0
+def _keeps_all(dropout: nn.Module) -> bool:
+    """Whether it is a dropout, or the identity, that changes nothing now."""
+    if not isinstance(dropout, (nn.Dropout, nn.Dropout2d)):
+        return type(dropout) is nn.Identity and _own(dropout)
+    return _own(dropout) and (not dropout.training or dropout.p == 0)
 
 
 def _is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
@@ -225,10 +229,10 @@ def _is_depthwise(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
 
 def _is_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether calling a module is a convolution of stride 1 that keeps the size, without bias, and nothing else."""
-    if type(module) is not nn.Conv2d or not _own(module) or not _is_plain(module.weight):
+    if type(module) is not nn.Conv2d or not _own(module) or not _is_plain(module.weight) or module.bias is not None:
         return False
-    settings = module.bias, module.stride, module.dilation, module.padding_mode
-    return settings == (None, (1, 1), (1, 1), "zeros") and module.padding == tuple(k // 2 for k in module.kernel_size)
+    settings = module.stride, module.dilation, module.padding_mode, module.padding
+    return settings == ((1, 1), (1, 1), "zeros", tuple(k // 2 for k in module.kernel_size))
 
 
 def _own(module: nn.Module) -> bool:

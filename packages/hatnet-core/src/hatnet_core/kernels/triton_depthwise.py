@@ -66,6 +66,8 @@ def _activated_depthwise_backward(gradient: Tensor, h: Tensor, weight: Tensor) -
 def _check(h: Tensor, weight: Tensor) -> None:
     if h.dtype not in DTYPES:
         raise ValueError(f"activated_depthwise in Triton computes float32, bfloat16 and float16, got {h.dtype}")
+    if weight.dtype != h.dtype:
+        raise ValueError(f"weight must be of the dtype of h, {h.dtype}, got {weight.dtype}")
     channels, side = h.shape[1], weight.shape[-1]
     if side % 2 == 0 or weight.shape != (channels, 1, side, side):
         raise ValueError(f"weight must be [{channels}, 1, K, K] of an odd K, got {list(weight.shape)}")
