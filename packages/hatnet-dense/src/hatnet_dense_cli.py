@@ -13,9 +13,11 @@ import importlib.util
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from hatnet_core.commands import STATUSES, TRACEBACK, Parser, add_device, add_format, add_size, real, some_path
+
+Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 LARGEST_SIDE = 4096
 """Of an image that FLOPs are counted on, in pixels: the model runs on it, in several GiB of memory."""
@@ -46,16 +48,23 @@ def parser() -> Parser:
         version=importlib.metadata.version("hatnet-dense"),
     )
     commands = made.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_add_train, _add_test, _add_predict, _add_flops, _add_configs, _add_doctor):
+        add(commands)
+    return made
 
-    def command(name: str, text: str, more: str = "", example: str = "") -> Parser:
-        epilog = f"example:\n  {example}" if example else ""
-        added: Parser = commands.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}", epilog=epilog
-        )
-        added.set_defaults(run=name)
-        return added
 
-    train = command(
+def _command(commands: Commands, name: str, text: str, more: str = "", example: str = "") -> Parser:
+    epilog = f"example:\n  {example}" if example else ""
+    added: Parser = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}", epilog=epilog
+    )
+    added.set_defaults(run=name)
+    return added
+
+
+def _add_train(commands: Commands) -> None:
+    train = _command(
+        commands,
         "train",
         "train the model of a config",
         "Checkpoints and logs go to --work-dir.",
@@ -90,7 +99,10 @@ def parser() -> Parser:
     )
     _add_run(train)
 
-    test = command(
+
+def _add_test(commands: Commands) -> None:
+    test = _command(
+        commands,
         "test",
         "evaluate a checkpoint with the evaluators of its config",
         "The metrics are printed as JSON.",
@@ -102,7 +114,10 @@ def parser() -> Parser:
     test.add_argument("--show-dir", type=some_path, metavar="DIR", help="draw truth and prediction of every image")
     _add_run(test)
 
-    predict = command(
+
+def _add_predict(commands: Commands) -> None:
+    predict = _command(
+        commands,
         "predict",
         "predict image files: pictures, and JSON or label images",
         example="hatnet-dense predict mask-rcnn_hatnet-s_fpn_1x_coco \\\n      epoch_12.pth photographs --out found",
@@ -116,7 +131,10 @@ def parser() -> Parser:
     add_device(predict)
     predict.add_argument("--out", type=some_path, required=True, metavar="DIR", help="write to this folder")
 
-    flops = command(
+
+def _add_flops(commands: Commands) -> None:
+    flops = _command(
+        commands,
         "flops",
         "count parameters and FLOPs of the model of a config",
         "Table 4 of the paper has 800 1280, Table 3 512.",
@@ -126,14 +144,17 @@ def parser() -> Parser:
     add_size(flops, (800, 1280), LARGEST_SIDE)
     add_format(flops)
 
-    configs = command("configs", "list the configs of this package, or print the paths of some")
+
+def _add_configs(commands: Commands) -> None:
+    configs = _command(commands, "configs", "list the configs of this package, or print the paths of some")
     _completed(
         configs.add_argument("names", nargs="*", metavar="NAME", help="print its path, for the libraries' own tools")
     )
 
-    doctor = command("doctor", "say what is installed, whether it fits, and what mends it")
+
+def _add_doctor(commands: Commands) -> None:
+    doctor = _command(commands, "doctor", "say what is installed, whether it fits, and what mends it")
     add_format(doctor)
-    return made
 
 
 class _Parser(Parser):
