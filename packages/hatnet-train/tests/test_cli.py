@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from hatnet_core.commands import SHARED
 from hatnet_train import TrainConfig
 from hatnet_train.cli import (
-    GRACE_SECONDS,
     evaluate,
     evaluate_parser,
     predict,
@@ -23,6 +22,7 @@ from hatnet_train.cli import (
     train,
     train_parser,
 )
+from hatnet_train.parser import GRACE_SECONDS
 
 
 def one_error_line(capsys):

@@ -9,10 +9,7 @@ import importlib
 import json
 import logging
 import os
-import re
 import sys
-import time
-import traceback
 import types
 from argparse import Namespace
 from collections.abc import Sequence
@@ -20,11 +17,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hatnet_core.commands import (
-    EXPECTED,
     SHARED,
     STATUSES,
-    TRACEBACK,
-    Parser,
     UsageError,
     add_batch,
     add_checkpoint,
@@ -41,12 +35,12 @@ from hatnet_core.commands import (
 from hatnet_core.variants import MIN_SIZE
 from hatnet_train.__about__ import __version__
 from hatnet_train.config import MAX_SIZE, MAX_WORKERS, PRECISIONS, QUALITY, SHARD_MEGABYTES, TrainConfig
+from hatnet_train.parser import LaunchedParser
 from hatnet_train.recipes import RECIPES, build_config
-from hatnet_train.signals import REQUEUE, Preempted, Signals, stop_noticing
-
-GRACE_SECONDS = 10.0
+from hatnet_train.signals import REQUEUE, Preempted, Signals
 
 PREEMPT_SECONDS = 90.0
+"""Between SIGTERM and the end of the process, to save in, if --preempt-seconds does not say."""
 
 TIMEOUT_SECONDS = 600.0
 """How long a process waits for the others, if --timeout does not say."""
@@ -72,9 +66,9 @@ def shards(arguments: Sequence[str] | None = None) -> int:
     return shards_parser().run(_shards, arguments)
 
 
-def train_parser() -> Parser:
+def train_parser() -> LaunchedParser:
     """The options of ``hatnet-train``."""
-    parser = _Parser(
+    parser = LaunchedParser(
         "hatnet-train",
         usage="%(prog)s --recipe NAME --out DIR [options]",
         description="Train a HAT-Net with DeepSpeed: alone, or in every process that a launcher starts (deepspeed, "
@@ -133,9 +127,9 @@ def train_parser() -> Parser:
     return parser
 
 
-def evaluate_parser() -> Parser:
+def evaluate_parser() -> LaunchedParser:
     """The options of ``hatnet-eval``."""
-    parser = _Parser(
+    parser = LaunchedParser(
         "hatnet-eval",
         description="Top-1 and top-5 accuracy of a checkpoint on held-out images, each counted once: alone, or in "
         "every process that a launcher starts. The result is printed.",
@@ -168,9 +162,9 @@ def evaluate_parser() -> Parser:
     return parser
 
 
-def predict_parser() -> Parser:
+def predict_parser() -> LaunchedParser:
     """The options of ``hatnet-predict``."""
-    parser = _Parser(
+    parser = LaunchedParser(
         "hatnet-predict",
         description="Classify image files with a checkpoint. The result is printed, a line an image.",
         epilog=f"example:\n  hatnet-predict scan.png --checkpoint runs/digits --top-k 3\n\n{STATUSES}",
@@ -187,9 +181,9 @@ def predict_parser() -> Parser:
     return parser
 
 
-def shards_parser() -> Parser:
+def shards_parser() -> LaunchedParser:
     """The options of ``hatnet-shards``."""
-    parser = _Parser(
+    parser = LaunchedParser(
         "hatnet-shards",
         description="Write an ImageNet-layout folder as WebDataset tar shards with an index for random access, or "
         "check shards.",
@@ -475,49 +469,3 @@ class _Tuple(argparse.Action):
     ) -> None:
         """Called by argparse for the flag."""
         setattr(namespace, self.dest, tuple(values))
-
-
-class _Parser(Parser):
-    """A parser for a command that a launcher may start many times at once."""
-
-    def tell(self, message: str, *, kind: str = "error: ") -> None:
-        """Report what usually every process of a launch meets, once.
-
-        The launcher ends all processes soon after the first: the others leave rank 0 time to report, and speak only
-        where it did not end, because the error was theirs alone.
-        """
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
-            stop_noticing()  # the launcher's SIGTERM is meant
-            time.sleep(GRACE_SECONDS)
-            message = f"[rank {rank}] {message}"
-        super().tell(message, kind=kind)
-
-    def explain(self, error: Exception) -> str:
-        """An error in one line; of one that is a mistake of ours, since a run cannot be repeated for it, the trace."""
-        if isinstance(error, RuntimeError) and (known := _known_cause(str(error))):
-            return known
-        if not isinstance(error, EXPECTED) and not os.environ.get(TRACEBACK):
-            traceback.print_exception(error)
-        return super().explain(error)
-
-
-CAUSES = {
-    r"Connection (closed by peer|reset)|Connection refused|NCCL|ProcessGroup|Timed out waiting|gloo": (
-        "lost contact with another process, whose own output says why"
-    ),
-    r"DataLoader worker \(pid.*\) (is killed|exited unexpectedly)": (
-        "a data worker was killed from outside, perhaps for its memory; fewer --workers need less"
-    ),
-    r"out of memory|can't allocate memory": (
-        "not enough memory; a smaller batch needs less, and in training --accumulation or --activation-checkpointing"
-    ),
-}
-"""What errors of torch mean that are no fault of the program, by regular expression."""
-
-
-def _known_cause(text: str) -> str | None:
-    for pattern, meaning in CAUSES.items():
-        if re.search(pattern, text):
-            return f"{meaning} ({text.strip().partition(chr(10))[0]})"
-    return None
