@@ -204,9 +204,10 @@ def test_the_librarys_own_tool_repeats_the_figures_of_the_training(library, head
 
 
 def refused(capsys, *arguments):
-    """The one line that the command ends with."""
+    """The one line that the subcommand ends with."""
     assert main(list(arguments)) == 1
-    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("hatnet-dense train: error: ")]
+    prefix = f"hatnet-dense {arguments[0]}: error: "
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith(prefix)]
     return line
 
 

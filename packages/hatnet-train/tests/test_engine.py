@@ -136,7 +136,7 @@ def test_accumulation_activation_checkpointing_and_a_users_json_leave_the_traini
 def test_all_that_imagenet_has_runs_on_two_processes_from_shards(run_command, train, tmp_path):
     """Mixing, augmentation, repeats, EMA, clipping, bf16, workers, fine-tuning from another head: 2 steps of each."""
     draw_coloured_images(tmp_path / "images", classes=4, train=12, val=5)
-    done = run_command(BIN / "hatnet-shards", tmp_path / "images", tmp_path / "shards", "--resize", "48")
+    done = run_command(BIN / "hatnet-shards", tmp_path / "images", "--out", tmp_path / "shards", "--resize", "48")
     assert done.returncode == 0, done.stderr
     start = tmp_path / "start.safetensors"
     save_checkpoint(create_model("hatnet_tiny", num_classes=9), start)
