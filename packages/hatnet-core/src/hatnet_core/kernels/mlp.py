@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hatnet_core.kernels.layout import to_tokens
+
 SLICE_VALUES = 2**20
 """About as many values of the wide map are worked on at a time: 4 MB in float32."""
 
@@ -36,7 +38,7 @@ def inverted_residual(x: Tensor, expand: Tensor, depthwise: Tensor, project: Ten
     Returns:
         [B, C, H, W] in channels_last, the dtype of ``x``.
     """
-    tokens, out = _tokens(x), _tokens(torch.empty_like(x, memory_format=torch.channels_last))
+    tokens, out = to_tokens(x), to_tokens(torch.empty_like(x, memory_format=torch.channels_last))
     for images, channels in _slices(x, expand.shape[0]):
         weights = _weights(expand, depthwise, project, channels)
         _forward_slice(tokens[images], *weights, activation, out[images].flatten(0, 2), channels.start > 0)
@@ -47,8 +49,8 @@ def inverted_residual_backward(
     gradient: Tensor, x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``expand``, ``depthwise`` and ``project``, given the ``gradient`` of the output."""
-    tokens, x_gradient = _tokens(x), _tokens(torch.empty_like(x, memory_format=torch.channels_last))
-    given = _tokens(gradient)
+    tokens, x_gradient = to_tokens(x), to_tokens(torch.empty_like(x, memory_format=torch.channels_last))
+    given = to_tokens(gradient)
     weights = (expand, depthwise, project)
     precision = torch.promote_types(x.dtype, torch.float32)  # of sums over slices
     totals = [torch.zeros(w.shape, dtype=precision, device=w.device) for w in weights]
@@ -126,11 +128,6 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         out.addmm_(a, b)
     else:
         torch.mm(a, b, out=out)
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """[B, C, H, W] → [B, H, W, C], contiguous."""
-    return x.permute(0, 2, 3, 1).contiguous()
 
 
 def _depthwise(x: Tensor, weight: Tensor) -> Tensor:

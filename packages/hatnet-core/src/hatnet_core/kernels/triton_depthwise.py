@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from hatnet_core.kernels import DTYPES
+from hatnet_core.kernels.layout import to_tokens
 
 PROGRAMS = 2048
 """Strips are cut until there are about as many: many for each multiprocessor of a large GPU (an H100 has 132)."""
@@ -64,18 +65,13 @@ def _activated_depthwise_backward(gradient: Tensor, h: Tensor, weight: Tensor) -
 
 
 def _check(h: Tensor, weight: Tensor) -> None:
-    if h.dtype not in DTYPES:
+    if h.dtype not in DTYPES["triton"]:
         raise ValueError(f"activated_depthwise in Triton computes float32, bfloat16 and float16, got {h.dtype}")
     if weight.dtype != h.dtype:
         raise ValueError(f"weight must be of the dtype of h, {h.dtype}, got {weight.dtype}")
     channels, side = h.shape[1], weight.shape[-1]
     if side % 2 == 0 or weight.shape != (channels, 1, side, side):
         raise ValueError(f"weight must be [{channels}, 1, K, K] of an odd K, got {list(weight.shape)}")
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """[B, C, H, W] → [B, H, W, C], contiguous."""
-    return x.permute(0, 2, 3, 1).contiguous()
 
 
 def _taps(weight: Tensor) -> Tensor:
@@ -96,10 +92,11 @@ def _down(source: Tensor, taps: Tensor, other: Tensor, out: Tensor, step: str) -
     blocks = _blocks(out)
     across = batch * triton.cdiv(channels, blocks["block_c"]) * triton.cdiv(width, blocks["block_w"])
     rows = _rows(height, across)
+    sizes = (height, width, channels, rows)
     kernel = round(len(taps) ** 0.5)
     with torch.cuda.device_of(out):
         _strips[(across * triton.cdiv(height, rows),)](
-            _tokens(source), taps, _tokens(other), out, height, width, channels, rows, step=step, k=kernel, **blocks
+            to_tokens(source), taps, to_tokens(other), out, *sizes, step=step, k=kernel, **blocks
         )
 
 
@@ -114,7 +111,7 @@ def _of_weight(mixed_gradient: Tensor, h: Tensor, weight: Tensor) -> Tensor:
     partials = h.new_empty(strips * columns, kernel, kernel, channels, dtype=torch.float32)
     with torch.cuda.device_of(h):
         _weight_gradient[(across * strips,)](
-            _tokens(mixed_gradient), _tokens(h), partials, batch, height, width, channels, rows, k=kernel, **blocks
+            to_tokens(mixed_gradient), to_tokens(h), partials, batch, height, width, channels, rows, k=kernel, **blocks
         )
     return partials.sum(0).permute(2, 0, 1).unsqueeze(1).to(weight.dtype).contiguous()
 

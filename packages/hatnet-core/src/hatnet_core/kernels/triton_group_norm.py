@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from hatnet_core.kernels import DTYPES
+from hatnet_core.kernels.layout import to_tokens
 
 PROGRAMS = 1024
 """About as many programs share the work: several for each multiprocessor of a large GPU (an H100 has 132)."""
@@ -60,9 +61,9 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
 @torch.library.custom_op("hatnet::group_norm", mutates_args=())
 def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The normalised map, and [2, B] in float32: mean and 1/√(variance + eps) of each sample."""
-    if x.dtype not in DTYPES:
+    if x.dtype not in DTYPES["triton"]:
         raise ValueError(f"group_norm in Triton computes float32, bfloat16 and float16, got {x.dtype}")
-    tokens, out = _tokens(x), torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+    tokens, out = to_tokens(x), torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
     splits, sizes, blocks = _work(tokens)
     partials = x.new_empty(3, len(x), splits, dtype=torch.float32)
     moments = x.new_empty(2, len(x), dtype=torch.float32)
@@ -79,7 +80,8 @@ def _group_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, moments: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``weight`` and bias, given the ``gradient`` of the normalised map."""
-    tokens, given, x_gradient = _tokens(x), _tokens(gradient), torch.empty_like(x, memory_format=torch.channels_last)
+    x_gradient = torch.empty_like(x, memory_format=torch.channels_last)
+    tokens, given = to_tokens(x), to_tokens(gradient)
     splits, sizes, blocks = _work(tokens)
     by_channel = x.new_empty(2, len(x), splits, x.shape[1], dtype=torch.float32)
     by_split = x.new_empty(2, len(x), splits, dtype=torch.float32)
@@ -90,11 +92,6 @@ def _group_norm_backward(
         )
     of_bias, of_weight = by_channel.sum((1, 2)).to(weight.dtype)
     return x_gradient, of_weight.clone(), of_bias.clone()
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """[B, C, H, W] → [B, H, W, C], contiguous."""
-    return x.permute(0, 2, 3, 1).contiguous()
 
 
 def _power(n: int) -> int:

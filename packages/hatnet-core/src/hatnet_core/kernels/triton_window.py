@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hatnet_core.kernels.layout import to_tokens
+
 LIMITS = {torch.float32: (64, 4096), torch.bfloat16: (256, 8192), torch.float16: (256, 8192)}
 """By dtype, the most positions of a grid and the most values of a head's keys in it, both rounded up to powers of two.
 
@@ -70,7 +72,7 @@ def grid_attention(qkv: Tensor, num_heads: int, grid_size: int) -> Tensor:
     batch, channels, height, width = qkv.shape
     out = qkv.new_empty(batch, height, width, channels // 3)
     with torch.cuda.device_of(qkv):
-        _attend[(programs,)](_tokens(qkv), out, *sizes, **blocks)
+        _attend[(programs,)](to_tokens(qkv), out, *sizes, **blocks)
     return out.permute(0, 3, 1, 2)
 
 
@@ -78,16 +80,11 @@ def grid_attention(qkv: Tensor, num_heads: int, grid_size: int) -> Tensor:
 def _grid_attention_backward(gradient: Tensor, qkv: Tensor, num_heads: int, grid_size: int) -> Tensor:
     """Gradient of ``qkv``, given the ``gradient`` of the result."""
     sizes, blocks, programs = _work(qkv, num_heads, grid_size)
-    tokens = _tokens(qkv)
+    tokens = to_tokens(qkv)
     qkv_gradient = torch.empty_like(tokens)
     with torch.cuda.device_of(qkv):
-        _attend_backward[(programs,)](_tokens(gradient), tokens, qkv_gradient, *sizes, **blocks)
+        _attend_backward[(programs,)](to_tokens(gradient), tokens, qkv_gradient, *sizes, **blocks)
     return qkv_gradient.permute(0, 3, 1, 2)
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """[B, C, H, W] → [B, H, W, C], contiguous."""
-    return x.permute(0, 2, 3, 1).contiguous()
 
 
 def _shape(qkv: Tensor, num_heads: int, grid_size: int) -> tuple[tuple[int, int], int]:
