@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hatnet_analysis.attention_maps import record_weights, rollout, to_input
+from hatnet_analysis.attention_input import to_input
+from hatnet_analysis.attention_maps import record_weights, rollout
 from hatnet_analysis.growth import CONTENDERS, growth
 from hatnet_analysis.report import SIZE, _filled, _rows, write_report
 from hatnet_analysis.throughput import COMPARED

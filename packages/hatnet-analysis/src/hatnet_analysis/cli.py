@@ -215,15 +215,18 @@ def _device(args: argparse.Namespace) -> str:
 def attention(args: argparse.Namespace) -> str:
     """What one point of an image attends to, drawn and as rows."""
     from hatnet_analysis import attention_maps as maps
+    from hatnet_analysis.attention_input import read_image, read_model, to_input
     from hatnet_analysis.figures import attention_figure, save_figure
     from hatnet_analysis.models import refusals
+    from hatnet_core.checkpoint import trained_size
 
-    out, size = _picture(args.out), args.size
-    image = maps.read_image(args.image)
-    model, (mean, std) = maps.read_model(args.checkpoint, args.variant)
+    out = _picture(args.out)
+    image = read_image(args.image)
+    model, (mean, std) = read_model(args.checkpoint, args.variant)
+    size = args.size or trained_size(args.checkpoint, MAX_SIZE)
     with refusals(str(args.checkpoint or args.variant), size):
         maps.check_size(model, size)
-        recorded = maps.record_weights(model, maps.to_input(image, size, mean, std))
+        recorded = maps.record_weights(model, to_input(image, size, mean, std))
     view = maps.look(recorded, image, tuple(args.point), args.stage, args.block, args.head)
     if out is not None:
         save_figure(attention_figure(image, view), out)
@@ -388,7 +391,7 @@ def _add_attention(commands: Any) -> None:
     command.add_argument("--head", type=whole(0), metavar="N", help="from 0 (default: the mean of all)")
     add_checkpoint(command)
     add_variant(command, ", where the checkpoint does not say it; alone, one with random weights")
-    add_size(command, (224, 224), MAX_SIZE)
+    add_size(command, None, MAX_SIZE, " (default as trained, or 224)")
     _out(command, "the picture")
 
 

@@ -24,7 +24,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from hatnet_analysis.__about__ import __version__
-from hatnet_analysis.attention_maps import AttentionWeights, read_image, read_model, record_weights, rollout, to_input
+from hatnet_analysis.attention_input import read_image, read_model, to_input
+from hatnet_analysis.attention_maps import AttentionWeights, record_weights, rollout
 from hatnet_analysis.choices import SECTIONS, TABLES
 from hatnet_analysis.figures import compare_figure, growth_figure
 from hatnet_analysis.growth import crossings, exponents, growth
@@ -62,7 +63,7 @@ def write_report(
         sections: out of :data:`hatnet_analysis.choices.SECTIONS`.
         tables: of the section ``tables``, as for :func:`hatnet_analysis.paper.table_rows`.
         image: for the explorer; drawn shapes by default.
-        checkpoint: for the explorer, as for :func:`hatnet_analysis.attention_maps.read_model`.
+        checkpoint: for the explorer, as for :func:`hatnet_analysis.attention_input.read_model`.
         variant: likewise; HAT-Net-Tiny with random weights if both are None.
         device: for growth, comparison and the table ``memory``; the rest is counted or computed on a CPU.
         progress: takes one line before each piece of work.

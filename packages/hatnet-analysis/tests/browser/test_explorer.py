@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageDraw
 from playwright.sync_api import sync_playwright
 
-from hatnet_analysis.attention_maps import look, record_weights, to_input
+from hatnet_analysis.attention_input import to_input
+from hatnet_analysis.attention_maps import look, record_weights
 from hatnet_analysis.report import write_report
 from hatnet_core import create_model, save_checkpoint
 

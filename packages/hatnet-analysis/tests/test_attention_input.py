@@ -1,0 +1,136 @@
+"""Image files and checkpoints as attention maps take them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from hatnet_analysis.attention_input import read_image, read_model
+from hatnet_core import create_model, save_checkpoint
+
+
+def test_random_weights_are_the_same_every_time_and_take_nothing_from_the_global_generator():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, _ = read_model(None, "hatnet_tiny")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    second, _ = read_model(None, "hatnet_tiny")
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+
+
+def test_a_checkpoint_says_which_model_it_is_and_how_images_are_normalised(tmp_path):
+    torch.manual_seed(0)
+    model = create_model("hatnet_tiny", num_classes=3)
+    save_checkpoint(model, tmp_path / "own.safetensors", {"mean": [0.1] * 3, "std": [0.2] * 3})
+    loaded, normalisation = read_model(tmp_path / "own.safetensors", None)
+    assert normalisation == ([0.1] * 3, [0.2] * 3)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict())
+    torch.save(model.state_dict(), tmp_path / "foreign.pth")
+    loaded, _ = read_model(tmp_path / "foreign.pth", "hatnet_tiny")
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match=r"foreign\.pth does not say which model it holds: name it with --variant"):
+        read_model(tmp_path / "foreign.pth", None)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        read_model(tmp_path / "absent.pth", "hatnet_tiny")
+    with pytest.raises(ValueError, match="expected --checkpoint, or --variant"):
+        read_model(None, None)
+
+
+def test_a_file_that_is_no_image_is_refused_by_name(tmp_path, monkeypatch):
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"text\.png is not a readable image"):
+        read_image(tmp_path / "text.png")
+    with pytest.raises(FileNotFoundError, match=r"no image at .*absent\.png: expected an existing image file"):
+        read_image(tmp_path / "absent.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"cut\.png is not a readable image"):
+        read_image(tmp_path / "cut.png")
+    monkeypatch.setattr("hatnet_analysis.attention_input.MAX_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"whole\.png is 40×30: expected at most 100 pixels"):
+        read_image(tmp_path / "whole.png")
+
+
+def test_an_image_is_turned_as_its_exif_says(tmp_path):
+    image = Image.new("RGB", (40, 30))
+    image.putpixel((39, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its left side: to be turned by a quarter, clockwise
+    image.save(tmp_path / "image.png", exif=exif)
+    turned = read_image(tmp_path / "image.png")
+    assert turned.size == (30, 40)
+    assert turned.getpixel((29, 39)) == (255, 255, 255)
+
+
+def test_sixteen_bits_a_channel_become_eight(tmp_path):
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(values * 257).save(tmp_path / "deep.png")
+    assert (np.asarray(read_image(tmp_path / "deep.png")) == values[..., None]).all()
+    for mode, value in (("I", 2**16), ("F", 0.5)):
+        Image.new(mode, (2, 2), value).save(tmp_path / "deeper.tiff")
+        with pytest.raises(
+            ValueError, match=r"deeper\.tiff holds numbers of 32 bits; expected an image of 8 or 16 bits"
+        ):
+            read_image(tmp_path / "deeper.tiff")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "PA"])
+def test_what_a_viewer_shows_of_an_image_is_what_is_read(mode, tmp_path):
+    image = Image.new("RGBA", (4, 2), "white")
+    image.paste("black", (0, 0, 2, 2))
+    image.putpixel((0, 0), (0, 0, 0, 0 if mode in ("LA", "RGBA", "PA") else 255))
+    image.convert(mode).save(tmp_path / ("image.tiff" if mode == "PA" else "image.png"))
+    read = np.asarray(read_image(next(tmp_path.iterdir())))
+    expected = np.full((2, 4, 3), 255)
+    expected[:, :2] = 0
+    if mode in ("LA", "RGBA", "PA"):
+        expected[0, 0] = 255  # nothing, on white
+    assert (read == expected).all()
+
+
+def test_a_transparent_colour_of_a_palette_is_white(tmp_path):
+    Image.new("P", (2, 2), 0).save(tmp_path / "image.png", transparency=0)
+    assert (np.asarray(read_image(tmp_path / "image.png")) == 255).all()
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"mean": 0.5}, {"mean": [0.5] * 2}, {"mean": ["0.5"] * 3}, {"std": [0.2, 0, 0.2]}, {"std": None}],
+)
+def test_a_checkpoint_whose_images_cannot_be_normalised_is_refused(metadata, tmp_path):
+    save_checkpoint(create_model("hatnet_tiny", num_classes=0), tmp_path / "own.safetensors", metadata)
+    ((name, value),) = metadata.items()
+    with pytest.raises(ValueError, match=rf"own\.safetensors holds {name}=.*; expected three") as error:
+        read_model(tmp_path / "own.safetensors", None)
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("hatnet_tiny", {"in_chans": 1}, r"own\.safetensors holds a model of in_chans=1; expected 3"),
+        (
+            "hatnet_small_window34",
+            {},
+            r"own\.safetensors attends in windows in stage 3; expected H-MHSA in stages 2-4",
+        ),
+    ],
+)
+def test_a_checkpoint_whose_attention_is_not_drawn_is_refused(name, changes, message, tmp_path):
+    save_checkpoint(create_model(name, num_classes=0, **changes), tmp_path / "own.safetensors")
+    with pytest.raises(ValueError, match=message):
+        read_model(tmp_path / "own.safetensors", None)
+    with pytest.raises(ValueError, match=message):
+        read_model(tmp_path / "own.safetensors", name)
+
+
+def test_a_safetensors_file_from_elsewhere_is_read_with_the_name_of_its_model(tmp_path):
+    model = create_model("hatnet_tiny", num_classes=3)
+    save_file(model.state_dict(), tmp_path / "foreign.safetensors")
+    loaded, _ = read_model(tmp_path / "foreign.safetensors", "hatnet_tiny")
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match=r"foreign\.safetensors holds no HAT-Net configuration"):
+        read_model(tmp_path / "foreign.safetensors", None)
