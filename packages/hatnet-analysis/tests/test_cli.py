@@ -13,7 +13,7 @@ from PIL import Image
 
 from hatnet_analysis import __version__, count_flops
 from hatnet_analysis.cli import main, parser
-from hatnet_core import create_model, list_models
+from hatnet_core import create_model, list_models, save_checkpoint
 from hatnet_core.commands import SHARED
 
 USAGE = [
@@ -397,6 +397,17 @@ def test_throughput_of_two_models_is_a_ratio(capsys):
     assert "ratio" in out.splitlines()[0]
     assert out.splitlines()[2].split()[-1] == "1.00"
     assert "round 1 of 1: timm/resnet18 ..." in err
+
+
+def test_the_attention_of_a_checkpoint_is_that_at_the_size_of_its_training(capsys, tmp_path):
+    Image.linear_gradient("L").save(tmp_path / "image.png")
+    weights = tmp_path / "own.safetensors"
+    save_checkpoint(create_model("hatnet_tiny", num_classes=2), weights, {"image_size": 64})
+    command = ["attention", str(tmp_path / "image.png"), "--checkpoint", str(weights), "--point", "200", "40"]
+    for more, expected in (([], [64, 64]), (["--size", "32", "96"], [32, 96])):
+        assert status([*command, *more, "--format", "json"]) == 0
+        (record,) = json.loads(capsys.readouterr().out)
+        assert record["input_size"] == expected
 
 
 def test_version_is_that_of_the_package(capsys):

@@ -51,6 +51,28 @@ def test_the_command_takes_a_foreign_checkpoint_with_the_name_of_its_model(tmp_p
     assert (config["num_classes"], config["in_chans"]) == (3, 4)
 
 
+def test_a_checkpoint_is_traced_at_the_size_it_was_trained_with(small_model, tmp_path, capsys):
+    save_checkpoint(small_model, tmp_path / "m.safetensors", {"image_size": 64, "classes": ["a", "b"]})
+    assert status(["--checkpoint", tmp_path / "m.safetensors", "--static", "--out", tmp_path / "m.pt2"]) == 0
+    assert "at inputs 1×3×64×64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("side", [31, 4097, 64.0, "64", None])
+def test_a_checkpoint_of_no_usable_size_is_refused_by_name(side, small_model, tmp_path, capsys):
+    save_checkpoint(small_model, tmp_path / "m.safetensors", {"image_size": side})
+    assert status(["--checkpoint", tmp_path / "m.safetensors", "--out", tmp_path / "m.pt2"]) == 1
+    expected = f"holds image_size={side!r}; expected a whole number from 32 to 4096\n"
+    assert capsys.readouterr().err.endswith(expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors"]
+
+
+def test_what_a_checkpoint_says_stays_with_it_when_its_variant_is_named(tmp_path):
+    save_checkpoint(create_model("hatnet_tiny", num_classes=2), tmp_path / "m.safetensors", {"classes": ["a", "b"]})
+    out = tmp_path / "again.safetensors"
+    assert status(["--checkpoint", tmp_path / "m.safetensors", "--variant", "hatnet_tiny", "--out", out]) == 0
+    assert read_metadata(out)["classes"] == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     "config",
     [{"qk_norm": True}, {"depths": None}, {"depthwise": "false"}, {"embed_dims": [10**15] * 4}],

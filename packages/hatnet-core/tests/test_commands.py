@@ -10,6 +10,7 @@ from hatnet_core.commands import (
     Parser,
     UsageError,
     add_batch,
+    add_checkpoint,
     add_device,
     add_format,
     add_size,
@@ -28,7 +29,9 @@ from hatnet_core.commands import (
 def parser():
     """One subcommand that has the shared options."""
     made = Parser("toy", description="A toy.", version="1.2")
-    play = made.add_subparsers(required=True, metavar="COMMAND").add_parser("play", description="Play.\n\n  as it is")
+    commands = made.add_subparsers(required=True, metavar="COMMAND")
+    add_checkpoint(commands.add_parser("work"), required=True)
+    play = commands.add_parser("play", description="Play.\n\n  as it is")
     add_variant(play, "")
     add_size(play, (224, 224), 4096)
     add_device(play)
@@ -59,12 +62,17 @@ def run(parser, capsys):
     ("arguments", "message"),
     [
         ([], "toy: error: the following arguments are required: COMMAND (see toy --help)"),
-        (["plya"], "argument COMMAND: invalid choice: 'plya', did you mean play? (choose from play)"),
+        (["plya"], "argument COMMAND: invalid choice: 'plya', did you mean play? (choose from work, play)"),
         (
             ["play", "--sise", "64"],
             "toy play: error: unknown argument '--sise', did you mean --size? (see toy play --h",
         ),
         (["play", "--sise=64"], "unknown argument '--sise=64', did you mean --size?"),
+        (
+            ["work", "--checkpiont", "a"],
+            "toy work: error: unknown argument '--checkpiont', did you mean --checkpoint?",
+        ),
+        (["work"], "toy work: error: the following arguments are required: --checkpoint"),
         (["play", "more"], "toy play: error: unknown argument 'more' (see toy play --help)"),
         (["play", "--form", "json"], "unknown argument '--form', did you mean --format?"),
         (

@@ -60,7 +60,7 @@ WRONG = [
     (train, "--recipe digits --out run --zero-stage 4", 2, "invalid choice: 4 (choose from 0, 1, 2, 3)"),
     (train, "--recipe digits --out run --grid-sizes 8 8", 2, "argument --grid-sizes: expected 3 arguments"),
     (train, "--recipe digits --out run --preempt-seconds 0", 2, "'0' is not a number above 0"),
-    (train, "--recipe imagenet --out run", 2, "recipe imagenet needs --data: digits, synthetic, or the path of"),
+    (train, "--recipe imagenet --out run", 2, "recipe imagenet needs --data: an ImageNet-layout folder"),
     (train, "--recipe digits --preflight --print-config", 2, "not allowed with argument --preflight"),
     (
         train,
@@ -323,7 +323,7 @@ def test_shards_are_written_and_verified(tmp_path, capsys):
     out = tmp_path / "shards"
     assert status(shards, [tmp_path / "data", "--out", out, "--resize", "32", "--workers", "0"]) == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith("train: 2 images in 1 shards, ")
+    assert captured.out.startswith("train: 2 images in 1 shard, ")
     assert status(shards, ["--verify", out]) == 0
     assert capsys.readouterr().out == f"{out}: all shards are as they were written\n"
     assert status(shards, [tmp_path / "data", "--out", out, "--workers", "0"]) == 1

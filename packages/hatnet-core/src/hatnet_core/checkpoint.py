@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hatnet_core.__about__ import __version__
 from hatnet_core.model import HATNet
-from hatnet_core.variants import list_models, model_arguments
+from hatnet_core.variants import MIN_SIZE, list_models, model_arguments
 from hatnet_core.zero import read_record, read_zero
 
 logger = logging.getLogger("hatnet_core")
@@ -63,6 +63,9 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 
 BACKBONE_PREFIX = "backbone."
 """What detectors and segmenters put before the names of their backbone, beside their own."""
+
+SIZE = 224
+"""Side in pixels of the images that the paper's models are trained with (Sec. 4.1)."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What parameters may be stored as."""
@@ -162,21 +165,26 @@ def load_checkpoint(model: HATNet, path: str | Path, drop_head: bool = False) ->
     if any(p.is_meta for p in model.parameters()):
         raise ValueError(f"cannot load {path} into a model on the meta device; give it storage first, by to_empty()")
     state, dropped = read_state(path)
+    dropped += _load_state(model, state, path, drop_head)
+    _tell_dropped(path, dropped)
+    return dropped
+
+
+def _load_state(model: HATNet, state: dict[str, Tensor], path: Path, drop_head: bool = False) -> list[str]:
+    """Check what :func:`read_state` took out of ``path`` and load it; the names that were dropped."""
+    dropped = []
     kept = model.state_dict()
     if drop_head:
-        dropped += [name for name in state if name.startswith("head.")]
+        dropped = [name for name in state if name.startswith("head.")]
         state = {name: t for name, t in state.items() if not name.startswith("head.")}
         kept = {name: t for name, t in kept.items() if not name.startswith("head.")}
     state = _adapt_in_chans(state, model.in_chans, path)
     _check_same_parameters(kept, state, path)
-    if has_metadata(path):
-        _check_same_arguments(model, path)
+    _check_same_arguments(model, path)
     state = {name: t.to(kept[name].dtype) for name, t in state.items()}
     if broken := [name for name, t in state.items() if not t.isfinite().all()]:
         raise ValueError(f"{path} holds values that are not finite as {kept[broken[0]].dtype}, in {_some(broken)}")
     model.load_state_dict(state, strict=not drop_head)
-    if dropped:
-        logger.warning("%s: dropped %d parameters: %s", path, len(dropped), _some(dropped))
     return dropped
 
 
@@ -194,9 +202,7 @@ def load_model(path: str | Path, variant: str | None = None) -> HATNet:
         ImportError: if the file is safetensors and safetensors is not installed.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}: expected an existing file or folder")
-    state, _ = read_state(path)
+    state, dropped = read_state(path)
     if variant is not None:
         config = {**model_arguments(variant), "num_classes": head_size(state), "in_chans": stem_channels(state)}
     elif has_metadata(path):
@@ -205,7 +211,8 @@ def load_model(path: str | Path, variant: str | None = None) -> HATNet:
     else:
         raise ValueError(f"{path} does not say which model it holds: name it with --variant")
     model = build_model(config, path)
-    load_checkpoint(model, path)
+    _load_state(model, state, path)
+    _tell_dropped(path, dropped)
     return model
 
 
@@ -270,6 +277,36 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise ValueError(f"{path} holds no HAT-Net configuration; expected a file of save_checkpoint")
     return record
+
+
+def find_metadata(path: str | Path) -> dict[str, Any]:
+    """What :func:`read_metadata` reads; nothing from a checkpoint that does not describe its model.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ImportError: if the file is safetensors and safetensors is not installed.
+    """
+    try:
+        return read_metadata(path) if has_metadata(path) else {}
+    except ValueError:
+        return {}
+
+
+def trained_size(path: str | Path | None, high: int) -> tuple[int, int]:
+    """Height and width in pixels of the images that a checkpoint was trained with; 224 where it does not say.
+
+    Args:
+        path: as in :func:`load_checkpoint`; None for a model that comes from none.
+        high: the largest side that is expected.
+
+    Raises:
+        ValueError: if it says anything but a whole number of pixels up to ``high``.
+        FileNotFoundError: if there is no such file.
+    """
+    side = SIZE if path is None else find_metadata(path).get("image_size", SIZE)
+    if type(side) is not int or not MIN_SIZE <= side <= high:
+        raise ValueError(f"{path} holds image_size={side!r}; expected a whole number from {MIN_SIZE} to {high}")
+    return side, side
 
 
 def has_metadata(path: str | Path) -> bool:
@@ -398,14 +435,16 @@ def _check_same_parameters(own: Mapping[str, Tensor], state: Mapping[str, Tensor
 
 def _check_same_arguments(model: HATNet, path: Path) -> None:
     """ValueError if our file was trained with other arguments that no shape shows: the heads, the activation."""
-    try:
-        stored = read_metadata(path)["config"]
-    except ValueError:  # a safetensors file without configuration, from elsewhere
-        return
+    stored = find_metadata(path).get("config", {})
     for name in ("head_dim", "activation"):
         own = model.config[name]
         if stored.get(name, own) != own:
             raise ValueError(f"{path} holds a model of {name}={stored[name]}; expected {name}={own}")
+
+
+def _tell_dropped(path: Path, dropped: list[str]) -> None:
+    if dropped:
+        logger.warning("%s: dropped %d parameters: %s", path, len(dropped), _some(dropped))
 
 
 def _some(texts: list[str]) -> str:
@@ -460,7 +499,7 @@ def _inside(path: str | Path) -> Path:
 def _existing_file(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: expected an existing file")
+        raise FileNotFoundError(f"no checkpoint at {path}: expected an existing file or folder")
     return path
 
 

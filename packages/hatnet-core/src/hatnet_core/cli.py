@@ -58,7 +58,7 @@ def parser() -> Parser:
         action="store_true",
         help="with --variant: the weights released with the paper, which are downloaded",
     )
-    add_size(made, (224, 224), LARGEST_SIDE, " (what is traced)")
+    add_size(made, None, LARGEST_SIDE, " (what is traced; default as trained, or 224)")
     made.add_argument("--static", action="store_true", help="take one image of exactly --size, instead of any")
     made.add_argument(
         "--out",
@@ -83,9 +83,9 @@ def _export(options: Namespace, model: HATNet, metadata: dict[str, Any]) -> None
     import torch
 
     from hatnet_core import export
-    from hatnet_core.checkpoint import save_checkpoint
+    from hatnet_core.checkpoint import save_checkpoint, trained_size
 
-    out, size = options.out, options.size
+    out, size = options.out, options.size or trained_size(options.checkpoint, LARGEST_SIDE)
     start = time.perf_counter()
     _progress(f"exporting to {out}")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
@@ -123,11 +123,9 @@ def _model(options: Namespace) -> HATNet:
 
 def _metadata(options: Namespace) -> dict[str, Any]:
     """What the checkpoint says beside its model, such as the class names."""
-    from hatnet_core.checkpoint import has_metadata, read_metadata
+    from hatnet_core.checkpoint import find_metadata
 
-    if options.checkpoint is None or options.variant is not None or not has_metadata(options.checkpoint):
-        return {}
-    record = read_metadata(options.checkpoint)
+    record = {} if options.checkpoint is None else find_metadata(options.checkpoint)
     return {name: value for name, value in record.items() if name not in ("version", "variant", "config")}
 
 

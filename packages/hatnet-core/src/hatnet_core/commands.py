@@ -13,6 +13,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -135,10 +136,20 @@ class Parser(argparse.ArgumentParser):
             _complete(self)
         options, unknown = self.parse_known_args(arguments)
         if unknown:
-            parser: Parser = options.parser
-            alike = did_you_mean(unknown[0].partition("=")[0], parser._option_string_actions)
-            parser.error(f"unknown argument {unknown[0]!r}{alike}")
+            options.parser._refuse(unknown[0])
         return options
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but a mistyped option is told before what is missing: mostly that is the same."""
+        words = sys.argv[1:] if args is None else list(args)
+        if self._subparsers is None:  # those know their own
+            for word in takewhile(lambda word: word != "--", words):
+                if word.startswith("--") and " " not in word and _name(word) not in self._option_string_actions:
+                    self._refuse(word)
+        return super().parse_known_args(words, namespace)
+
+    def _refuse(self, word: str) -> NoReturn:
+        self.error(f"unknown argument {word!r}{did_you_mean(_name(word), self._option_string_actions)}")
 
     def error(self, message: str) -> NoReturn:
         """Tell what is wrong with the command line, without the usage, and exit."""
@@ -183,6 +194,11 @@ def say(text: str | None = None) -> None:
         if isinstance(error, BrokenPipeError):
             raise OutputClosedError from error
         raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def _name(word: str) -> str:
+    """The option of a word such as ``--size=64``."""
+    return word.partition("=")[0]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

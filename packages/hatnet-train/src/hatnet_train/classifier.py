@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hatnet_core import HATNet, read_metadata
-from hatnet_core.checkpoint import has_metadata, load_model
+from hatnet_core import HATNet
+from hatnet_core.checkpoint import find_metadata, load_model
 from hatnet_core.variants import MIN_SIZE
 from hatnet_train.config import MAX_SIZE
 from hatnet_train.data.augment import MEAN, STD, centre_crop, normalise
@@ -57,17 +57,16 @@ def load_classifier(checkpoint: Path, variant: str | None = None) -> Classifier:
         ValueError: as :func:`hatnet_core.checkpoint.load_model` does, or if it does not say how images are
             preprocessed, or is of another variant.
     """
-    described = _record_of(checkpoint) if variant is not None else None
-    if described is not None and "image_size" in described:
-        if described.get("variant") != variant:
-            raise ValueError(f"{checkpoint} holds {described.get('variant')}, got {variant}: leave the variant out")
+    record = find_metadata(checkpoint)
+    if variant is not None and "image_size" in record:
+        if record.get("variant") != variant:
+            raise ValueError(f"{checkpoint} holds {record.get('variant')}, got {variant}: leave the variant out")
         variant = None
     model = load_model(checkpoint, variant)
     if variant is not None:
-        record: dict[str, Any] = {"classes": [str(i) for i in range(model.num_classes)], "image_size": 224}
+        record = {"classes": [str(i) for i in range(model.num_classes)], "image_size": 224}
         record |= {"crop_fraction": 0.875, "mean": list(MEAN), "std": list(STD)}
     else:
-        record = read_metadata(checkpoint)
         _check_record(record, model.num_classes, checkpoint)
     return Classifier(
         model=model.eval(),
@@ -78,14 +77,6 @@ def load_classifier(checkpoint: Path, variant: str | None = None) -> Classifier:
         mean=record["mean"],
         std=record["std"],
     )
-
-
-def _record_of(checkpoint: Path) -> dict[str, Any] | None:
-    """What a checkpoint says of itself, None if nothing."""
-    try:
-        return read_metadata(checkpoint) if has_metadata(checkpoint) else None
-    except ValueError:
-        return None
 
 
 def _check_record(record: dict[str, Any], num_classes: int, checkpoint: Path) -> None:

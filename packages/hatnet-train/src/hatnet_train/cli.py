@@ -324,8 +324,10 @@ def _shards(options: Namespace) -> None:
         workers=options.workers,
     )
     for name, split in index["splits"].items():
-        size = sum(shard["bytes"] for shard in split["shards"])
-        say(f"{name}: {split['images']} images in {len(split['shards'])} shards, {size / 1e6:.1f} MB")
+        written = split["shards"]
+        size = sum(shard["bytes"] for shard in written)
+        number = "1 shard" if len(written) == 1 else f"{len(written)} shards"
+        say(f"{name}: {split['images']} images in {number}, {size / 1e6:.1f} MB")
 
 
 def _check_hostfile(path: Path) -> int:

@@ -49,7 +49,7 @@ class TrainConfig:
         ValueError: naming the field, its value and what was expected.
     """
 
-    data: str = _described("digits, synthetic, or the path of an ImageNet-layout folder or of shards")
+    data: str = _described("an ImageNet-layout folder (./digits if that is its name), shards, digits or synthetic")
 
     variant: str = _described(SHARED["--variant"], choices=list_models(ablations=True))
     image_size: int = _described("side of the square input in pixels, from 32 up (Sec. 4.1: 224)")
@@ -57,7 +57,7 @@ class TrainConfig:
     pool_sizes: tuple[int, int, int] | None = _described("G2 of stages 2-4 (default: the variant's)", None)
     drop_path_rate: float = _described("stochastic depth of the last block, in [0, 1)")
     drop_rate: float = _described("dropout before the classifier, in [0, 1); the released model has 0.2", 0.2)
-    init: str = _described("file with weights to start from; a head of another size is left out", "")
+    init: str = _described("weights to start from, a file or run folder; a head of another size is left out", "")
 
     epochs: int = _described("passes over the training images (Sec. 4.1: 300)")
     batch_size: int = _described("images an optimizer step, over all processes together (Sec. 4.1: 8 x 128)")
