@@ -11,7 +11,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import release  # noqa: E402
+import release  # noqa: E402  a script: its folder goes onto the path first
 
 
 @pytest.fixture(autouse=True)

@@ -229,7 +229,7 @@ def record_weights(model: HATNet, image: Tensor) -> list[list[AttentionWeights]]
     input_size = (image.shape[-2], image.shape[-1])
     handles = []
     for i, stage in enumerate(model.stages):
-        for block in stage.blocks:  # type: ignore[union-attr]
+        for block in stage.blocks:  # type: ignore[union-attr]  # ModuleList: of Module
 
             def hook(module: nn.Module, inputs: tuple[Tensor], i: int = i) -> None:
                 recorded[i].append(attention_weights(module, inputs[0], FIRST_STRIDE * 2**i, input_size))

@@ -258,7 +258,7 @@ def attention_macs(module: nn.Module, height: int, width: int) -> int:
 
     Every convolution but W^p, which is ``module.proj``, and the products of the attention.
     """
-    weight: Tensor = module.get_submodule("proj").weight  # type: ignore[assignment]
+    weight: Tensor = module.get_submodule("proj").weight  # type: ignore[assignment]  # of any Module
     x = torch.zeros(1, weight.shape[1], height, width, device=weight.device, dtype=weight.dtype)
     analysis = trace(module, x)
     operators = analysis.by_operator()
@@ -281,7 +281,7 @@ def stage_complexity(model: HATNet, height: int, width: int) -> list[dict[str, A
     """
     maps: list[tuple[int, int]] = []
     handles = [
-        stage.blocks[0].attn.register_forward_pre_hook(lambda _, inputs: maps.append(tuple(inputs[0].shape[-2:])))  # type: ignore[union-attr,index]
+        stage.blocks[0].attn.register_forward_pre_hook(lambda _, inputs: maps.append(tuple(inputs[0].shape[-2:])))  # type: ignore[union-attr,index]  # ModuleList: of Module
         for stage in model.stages
     ]
     try:
@@ -290,7 +290,7 @@ def stage_complexity(model: HATNet, height: int, width: int) -> list[dict[str, A
     finally:
         for handle in handles:
             handle.remove()
-    return [_stage_row(i, stage.blocks[0].attn, *maps[i]) for i, stage in enumerate(model.stages)]  # type: ignore[union-attr,index]
+    return [_stage_row(i, stage.blocks[0].attn, *maps[i]) for i, stage in enumerate(model.stages)]  # type: ignore[union-attr,index]  # ModuleList: of Module
 
 
 def _stage_row(i: int, attention: nn.Module, height: int, width: int) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def _stage_text(stage: Any) -> str:
 
 
 def _grid_text(model: HATNet) -> str:
-    attentions = [stage.blocks[0].attn for stage in model.stages]  # type: ignore[union-attr,index]
+    attentions = [stage.blocks[0].attn for stage in model.stages]  # type: ignore[union-attr,index]  # ModuleList: of Module
     hierarchical = [a for a in attentions if isinstance(a, HierarchicalAttention)]
     return f"G1 {[a.grid_size for a in hierarchical]} G2 {[a.pool_size for a in hierarchical]}"
 

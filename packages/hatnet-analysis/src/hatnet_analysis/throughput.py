@@ -178,7 +178,7 @@ def _contender(name: str, settings: Settings, device: torch.device) -> _Contende
 def _step(model: nn.Module, settings: Settings, device: torch.device) -> Callable[[], None]:
     """What runs one batch and returns when it is done."""
     memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-    model = model.to(device=device, memory_format=memory_format).train(settings.train)  # type: ignore[call-overload]
+    model = model.to(device=device, memory_format=memory_format).train(settings.train)  # type: ignore[call-overload]  # one format for all
     in_chans = getattr(model, "in_chans", 3)
     images = torch.randn(settings.batch, in_chans, *settings.size, device=device).to(memory_format=memory_format)
     run: Any = torch.compile(model) if settings.compile else model

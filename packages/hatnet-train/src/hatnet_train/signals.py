@@ -16,7 +16,7 @@ REQUEUE = 75
 """Exit status of a run that was asked to end, and can go on with ``--resume auto``; EX_TEMPFAIL of sysexits.h."""
 
 
-class Preempted(Exception):  # noqa: N818
+class Preempted(Exception):  # noqa: N818  an end, not an error
     """The run ends because it was asked to, and can go on.
 
     Attributes:

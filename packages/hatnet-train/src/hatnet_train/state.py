@@ -270,7 +270,7 @@ def _moments(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
         raise RuntimeError("the optimizer steps on other tensors than sharding.masters knows: its moments were lost")
     moments: dict[str, Tensor] = {}
     for moment in sorted(names):
-        whole = gather(engine, lambda master: states[master][moment])  # noqa: B023
+        whole = gather(engine, lambda master: states[master][moment])  # noqa: B023  called at once
         moments |= {f"{moment}/{name}": tensor for name, tensor in whole.items()}
     return moments
 
@@ -297,7 +297,7 @@ def _load_moments(
         for master in own:
             optimizer.state[master][moment] = torch.zeros_like(master)
         tensors = {name.partition("/")[2]: t for name, t in moments.items() if name.startswith(f"{moment}/")}
-        scatter(engine, tensors, lambda master: optimizer.state[master][moment])  # noqa: B023
+        scatter(engine, tensors, lambda master: optimizer.state[master][moment])  # noqa: B023  called at once
 
 
 def _read_state(path: Path) -> dict[str, Any]:

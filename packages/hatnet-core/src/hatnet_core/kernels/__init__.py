@@ -244,7 +244,7 @@ def _own(module: nn.Module) -> bool:
 
 
 def _global_hooks() -> bool:
-    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]  # of torch
 
 
 def _interpreted() -> bool:
@@ -267,7 +267,7 @@ def _runs_on(device: torch.device) -> bool:
     return _usable[device]
 
 
-_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what Dynamo looks for
 """What ``torch.compiler.assume_constant_result`` does, which itself imports the compiler: a second of every start."""
 
 
