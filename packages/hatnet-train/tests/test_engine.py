@@ -92,7 +92,7 @@ def test_the_final_weights_load_and_give_the_reported_accuracy(alone, images):
     assert 100 * right / 40 == pytest.approx(metrics(alone)[-1]["top1"])
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_every_zero_stage_trains_to_the_losses_of_one_process(stage, alone, train, tmp_path, short):
     train(*short, "--zero-stage", stage, "--out", tmp_path / "run")
     assert_same_training(tmp_path / "run", alone, rel=1e-4)
@@ -225,7 +225,10 @@ def test_two_processes_of_a_launcher_train_as_one_does(alone, run_command, tmp_p
     assert_same_training(tmp_path / "run", alone, rel=1e-4)
 
 
-@pytest.mark.parametrize(("folder", "name"), [("packages", "hatnet-train"), (".", "packages/hatnet-train")])
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("packages", "hatnet-train"), pytest.param(".", "packages/hatnet-train", marks=pytest.mark.slow)],
+)
 def test_the_folder_of_the_package_is_launched_like_the_module(folder, name, run_command, tmp_path, short):
     """A preflight, which reports every process and leaves no folder."""
     launch = [*MODULE[:-2], name, *short, "--preflight", "--out", tmp_path / "run"]
