@@ -1,12 +1,15 @@
 """What every command does alike, tried on a small one."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from hatnet_core.commands import (
+    CLOSED,
     Parser,
     UsageError,
     add_batch,
@@ -193,3 +196,17 @@ def test_a_device_that_is_not_there_is_refused_in_one_line(name):
     with pytest.raises(ValueError, match=f"device must be auto, cpu, or a GPU that is there .*, got '{name}': ") as no:
         pick_device(name)
     assert len(str(no.value).splitlines()) == 1
+
+
+def test_with_a_closed_standard_output_argparse_speaks_on_the_other():
+    command = f"{Path(sys.executable).with_name('hatnet-export')} --version >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.startswith("hatnet-export ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_who_prints_nothing_may_have_no_standard_output(parser, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert parser.run(lambda options: None, ["play"]) == 0
+    assert parser.run(lambda options: say("text"), ["play"]) == CLOSED

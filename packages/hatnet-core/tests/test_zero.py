@@ -1,6 +1,5 @@
 """Real checkpoints of DeepSpeed, written by two processes, and damaged or hostile ones."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,8 +9,7 @@ import pytest
 import torch
 
 from hatnet_core import create_model, load_checkpoint, read_metadata, save_checkpoint
-from hatnet_core.checkpoint import describe
-from hatnet_core.zero import RECORD
+from hatnet_core.checkpoint import find_metadata, load_model
 
 SCRIPT = """
 import sys
@@ -86,17 +84,12 @@ def test_weights_that_deepspeed_itself_exports_load(name, file, written):
     assert_weights(model, torch.load(written / f"{name}.pth"), name)
 
 
-def test_a_record_beside_the_weights_describes_the_model(written):
-    with pytest.raises(ValueError, match=f"zero3 does not describe its model: expected {RECORD} of hatnet-train"):
+def test_a_folder_of_deepspeed_does_not_say_which_model_it_holds(written):
+    assert find_metadata(written / "zero3") == {}
+    with pytest.raises(ValueError, match=r"zero3 holds no model\.safetensors, which describes its model"):
         read_metadata(written / "zero3")
-    record = describe(create_model("hatnet_tiny", num_classes=3).config, {"classes": ["a", "b", "c"]})
-    (written / "zero3" / "last" / RECORD).write_text(json.dumps(record))
-    assert read_metadata(written / "zero3")["classes"] == ["a", "b", "c"]
-    assert read_metadata(written / "zero3" / "last")["variant"] == "hatnet_tiny"
-    (written / "zero3" / "last" / RECORD).write_text("{")
-    with pytest.raises(ValueError, match=f"{RECORD} is damaged: "):
-        read_metadata(written / "zero3")
-    (written / "zero3" / "last" / RECORD).unlink()
+    with pytest.raises(ValueError, match="zero3 does not say which model it holds: name it with --variant"):
+        load_model(written / "zero3")
 
 
 @pytest.mark.parametrize("damage", ["missing part", "short part", "hostile part"])
@@ -131,9 +124,8 @@ class Hostile:
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"holds no DeepSpeed checkpoint: expected \*_model_states\.pt or a file latest"
-    ):
+    expected = r"holds no weights: expected model\.safetensors, as in .*; or DeepSpeed's \*_model_states\.pt"
+    with pytest.raises(ValueError, match=expected):
         load_checkpoint(create_model("hatnet_tiny"), tmp_path)
 
 

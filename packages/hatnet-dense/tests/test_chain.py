@@ -18,7 +18,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hatnet_dense.cli import main
+from hatnet_dense_cli import main
 
 SHAPES = Path(__file__).parent / "shapes"
 TOOLS = {"mask-rcnn": "mmdet"}

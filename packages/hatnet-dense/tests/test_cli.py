@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from hatnet_core.commands import SHARED
-from hatnet_dense.cli import main
 from hatnet_dense.config import CONFIGS, config_names
 from hatnet_dense.errors import said
-from hatnet_dense_cli import parser
+from hatnet_dense_cli import main, parser
 
 
 def status(arguments):

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from conftest import SHAPES
-from hatnet_dense.cli import main
 from hatnet_dense.config import load_config
 from hatnet_dense.flops import build_model
+from hatnet_dense_cli import main
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,12 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
         load_classifier(tmp_path / "nowhere")
 
 
+def test_a_checkpoint_for_other_images_than_rgb_is_refused_by_path(tmp_path):
+    save_checkpoint(create_model("hatnet_tiny", num_classes=2, in_chans=1), tmp_path / "grey.safetensors")
+    with pytest.raises(ValueError, match=r"grey\.safetensors holds a model of in_chans=1; expected 3, for RGB images"):
+        load_classifier(tmp_path / "grey.safetensors")
+
+
 def test_a_checkpoint_without_class_names_is_refused(tmp_path):
     save_checkpoint(create_model("hatnet_tiny", num_classes=2), tmp_path / "m.safetensors")
     expected = r"m\.safetensors has no usable classes, image_size, crop_fraction, mean, std; expected a checkpoint"

@@ -39,7 +39,7 @@ MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRA
 
 MEMBER = """
 import json, os, sys, time
-from hatnet_train.launch import LAUNCHER_VARIABLES, discover, join, leave
+from hatnet_train.launch import LAUNCHER_VARIABLES, discover, join
 
 launch, start = discover(os.environ), time.monotonic()
 try:
@@ -59,7 +59,8 @@ comm.all_gather_object(everyone, mine)
 if launch.rank == 0:
     sys.stdout.write(json.dumps(everyone) + "\\n")  # at once: a launcher writes there, too
     sys.stdout.flush()
-leave()
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 ONLY_ANSWERS = """

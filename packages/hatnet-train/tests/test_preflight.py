@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hatnet_train import preflight
-from hatnet_train.launch import discover, join, leave
+from hatnet_train.launch import discover, join
 from hatnet_train.preflight import code_digest, format_report, raise_together
 
 
@@ -26,7 +27,8 @@ def member(arguments):
     except ValueError as error:
         result = {"error": str(error)}
     sys.stdout.write(json.dumps({"pid": os.getpid(), **result}) + "\n")
-    leave()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

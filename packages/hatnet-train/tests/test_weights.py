@@ -12,7 +12,7 @@ from hatnet_core import create_model
 from hatnet_train import build_config
 from hatnet_train.deepspeed_config import deepspeed_config
 from hatnet_train.engine import build_engine
-from hatnet_train.launch import discover, join, leave
+from hatnet_train.launch import discover, join
 from hatnet_train.weights import Ema, full_weights, whole_model
 
 
@@ -42,7 +42,8 @@ def three_steps(arguments):
         save_file({f"{i}/{n}": t for i, w in enumerate(history) for n, t in w.items()}, out / "history.safetensors")
         save_file(averaged, out / "averaged.safetensors")
         save_file({"inside": inside, "outside": outside}, out / "logits.safetensors")
-    leave()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ is in modules of its own, and imported when its command runs.
 from __future__ import annotations
 
 import argparse
-import codecs
-import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -63,22 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> None:
-    output = args.run(args)
-    say(_escaped(output) if getattr(args, "format", None) == "json" else output)
-
-
-def _escaped(text: str) -> str:
-    """JSON, in the escapes of its own what standard output cannot hold."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "json").decode(encoding)
-
-
-def _escape(error: Any) -> tuple[str, int]:
-    """What codecs asks for in place of letters that an encoding does not have: as JSON writes them in ASCII."""
-    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
-
-
-codecs.register_error("json", _escape)
+    say(args.run(args))
 
 
 def params(args: argparse.Namespace) -> str:

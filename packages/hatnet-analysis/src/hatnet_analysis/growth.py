@@ -351,10 +351,10 @@ def exponents(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for contender in CONTENDERS:
         row: dict[str, Any] = {"attention": contender.name}
         for quantity in ("macs", "seconds_fused", "memory_fused", "memory_materialised"):
-            points = [(r["size"], r[quantity]) for r in rows if r["attention"] == contender.name and r[quantity]]
+            found = list(points(rows, contender, quantity).items())
             row[f"power_of_{quantity}"] = None
-            if len(points) > 1:
-                (a, low), (b, high) = points[-2:]
+            if len(found) > 1:
+                (a, low), (b, high) = found[-2:]
                 row[f"power_of_{quantity}"] = math.log(high / low) / math.log((b / a) ** 2)
         table.append(row)
     return table

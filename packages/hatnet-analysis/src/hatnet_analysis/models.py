@@ -117,19 +117,18 @@ def with_backbone(head: str, backbone: str) -> nn.Module:
     return traceable(config)
 
 
-def classifier(backbone: str, num_classes: int = 1000) -> nn.Module:
-    """The backbone of a config under a global average pool and a linear layer.
+def classifier(backbone: str) -> nn.Module:
+    """The backbone of a config under a global average pool and a linear layer of ImageNet's 1000 classes.
 
     Args:
         backbone: config of MMDetection or MMSegmentation.
-        num_classes: outputs of the linear layer.
     """
     from mmengine.registry import MODELS, init_default_scope
 
     _dense_config(backbone)
     init_default_scope("mmdet")
     features = MODELS.build(_scoped_backbone(backbone))
-    return _Classifier(features, _backbone_channels(backbone)[-1], num_classes)
+    return _Classifier(features, _backbone_channels(backbone)[-1], 1000)
 
 
 class _Classifier(nn.Module):

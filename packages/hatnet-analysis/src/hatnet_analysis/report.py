@@ -123,7 +123,7 @@ def _page_in(folder: Path) -> Iterator[Path]:
             raise ValueError(f"the report is written to {path}, which is a folder; expected a file or nothing there")
         yield part
         part.replace(path)
-    except BaseException:
+    except BaseException:  # Ctrl-C, too, leaves nothing behind
         for remove in (part.unlink, *(parent.rmdir for parent in made)):
             with suppress(OSError):  # not there, or no longer empty
                 remove()

@@ -119,7 +119,7 @@ HIDDEN = frozenset(
 def render(rows: Sequence[Row], style: str) -> str:
     """Rows in one of ``json`` and :data:`FORMATS`; for readers, without the columns that no row has a value in."""
     if style == "json":
-        return json.dumps(rows, indent=2, ensure_ascii=False)
+        return json.dumps(rows, indent=2)
     shown = dict.fromkeys(key for row in rows for key in row if key not in HIDDEN)
     keys = [key for key in shown if any(row.get(key) is not None for row in rows)]
     table = [[_text(key, row.get(key)) for key in keys] for row in rows]

@@ -27,7 +27,7 @@ from torch import Tensor
 from hatnet_core.__about__ import __version__
 from hatnet_core.model import HATNet
 from hatnet_core.variants import MIN_SIZE, list_models, model_arguments
-from hatnet_core.zero import read_record, read_zero
+from hatnet_core.zero import read_zero
 
 logger = logging.getLogger("hatnet_core")
 
@@ -258,13 +258,10 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         ValueError: if it is not a safetensors file written by :func:`save_checkpoint`.
         ImportError: if safetensors is not installed.
     """
-    path = _inside(path)
-    if path.is_dir():
-        return read_record(path)
+    path = _existing_file(path)
     _import_safetensors()
     from safetensors import SafetensorError, safe_open
 
-    path = _existing_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -310,8 +307,8 @@ def trained_size(path: str | Path | None, high: int) -> tuple[int, int]:
 
 
 def has_metadata(path: str | Path) -> bool:
-    """Whether a checkpoint can describe its model: a safetensors file or a folder."""
-    return Path(path).suffix == ".safetensors" or Path(path).is_dir()
+    """Whether a checkpoint can describe its model: a safetensors file, or a folder with one."""
+    return _inside(path).suffix == ".safetensors"
 
 
 def read_state(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -497,7 +494,9 @@ def _inside(path: str | Path) -> Path:
 
 
 def _existing_file(path: str | Path) -> Path:
-    path = Path(path)
+    path = _inside(path)
+    if path.is_dir():
+        raise ValueError(f"{path} holds no {WEIGHTS}, which describes its model")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: expected an existing file or folder")
     return path

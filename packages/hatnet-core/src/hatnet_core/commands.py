@@ -184,6 +184,10 @@ def say(text: str | None = None) -> None:
         OutputClosedError: if nobody reads it.
         OSError: if it cannot be written, such as on a full disk.
     """
+    if sys.stdout is None:  # closed before the start
+        if text is not None:
+            raise OutputClosedError
+        return
     try:
         if text is not None:
             encoding = sys.stdout.encoding or "utf-8"
@@ -207,25 +211,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f", did you mean {alike[0]}?" if alike else ""
 
 
-def add_checkpoint(parser: argparse.ArgumentParser, note: str = "", *, required: bool = False) -> None:
+def add_checkpoint(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """``--checkpoint``: the weights to work with."""
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=required,
-        metavar="PATH",
-        help=SHARED["--checkpoint"] + note,
-    )
+    text = SHARED["--checkpoint"]
+    parser.add_argument("--checkpoint", type=some_path, required=required, metavar="PATH", help=text)
 
 
 def add_variant(parser: argparse.ArgumentParser, note: str) -> None:
     """``--variant``: the model, by the name of :func:`hatnet_core.create_model`."""
-    parser.add_argument("--variant", help=SHARED["--variant"] + note, **variant_settings())
-
-
-def variant_settings() -> dict[str, Any]:
-    """What argparse is to know of ``--variant``."""
-    return {"choices": list_models(ablations=True), "metavar": "NAME"}
+    known = list_models(ablations=True)
+    parser.add_argument("--variant", choices=known, metavar="NAME", help=SHARED["--variant"] + note)
 
 
 def add_size(parser: argparse.ArgumentParser, default: tuple[int, int] | None, high: int, note: str = "") -> None:
@@ -292,7 +287,7 @@ def real(low: float, high: float = float("inf")) -> Callable[[str], float]:
 
 
 def some_path(text: str) -> Path:
-    """The type of an option that is written to; nothing, such as a variable that is not set, is no path."""
+    """The type of an option that is a path; nothing, such as a variable that is not set, is no path."""
     if not text:
         raise argparse.ArgumentTypeError("'' is no path")
     return Path(text)
@@ -309,14 +304,14 @@ def path_ending(*endings: str) -> Callable[[str], Path]:
     return read
 
 
-def writable_file(path: Path, option: str = "--out") -> Path:
-    """``path``, if a file can be written there.
+def writable_file(path: Path) -> Path:
+    """``path``, given as ``--out``, if a file can be written there.
 
     Raises:
         ValueError: naming the option and the path.
     """
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{option} must be a file in a folder that exists and can be written, got {str(path)!r}")
+        raise ValueError(f"--out must be a file in a folder that exists and can be written, got {str(path)!r}")
     return path
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 
-from hatnet_core.checkpoint import build_model, load_checkpoint, save_checkpoint, variant_name
+from hatnet_core.checkpoint import WEIGHTS, build_model, load_checkpoint, save_checkpoint, variant_name
 from hatnet_core.model import HATNet
 
 CARD = """---
@@ -132,7 +132,7 @@ class HubHATNet(
         name = str(pretrained_model_name_or_path)
         options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
         options |= {"local_files_only": local_files_only, "token": token}
-        config, weights = (_file(name, file, options) for file in ("config.json", "model.safetensors"))
+        config, weights = (_file(name, file, options) for file in ("config.json", WEIGHTS))
         try:
             values = json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:  # not JSON, or not UTF-8
@@ -145,7 +145,7 @@ class HubHATNet(
         return model.to(map_location).eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_checkpoint(self, save_directory / "model.safetensors")
+        save_checkpoint(self, save_directory / WEIGHTS)
         # what the model is now: set_grid and reset_classifier may have changed what it was built with
         (save_directory / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
 

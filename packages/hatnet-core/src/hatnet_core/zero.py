@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import sys
@@ -18,9 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-RECORD = "hatnet.json"
-"""What hatnet-train writes into the folder: the metadata of :func:`hatnet_core.save_checkpoint`."""
 
 MODEL_STATES, OPTIMIZER_STATES = "*_model_states.pt", "*_optim_states.pt"
 
@@ -38,26 +34,11 @@ def checkpoint_folder(path: Path) -> Path:
             raise ValueError(f"{latest} must name a folder beside it, got {tag[:80]!r}")
         path = path / tag
     if not any(path.glob(MODEL_STATES)):
-        raise ValueError(f"{path} holds no DeepSpeed checkpoint: expected {MODEL_STATES} or a file latest in it")
+        raise ValueError(
+            f"{path} holds no weights: expected model.safetensors, as in the folder of a run of hatnet-train that is "
+            f"done, or of one of its checkpoints; or DeepSpeed's {MODEL_STATES}"
+        )
     return path
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """What hatnet-train wrote beside the weights: ``config`` and the rest of a checkpoint's metadata.
-
-    Raises:
-        ValueError: if it is not there or cannot be read.
-    """
-    file = checkpoint_folder(path) / RECORD
-    try:
-        record = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not describe its model: expected {RECORD} of hatnet-train in it") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-        raise ValueError(f"{file} holds no HAT-Net configuration; expected a file of hatnet-train")
-    return record
 
 
 def read_zero(path: Path) -> Mapping[str, Any]:

@@ -15,9 +15,6 @@ from typing import Any
 from hatnet_core.commands import say, writable_file, writable_folder
 from hatnet_dense.__about__ import __version__
 from hatnet_dense.compat import examine, usable
-from hatnet_dense_cli import main
-
-__all__ = ["configs", "doctor", "flops", "main", "predict", "test", "train"]
 
 MARKS = {"ok": "ok", "absent": "-", "broken": "BROKEN"}
 """How the states of a finding are shown."""

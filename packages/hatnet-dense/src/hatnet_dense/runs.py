@@ -22,12 +22,6 @@ from hatnet_dense.data_check import naming_files
 from hatnet_dense.errors import cut, said
 from hatnet_dense.plain_checkpoint import plain, read_checkpoint, read_training_run
 
-LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
-"""MMEngine's; ``pytorch`` is torchrun."""
-
-AMP = ("float16", "bfloat16")
-"""What ``amp`` may compute in."""
-
 
 def train(
     config: Config,
@@ -45,9 +39,9 @@ def train(
         work_dir: folder of the run, made if need be.
         resume: None to begin anew, ``auto`` to go on from the last checkpoint in ``work_dir`` if there is one, or
             the path of a checkpoint to go on from.
-        amp: None, or what matrix products are computed in, one of :data:`AMP`; needs a GPU.
+        amp: None, or what matrix products are computed in, ``float16`` or ``bfloat16``; needs a GPU.
         auto_scale_lr: scale the learning rate by the batch size, linearly, from what the config was made for.
-        launcher: one of :data:`LAUNCHERS`, whatever started the processes.
+        launcher: MMEngine's name of what started the processes: ``none``, ``pytorch`` (torchrun), ``slurm``, ``mpi``.
         zero_stage: train with DeepSpeed, dividing optimizer states (1), gradients (2) and parameters (3) among the
             processes; None for MMEngine's own data-parallel training.
 
@@ -104,7 +98,7 @@ def evaluate(
         checkpoint: a file of MMEngine.
         work_dir: folder for logs, made if need be.
         show_dir: folder for a picture of every image with truth and prediction side by side; None for none.
-        launcher: one of :data:`LAUNCHERS`, whatever started the processes.
+        launcher: MMEngine's name of what started the processes: ``none``, ``pytorch`` (torchrun), ``slurm``, ``mpi``.
 
     Returns:
         The metrics by name, such as ``coco/bbox_mAP_50`` or ``mIoU``, in the units of their evaluator. None in all
@@ -185,7 +179,7 @@ def _runner(config: Config, launcher: str, phase: str) -> Any:
             getattr(runner, loop)
     except FileNotFoundError:
         raise
-    except Exception as error:
+    except Exception as error:  # datasets are of the libraries, or of the user
         found = annotation_problem(config) if "Coco" in str(error) else None  # MMEngine names the class
         reason = found or cut(said(error))
         if "need at least one array" in reason:  # how MMEngine's datasets say that they are empty

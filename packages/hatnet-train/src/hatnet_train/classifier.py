@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from hatnet_core import HATNet
-from hatnet_core.checkpoint import find_metadata, load_model
+from hatnet_core.checkpoint import SIZE, find_metadata, load_model
 from hatnet_core.variants import MIN_SIZE
 from hatnet_train.config import MAX_SIZE
 from hatnet_train.data.augment import MEAN, STD, centre_crop, normalise
@@ -63,8 +63,10 @@ def load_classifier(checkpoint: Path, variant: str | None = None) -> Classifier:
             raise ValueError(f"{checkpoint} holds {record.get('variant')}, got {variant}: leave the variant out")
         variant = None
     model = load_model(checkpoint, variant)
+    if model.in_chans != 3:
+        raise ValueError(f"{checkpoint} holds a model of in_chans={model.in_chans}; expected 3, for RGB images")
     if variant is not None:
-        record = {"classes": [str(i) for i in range(model.num_classes)], "image_size": 224}
+        record = {"classes": [str(i) for i in range(model.num_classes)], "image_size": SIZE}
         record |= {"crop_fraction": 0.875, "mean": list(MEAN), "std": list(STD)}
     else:
         _check_record(record, model.num_classes, checkpoint)

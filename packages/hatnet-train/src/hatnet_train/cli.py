@@ -306,6 +306,8 @@ def _predict(options: Namespace) -> None:
 def _shards(options: Namespace) -> None:
     if options.quality is not None and options.resize is None:
         raise UsageError(f"--quality has an effect only with --resize, got {options.quality}")
+    if options.verify and options.resize is not None:
+        raise UsageError(f"--resize has an effect only with --out, got {options.resize}")
     if options.verify:
         from hatnet_train.data.shards import verify
 

@@ -132,7 +132,7 @@ class TrainConfig:
         return {
             "epochs": (1 <= self.epochs <= 10**6, "from 1 to 1000000"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
-            "lr": (0 < self.lr < infinity, "positive"),
+            "lr": (0 < self.lr < infinity, "positive and finite"),
             "lr_batch_size": (self.lr_batch_size >= 0, "0 or positive"),
             "min_lr": (0 <= self.min_lr <= self.lr, f"from 0 to lr={self.lr}"),
             "warmup_epochs": (0 <= self.warmup_epochs < self.epochs, f"from 0 to below epochs={self.epochs}"),

@@ -14,12 +14,12 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 from hatnet_core.variants import MIN_SIZE
+from hatnet_train.accuracy import evaluate
 from hatnet_train.classifier import Classifier, load_classifier
-from hatnet_train.config import MAX_SIZE
+from hatnet_train.config import MAX_SIZE, MAX_WORKERS
 from hatnet_train.data import Source, open_split
 from hatnet_train.data.loader import evaluation_batches
 from hatnet_train.deepspeed_json import AUTOCAST_DTYPES
-from hatnet_train.evaluate import evaluate
 from hatnet_train.launch import discover, joined
 from hatnet_train.preflight import code_digest, compare, raise_together
 
@@ -55,7 +55,7 @@ def evaluation_run(
         FileNotFoundError: if checkpoint or data is not there.
         ValueError: if one of them, or a value, is not as expected, or their classes differ.
     """
-    for name, value, low, high in (("batch_size", batch_size, 1, 2**31), ("workers", workers, 0, 1024)):
+    for name, value, low, high in (("batch_size", batch_size, 1, 2**31), ("workers", workers, 0, MAX_WORKERS)):
         if not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, got {value}")
     if size is not None and not MIN_SIZE <= size <= MAX_SIZE:

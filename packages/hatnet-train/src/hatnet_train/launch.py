@@ -21,16 +21,12 @@ from datetime import timedelta
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from hatnet_train.parser import LOST_CONTACT
 from hatnet_train.signals import Preempted
 from hatnet_train.watch import ADVICE, Watch, compact_ranks
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torch's launchers tell each process, and :func:`join` the libraries, whatever the launcher."""
-
-LOST_CONTACT = (
-    r"Connection (closed by peer|reset)|Connection refused|NCCL|ProcessGroup|Timed out waiting|gloo|Broken pipe"
-)
-"""What the errors of torch's communication say."""
 
 DEFAULT_PORT = 29500
 """Port of rank 0 where nobody chose one; DeepSpeed's and torchrun's, too."""
@@ -145,12 +141,6 @@ def joined(launch: Launch, timeout: float) -> Iterator[Watch]:
     finally:
         watch.end()
         torch.distributed.destroy_process_group()
-
-
-def leave() -> None:
-    """Wait for all ranks, then end the process group."""
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def roll_call(launch: Launch, timeout: float) -> Store:

@@ -13,10 +13,13 @@ from hatnet_train.signals import stop_noticing
 GRACE_SECONDS = 10.0
 """How long another process than the first waits before it tells an error, which is mostly the first's, too."""
 
+LOST_CONTACT = (
+    r"Connection (closed by peer|reset)|Connection refused|NCCL|ProcessGroup|Timed out waiting|gloo|Broken pipe"
+)
+"""What the errors of torch's communication say."""
+
 CAUSES = {
-    r"Connection (closed by peer|reset)|Connection refused|NCCL|ProcessGroup|Timed out waiting|gloo": (
-        "lost contact with another process, whose own output says why"
-    ),
+    LOST_CONTACT: ("lost contact with another process, whose own output says why"),
     r"DataLoader worker \(pid.*\) (is killed|exited unexpectedly)": (
         "a data worker was killed from outside, perhaps for its memory; fewer --workers need less"
     ),

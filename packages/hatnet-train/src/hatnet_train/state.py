@@ -25,16 +25,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hatnet_core import save_checkpoint
+from hatnet_core.checkpoint import WEIGHTS
 from hatnet_train.config import TrainConfig
 from hatnet_train.sharding import gather, masters, scatter
 from hatnet_train.weights import Ema, full_weights, whole_model
 
-WEIGHTS, AVERAGE, OPTIMIZER, STATE = (
-    "model.safetensors",
-    "model_ema.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-)
+AVERAGE, OPTIMIZER, STATE = "model_ema.safetensors", "optimizer.safetensors", "state.json"
 
 FREE = (
     *("data", "init", "workers", "zero_stage", "accumulation", "activation_checkpointing", "compile"),

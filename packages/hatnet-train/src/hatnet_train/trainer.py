@@ -20,7 +20,9 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from hatnet_core import HATNet, save_checkpoint
+from hatnet_core.checkpoint import WEIGHTS
 from hatnet_train import checkpoint
+from hatnet_train.accuracy import evaluate
 from hatnet_train.config import TrainConfig
 from hatnet_train.data import Source
 from hatnet_train.data.augment import MEAN, STD, normalise
@@ -29,7 +31,6 @@ from hatnet_train.data.mixing import mix, mix_labels
 from hatnet_train.deepspeed_config import deepspeed_config
 from hatnet_train.deepspeed_json import AUTOCAST_DTYPES
 from hatnet_train.engine import build_engine
-from hatnet_train.evaluate import evaluate
 from hatnet_train.launch import AgreedError
 from hatnet_train.monitor import METRICS, Monitor, Progress, peak_memory_gb
 from hatnet_train.nonfinite import NonFiniteError, dump
@@ -39,7 +40,6 @@ from hatnet_train.sharding import gradients
 from hatnet_train.signals import Preempted, Signals
 from hatnet_train.state import (
     AVERAGE,
-    WEIGHTS,
     RunState,
     Saved,
     contents,

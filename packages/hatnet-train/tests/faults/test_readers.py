@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save as save_tensors
 
 from hatnet_core import create_model, load_checkpoint, read_metadata, save_checkpoint
-from hatnet_core.zero import RECORD, checkpoint_folder, read_record
+from hatnet_core.zero import checkpoint_folder
 from hatnet_train.checkpoint import (
     MANIFEST,
     VERSION,
@@ -127,7 +127,6 @@ READERS = {
     "state of a run": (STATE, lambda path: read_saved(path.parent)),
     "weights": (WEIGHTS, read_metadata),
     "metadata of weights": ("metadata.json", read_metadata_of),
-    "metadata of a DeepSpeed folder": (RECORD, lambda path: read_record(path.parent)),
     "the newest of DeepSpeed's folders": ("latest", lambda path: checkpoint_folder(path.parent)),
     "moments": (OPTIMIZER, lambda path: read_saved(path.parent)),
     "configuration of a run": (CONFIG, read_config_of_a_run),
@@ -147,7 +146,7 @@ def content_of(name, saved):
         return json.dumps({"config": {"seed": 1}, "versions": {"torch": "2"}, "resumed": [{"config": {}}]}).encode()
     if name == "latest":
         return b"global_step12"
-    if name in ("metadata.json", RECORD):
+    if name == "metadata.json":
         return json.dumps(read_metadata(saved / WEIGHTS)).encode()
     return (saved / name).read_bytes()
 
@@ -169,8 +168,6 @@ def test_readers_of_run_folders_answer_whatever_is_in_their_files(reader, saved,
     name, read = READERS[reader]
     folder = tmp_path / "step-0000000003"
     shutil.copytree(saved, folder)
-    if name == RECORD:
-        (folder / "mp_rank_00_model_states.pt").touch()
 
     @settings(max_examples=RUNS, deadline=5000, suppress_health_check=list(HealthCheck), database=None)
     @given(damaged(content_of(name, saved)))

@@ -258,7 +258,7 @@ def _runs_on(device: torch.device) -> bool:
         try:
             _try_all(device)
             _usable[device] = True
-        except Exception as error:
+        except Exception as error:  # of a driver or compiler, whatever they raise
             if _mode == "triton":
                 raise
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
