@@ -162,7 +162,7 @@ def test_what_is_refused_leaves_no_folder(arguments, message, tmp_path):
     ("sections", "absent", "message"),
     [
         (["tables"], "timm", r"table 2 needs timm: pip install 'hatnet-analysis\[timm\]'"),
-        (["tables"], "hatnet_dense", r"table 2 needs hatnet_dense: pip install 'hatnet-analysis\[dense\]'"),
+        (["tables"], "hatnet_dense", r"table 2 needs hatnet-dense: pip install 'hatnet-analysis\[dense\]'"),
         (["compare"], "timm", r"timm/resnet50 needs timm: pip install 'hatnet-analysis\[timm\]'"),
     ],
 )

@@ -174,7 +174,7 @@ WRONG = [
         "cannot read text.png as an image: its 6 bytes are of no known f",
     ),
     (predict, "cut.png --checkpoint w.safetensors", 1, "cannot read cut.png as an image"),
-    (predict, "empty --checkpoint w.safetensors", 1, "no image at empty: expected an existing file"),
+    (predict, "empty --checkpoint w.safetensors", 1, "folder empty holds no images: expected files that end in .bmp"),
     (shards, "empty", 2, "one of the arguments --out --verify is required"),
     (shards, "empty --verify --resize 64", 2, "--resize has an effect only with --out, got 64"),
     (shards, "empty --out made --verify", 2, "argument --verify: not allowed with argument --out"),

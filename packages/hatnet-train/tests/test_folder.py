@@ -5,6 +5,9 @@ from PIL import Image
 
 from hatnet_train.data.folder import Folder
 from hatnet_train.data.images import read_image
+from hatnet_train.recipes import build_config
+from hatnet_train.run import open_both
+from image_folders import draw_coloured_images
 
 SYNSETS = ("n01440764", "n01443537", "n02105855")
 
@@ -123,3 +126,9 @@ def test_an_empty_or_missing_split_is_refused(tmp_path):
         Folder(tmp_path / "train")
     with pytest.raises(ValueError, match="holds no class folders: expected one folder of images for every class"):
         Folder(tmp_path)
+
+
+def test_images_of_one_class_alone_are_nothing_to_train_on(tmp_path):
+    draw_coloured_images(tmp_path, classes=1, train=2, val=1)
+    with pytest.raises(ValueError, match=f"{tmp_path} has one class, .*: expected two or more to tell apart"):
+        open_both(build_config("digits", {"data": str(tmp_path)}))

@@ -34,6 +34,18 @@ def test_predictions_are_the_softmax_of_the_model_best_first(checkpoint, scans):
         assert by_class == pytest.approx({str(i): p for i, p in enumerate(probabilities)}, rel=1e-4)
 
 
+def test_a_folder_stands_for_the_images_in_it_and_below(checkpoint, scans):
+    folder = scans[0].parent
+    (folder / "below").mkdir()
+    scans[9].rename(folder / "below" / "9.PNG")
+    (folder / "notes.txt").write_text("no image")
+    rows = predict(load_classifier(checkpoint), [folder])
+    assert [row["image"] for row in rows] == sorted(
+        str(file) for file in folder.rglob("*") if file.suffix in (".png", ".PNG")
+    )
+    assert len(rows) == 35
+
+
 @pytest.mark.parametrize("top_k", [0, 11])
 def test_more_or_fewer_classes_than_there_are_are_refused(top_k, checkpoint, scans):
     with pytest.raises(ValueError, match=f"top_k must be from 1 to the 10 classes, got {top_k}"):

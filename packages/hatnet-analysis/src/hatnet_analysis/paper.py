@@ -84,8 +84,9 @@ def check_libraries(tables: Iterable[str]) -> None:
     for table in tables:
         for library in NEEDS.get(table, ()):
             if find_spec(library) is None:
-                extra = library.removeprefix("hatnet_")
-                raise ImportError(f"table {table} needs {library}: pip install 'hatnet-analysis[{extra}]'")
+                name = library.replace("_", "-")
+                extra = name.removeprefix("hatnet-")
+                raise ImportError(f"table {table} needs {name}: pip install 'hatnet-analysis[{extra}]'")
 
 
 def eq15_rows(name: str, height: int = 224, width: int = 224) -> list[dict[str, Any]]:

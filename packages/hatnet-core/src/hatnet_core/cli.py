@@ -75,6 +75,10 @@ def _main(options: Namespace) -> None:
         raise UsageError("what is to be exported is missing: expected --checkpoint, --variant or both")
     if options.pretrained and options.checkpoint is not None:
         raise UsageError("--checkpoint and --pretrained are two sources of weights: expected one")
+    if options.out.suffix == ".safetensors":  # nothing is traced
+        for name, given in (("--static", options.static or None), ("--size", options.size)):
+            if given is not None:
+                raise UsageError(f"{name} has an effect only on a graph or program, not on {options.out}")
     writable_file(options.out)
     _export(options, _model(options), _metadata(options))
 

@@ -342,8 +342,9 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
+        known = "" if reason.startswith("Expected one of") else f": {reason}"  # torch lists all that it ever knew
         raise ValueError(
-            f"device must be auto, cpu, or a GPU that is there such as cuda:0, got {name!r}: {reason}"
+            f"device must be auto, cpu, or a GPU that is there such as cuda:0, got {name!r}{known}"
         ) from error
     return device
 

@@ -167,10 +167,14 @@ def predict_parser() -> LaunchedParser:
     parser = LaunchedParser(
         "hatnet-predict",
         description="Classify image files with a checkpoint. The result is printed, a line an image.",
-        epilog=f"example:\n  hatnet-predict scan.png --checkpoint runs/digits --top-k 3\n\n{STATUSES}",
+        epilog="examples:\n"
+        "  hatnet-predict scan.png --checkpoint runs/digits --top-k 3\n"
+        f"  hatnet-predict scans/val --checkpoint runs/digits\n\n{STATUSES}",
         version=__version__,
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, any format Pillow reads")
+    parser.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="image file, any format Pillow reads, or folder"
+    )
     add_checkpoint(parser, required=True)
     add_variant(parser, ", where the checkpoint does not say it")
     parser.add_argument(

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from hatnet_core.commands import pick_device
 from hatnet_train.classifier import Classifier
-from hatnet_train.data.images import read_image
+from hatnet_train.data.images import SUFFIXES, read_image
 
 BATCH_SIZE = 32
 
@@ -23,7 +23,7 @@ def predict(
 
     Args:
         classifier: of :func:`hatnet_train.classifier.load_classifier`.
-        images: image files in any format that Pillow reads.
+        images: image files in any format that Pillow reads, or folders of them.
         top_k: how many classes to return an image, best first.
         device: as for :func:`hatnet_core.commands.pick_device`.
 
@@ -32,9 +32,10 @@ def predict(
 
     Raises:
         FileNotFoundError: if an image is not there.
-        ValueError: if one cannot be read, ``top_k`` is not between 1 and the number of classes, or there is no such
-            device.
+        ValueError: if one cannot be read, a folder holds none, ``top_k`` is not between 1 and the number of classes,
+            or there is no such device.
     """
+    images = [file for path in images for file in _files(path)]
     names = classifier.classes
     if not 1 <= top_k <= len(names):
         raise ValueError(f"top_k must be from 1 to the {len(names)} classes, got {top_k}")
@@ -49,3 +50,13 @@ def predict(
             for path, indices, values in zip(paths, best.indices.tolist(), best.values.tolist(), strict=True):
                 rows.append({"image": str(path), "classes": [names[i] for i in indices], "probabilities": values})
     return rows
+
+
+def _files(path: Path) -> list[Path]:
+    """The images of a folder and those below it, in order; of any other path itself."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not found:
+        raise ValueError(f"folder {path} holds no images: expected files that end in {', '.join(sorted(SUFFIXES))}")
+    return found

@@ -146,8 +146,10 @@ def _inside(folder: Path, out: Path) -> bool:
 
 
 def open_both(config: TrainConfig) -> tuple[Source, Source]:
-    """Training and held-out images of a run, with the same classes."""
+    """Training and held-out images of a run, with the same classes, at least two."""
     training = open_split(config.data, train=True, size=config.image_size)
+    if len(training.classes) < 2:
+        raise ValueError(f"{config.data} has one class, {training.classes[0]}: expected two or more to tell apart")
     held_out = open_split(config.data, train=False, size=config.image_size, classes=training.classes)
     return training, held_out
 
