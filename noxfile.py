@@ -238,10 +238,14 @@ def bump(session: nox.Session, package: str) -> None:
 @nox.session
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def wheels(session: nox.Session, package: str) -> None:
-    """Build a package's sdist and wheels, compare what they hold with the sources, and use the wheel elsewhere."""
+    """Build sdist and wheels, compare them with the sources, use the wheel, or that of "-- dist", elsewhere."""
     dist = Path(session.create_tmp()).resolve()
-    build(session, package, dist)
-    files = [*(dist / package / "from-sdist").glob("*.whl")]
+    if not session.posargs:
+        build(session, package, dist)
+    given = Path(*session.posargs).resolve() if session.posargs else dist / package / "from-sdist"
+    files = [*given.glob(f"hatnet_{package}-*.whl")]
+    if len(files) != 1:
+        session.error(f"{given} holds {len(files)} wheels of hatnet-{package}: expected one")
     if package != "core":
         beside = ["--out-dir", str(dist / "beside"), "packages/hatnet-core"]
         session.run_install("uv", "build", "--quiet", "--clear", "--wheel", *beside)

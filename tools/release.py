@@ -2,7 +2,8 @@
 
 Every package under ``packages/`` has a version of its own in ``__about__.py``, a changelog that towncrier builds from
 the fragments in ``changes/``, and tags such as ``hatnet-core-v1.2.0``. A version is released when the changelog has a
-section of it. Runs in the root of the repository; what goes wrong is one line and exit status 1.
+section of it. Versions are three numbers: there are no pre-releases. Runs in the root of the repository; what goes
+wrong is one line and exit status 1.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from packaging.requirements import Requirement
-from packaging.version import InvalidVersion, Version
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 STEPS = ("major", "minor", "patch")
 MAIN = "origin/main"
@@ -60,13 +62,15 @@ class Package:
     @property
     def released(self) -> list[Version]:
         """The versions that have a section in the changelog, the latest first."""
-        return [Version(found) for found in re.findall(r"^## (\S+)", self.changelog.read_text(), re.MULTILINE)]
+        found = re.findall(r"^## (\S+)", self.changelog.read_text(), re.MULTILINE)
+        return [version for version in map(parsed, found) if version]
 
     @property
-    def tags(self) -> list[str]:
-        """The tags of this package that this clone has, the lowest version first."""
-        found = git("tag", "--list", f"{self.name}-v[0-9]*").split()
-        return sorted(found, key=lambda tag: Version(tag.rpartition("-v")[2]))
+    def tags(self) -> dict[Version, str]:
+        """The tags of this package's releases that this clone has, by version."""
+        prefix = f"{self.name}-v"
+        found = git("tag", "--list", f"{prefix}*").split()
+        return {version: tag for tag in found if (version := parsed(tag.removeprefix(prefix)))}
 
     @property
     def siblings(self) -> list[Requirement]:
@@ -76,37 +80,53 @@ class Package:
         others = {*names()} - {self.name}
         return [wanted for wanted in map(Requirement, listed) if wanted.name in others]
 
+    def ranges(self, package: Package) -> list[SpecifierSet]:
+        """The versions of ``package`` that it admits, once for each of its requirements."""
+        return [wanted.specifier for wanted in self.siblings if wanted.name == package.name]
+
     @property
     def fragments(self) -> list[Path]:
-        """The news fragments since the last release, all of a type that towncrier knows."""
+        """The news fragments since the last release, all of a type that towncrier knows, none of them empty."""
         settings = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["towncrier"]
         types = sorted(table["directory"] for table in settings["type"])
         found = sorted(path for path in (self.folder / "changes").glob("*") if path.name != ".gitkeep")
         for path in found:
-            if not re.fullmatch(rf"[^.]+\.({'|'.join(types)})\.md", path.name):
-                fail(f"{path} is no fragment by its name: expected +WORDS.TYPE.md, TYPE one of {', '.join(types)}")
+            if not re.fullmatch(rf"(\+[^.]+|[0-9]+)\.({'|'.join(types)})\.md", path.name):
+                expected = f"+WORDS.TYPE.md or NUMBER.TYPE.md, TYPE one of {', '.join(types)}"
+                fail(f"{path} is no fragment by its name: expected {expected}")
+            if not path.read_text().strip():
+                fail(f"{path} is empty: expected a sentence or two on what changes for users")
         return found
 
 
 def bump(package: Package, step: str) -> None:
-    """Write the next version and its section of the changelog, all or nothing, and print the tag to make."""
+    """Write the next version and its section of the changelog, and widen the ranges of the packages that exclude it.
+
+    All or nothing. Prints the tag to make, and the packages to release after this one.
+    """
     target = _target(package, step)
     tag = f"{package.name}-v{target}"
-    if tag in package.tags:
+    if target in package.tags:
         fail(f"tag {tag} exists: expected a version that is not released")
-    if changed := git("status", "--porcelain", "--", str(package.folder)):
-        fail(f"{package.folder} has changes that are not committed: {changed.split()[-1]}; commit them first")
+    dependants = [other for other in packages() if not all(r.contains(target) for r in other.ranges(package))]
+    folders = [str(changed.folder) for changed in (package, *dependants)]
+    if changed := git("status", "--porcelain", "--", *folders):
+        fail(f"{changed.split()[-1]} has changes that are not committed: commit them first")
     if not package.fragments:
         fail(f"{package.folder}/changes holds no fragment: there is nothing to release")
-    if narrow := list(_too_narrow(package, target)):
-        fail(f"{package.name} {target} is outside of what others declare; edit these, then bump again:", *narrow)
     before = package.version
-    with _restored_on_failure(package):
+    with _restored_on_failure(package, *dependants):
+        for other in dependants:
+            git("add", "--", *_widen(other, package, target))
         _towncrier("build", "--yes", "--version", str(target), package=package)
         package.about.write_text(f'__version__ = "{target}"\n')
         git("add", "--", str(package.about))
     say(f"{package.name} {before} -> {target}: {package.about}, {package.changelog}")
-    say(f"commit, then: git tag -a {tag} -m '{package.name} {target}' && git push origin {tag}")
+    for other in dependants:
+        say(f"{other.name} admits it: {other.pyproject}, {_news(other, package)}")
+    say(f"commit, then: git tag -a {tag} -m '{package.name} {target}' && git push --atomic origin main {tag}")
+    if dependants:
+        say(f"then release those whose last release excludes it: {', '.join(other.name for other in dependants)}")
 
 
 def _target(package: Package, step: str) -> Version:
@@ -115,12 +135,9 @@ def _target(package: Package, step: str) -> Version:
     if step in STEPS:
         kept = [*current.release[: STEPS.index(step)], current.release[STEPS.index(step)] + 1]
         return Version(".".join(str(part) for part in [*kept, 0, 0][:3]))
-    try:
-        target = Version(step)
-    except InvalidVersion:
-        fail(f"cannot bump {package.name} to {step!r}: expected {', '.join(STEPS)}, or a version such as 1.2.0")
-    if str(target) != step or len(target.release) != 3 or target.local:
-        fail(f"cannot bump {package.name} to {step!r}: expected three numbers, such as 1.2.0 or 1.2.0rc1")
+    if not (target := parsed(step)):
+        expected = f"{', '.join(STEPS)}, or three numbers such as 1.2.0 (no pre-release)"
+        fail(f"cannot bump {package.name} to {step!r}: expected {expected}")
     if target < current:
         fail(f"cannot bump {package.name} to {target}: it is at {current}, and versions only rise")
     if target in package.released:
@@ -128,25 +145,36 @@ def _target(package: Package, step: str) -> Version:
     return target
 
 
-def _too_narrow(package: Package, target: Version) -> Iterator[str]:
-    """Lines that say which requirements of the other packages exclude ``target``, and what would not."""
-    below = f"<0.{target.minor + 1}" if target.major == 0 else f"<{target.major + 1}"
-    for other in packages():
-        for requirement in other.siblings:
-            if requirement.name == package.name and not requirement.specifier.contains(target, prereleases=True):
-                kept = [str(part) for part in requirement.specifier if part.operator.startswith(">")]
-                extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
-                yield f"  {other.pyproject}: {requirement} -> {requirement.name}{extras}{','.join([*kept, below])}"
+def _widen(other: Package, package: Package, target: Version) -> list[str]:
+    """Let the ranges of ``package`` in ``other`` end at the next break after ``target``; returns the files written."""
+    below = f"0.{target.minor + 1}" if target.major == 0 else f"{target.major + 1}"
+    requirement = rf"""(["']{package.name}(?:\[[^]]*\])?(?![-\w])[^"'<;]*<)[0-9.]+"""
+    other.pyproject.write_text(re.sub(requirement, rf"\g<1>{below}", other.pyproject.read_text()))
+    for range_ in other.ranges(package):
+        if not range_.contains(target):
+            expected = f"a range that ends, such as >={package.version},<{below}"
+            fail(f"{other.pyproject} requires {package.name}{range_}: expected {expected}")
+    _news(other, package).write_text(f"Works with {package.name} {target.major}.{target.minor}.\n")
+    return [str(other.pyproject), str(_news(other, package))]
+
+
+def _news(other: Package, package: Package) -> Path:
+    """The fragment that says which ``package`` is admitted; there is one until ``other`` is released."""
+    return other.folder / "changes" / f"+{package.name}-range.changed.md"
 
 
 @contextmanager
-def _restored_on_failure(package: Package) -> Iterator[None]:
-    """Whatever ends the block early, an interruption too, leaves version, changelog and fragments as they were."""
-    before = {path: path.read_bytes() for path in (package.about, package.changelog, *package.fragments)}
+def _restored_on_failure(package: Package, *dependants: Package) -> Iterator[None]:
+    """Whatever ends the block early, an interruption too, leaves the packages as they were."""
+    touched = (package, *dependants)
+    before = {path: path.read_bytes() for path in (package.about, package.changelog)}
+    before |= {path: path.read_bytes() for each in touched for path in (each.pyproject, *each.fragments)}
     try:
         yield
     except BaseException:
-        git("reset", "--quiet", "--", str(package.folder))
+        git("reset", "--quiet", "--", *(str(each.folder) for each in touched))
+        for other in dependants:
+            _news(other, package).unlink(missing_ok=True)
         for path, content in before.items():
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
@@ -156,24 +184,35 @@ def _restored_on_failure(package: Package) -> Iterator[None]:
 def changes(base: str | None) -> None:
     """Fail for every package whose sources changed without a fragment; see ``_reference`` for: changed since when."""
     missing = []
+    if base is not None and _rewritten(base):
+        say(f"no commit {base} in all of the history here: judged as without it")
+        base = None
     for package in packages():
+        fragments = package.fragments
         since = _reference(package, base)
         if since is None and package.released:
             latest = package.released[0]
             say(f"{NOT_JUDGED}: {package.name} {latest} was released, and this clone has neither its tag nor a base")
         elif since is None:
-            say(f"{package.name}: no release yet, {len(package.fragments)} fragments")
-            missing += [] if package.fragments else [package]
+            say(f"{package.name}: no release yet, {len(fragments)} fragments")
+            missing += [] if fragments else [package]
         elif not _sources_changed(package, since):
             say(f"{package.name}: sources as at {since[:40]}")
         else:
-            say(f"{package.name}: sources changed since {since[:40]}, {len(package.fragments)} fragments")
+            say(f"{package.name}: sources changed since {since[:40]}, {len(fragments)} fragments")
             missing += [] if _has_news(package, since) else [package]
     if missing:
         fail(
             "sources changed without a fragment: add packages/PACKAGE/changes/+WORDS.TYPE.md (see CONTRIBUTING.md) to",
             *(f"  {package.name}" for package in missing),
         )
+
+
+def _rewritten(base: str) -> bool:
+    """Whether this is what a push that follows nothing names: zeros for a new branch, a commit that was dropped."""
+    known = git("rev-parse", "--verify", "--quiet", f"{base}^{{commit}}", check=False)
+    whole = git("rev-parse", "--is-shallow-repository") == "false"
+    return bool(re.fullmatch("[0-9a-f]{40}", base)) and whole and not known
 
 
 def _reference(package: Package, base: str | None) -> str | None:
@@ -187,8 +226,7 @@ def _reference(package: Package, base: str | None) -> str | None:
     merge_base = git("merge-base", MAIN, "HEAD", check=False)
     if merge_base and merge_base != git("rev-parse", "HEAD"):
         return merge_base
-    latest = f"{package.name}-v{package.released[0]}" if package.released else None
-    return latest if latest in package.tags else None
+    return package.tags.get(package.released[0]) if package.released else None
 
 
 def _sources_changed(package: Package, since: str) -> bool:
@@ -204,7 +242,7 @@ def _has_news(package: Package, since: str) -> bool:
 
 
 def tagged(tag: str) -> None:
-    """Print the package that ``tag`` releases; fail where the tag and the sources disagree."""
+    """Print the package that ``tag`` releases; fail where the tag, the sources and main disagree."""
     found = re.fullmatch(r"(hatnet-[a-z]+)-v(.+)", tag)
     if not found or found[1] not in names():
         fail(f"{tag!r} is no tag of a release: expected PACKAGE-vVERSION, PACKAGE one of {', '.join(names())}")
@@ -213,6 +251,8 @@ def tagged(tag: str) -> None:
         fail(f"tag {tag} says {found[2]}, {package.about} says {package.version}: expected the same version")
     if package.version not in package.released:
         fail(f"{package.changelog} has no section of {package.version}: expected what nox -s bump writes")
+    if git("merge-base", "HEAD", MAIN, check=False) != (head := git("rev-parse", "HEAD")):
+        fail(f"the commit of {tag}, {head[:12]}, is not on {MAIN} as this clone knows it: expected one that is")
     say(package.name.removeprefix("hatnet-"))
 
 
@@ -220,10 +260,9 @@ def lowest(package: Package, out: Path) -> None:
     """Print, last, the folder of the lowest hatnet-core that ``package`` admits: of its tag, else the workspace's."""
     core = Package("hatnet-core")
     (wanted,) = (requirement for requirement in package.siblings if requirement.name == core.name)
-    versions = {Version(tag.rpartition("-v")[2]): tag for tag in core.tags}
-    admitted = sorted(wanted.specifier.filter(versions))
+    admitted = sorted(wanted.specifier.filter(core.tags))
     if admitted:
-        tag = versions[admitted[0]]
+        tag = core.tags[admitted[0]]
         say(f"{package.name} admits {wanted}: the lowest release is {tag}")
         archive = subprocess.run(["git", "archive", tag, str(core.folder)], capture_output=True, check=True).stdout
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
@@ -234,6 +273,11 @@ def lowest(package: Package, out: Path) -> None:
     else:
         say(f"{core.name} has no release yet: {package.name} is tested with the one of the workspace")
         say(str(core.folder))
+
+
+def parsed(version: str) -> Version | None:
+    """A version that can be released, which is three numbers; None for any other text."""
+    return Version(version) if re.fullmatch(r"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){2}", version) else None
 
 
 def packages() -> list[Package]:

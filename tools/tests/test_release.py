@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 ABOUT = "packages/hatnet-core/src/hatnet_core/__about__.py"
+STEPS_OR_VERSION = "major, minor, patch, or three numbers such as 1.2.0 (no pre-release)"
 CHANGELOG = "# Changelog\n\n<!-- releases, the latest first; written by nox -s bump -->\n"
 IDENTITY = {f"GIT_{who}_{what}": "somebody" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 ENVIRONMENT = {**os.environ, **IDENTITY, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
@@ -97,11 +99,12 @@ def copied(repository, folder):
 
 @pytest.mark.parametrize(
     ("step", "version"),
-    [("major", "1.0.0"), ("minor", "0.2.0"), ("patch", "0.1.1"), ("0.1.0", "0.1.0"), ("0.3.0rc1", "0.3.0rc1")],
+    [("major", "1.0.0"), ("minor", "0.2.0"), ("patch", "0.1.1"), ("0.1.0", "0.1.0"), ("0.3.1", "0.3.1")],
 )
 def test_a_bump_writes_version_and_changelog_and_prints_the_tag(repository, step, version):
     status, said = repository.release("bump", "hatnet-train", step)
     assert (status, f"git tag -a hatnet-train-v{version} " in said) == (0, True)
+    assert said.endswith(f"git push --atomic origin main hatnet-train-v{version}\n")
     assert repository.read("packages/hatnet-train/src/hatnet_train/__about__.py") == f'__version__ = "{version}"\n'
     changelog = repository.read("packages/hatnet-train/CHANGELOG.md")
     assert f"## {version} (" in changelog
@@ -122,11 +125,11 @@ def test_sections_of_the_changelog_stand_latest_first(released):
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
-        ("huge", "cannot bump hatnet-train to 'huge': expected major, minor, patch, or a version such as 1.2.0"),
         ("0.0.9", "cannot bump hatnet-train to 0.0.9: it is at 0.1.0, and versions only rise"),
-        ("0.1", "cannot bump hatnet-train to '0.1': expected three numbers, such as 1.2.0 or 1.2.0rc1"),
-        ("v0.2.0", "cannot bump hatnet-train to 'v0.2.0': expected three numbers, such as 1.2.0 or 1.2.0rc1"),
-        ("0.2.0+here", "cannot bump hatnet-train to '0.2.0+here': expected three numbers, such as 1.2.0 or 1.2.0rc1"),
+        *(
+            (step, f"cannot bump hatnet-train to {step!r}: expected {STEPS_OR_VERSION}")
+            for step in ["huge", "0.1", "v0.2.0", "0.2.0rc1", "0.2.0.dev1", "0.2.0.post1", "0.2.0+here", "1!0.2.0"]
+        ),
     ],
 )
 def test_a_wrong_step_is_refused_in_one_line_and_writes_nothing(repository, step, expected):
@@ -156,31 +159,110 @@ def test_a_package_without_news_is_not_released(released):
     assert "hatnet-train/changes holds no fragment" in refused(released, "bump", "hatnet-train", "minor")
 
 
-def test_a_fragment_of_an_unknown_type_is_not_lost_but_refused(repository):
-    repository.write("packages/hatnet-train/changes/+odd.feature.md", "Something.\n")
+@pytest.mark.parametrize(
+    "name", ["+odd.feature.md", "any-size.added.md", "+.added.md", "+a.added.txt", "+a.b.added.md"]
+)
+@pytest.mark.parametrize("command", [("bump", "hatnet-train", "minor"), ("changes",)], ids=["bump", "changes"])
+def test_what_is_no_fragment_by_its_name_is_not_lost_but_refused(repository, command, name):
+    repository.write(f"packages/hatnet-train/changes/{name}", "Something.\n")
     repository.commit()
-    assert "+odd.feature.md is no fragment by its name" in refused(repository, "bump", "hatnet-train", "minor")
+    said = refused(repository, *command).splitlines()[-1]
+    assert f"changes/{name} is no fragment by its name: expected +WORDS.TYPE.md or NUMBER.TYPE.md, TYPE one" in said
+
+
+def test_an_empty_fragment_is_refused(repository):
+    repository.write("packages/hatnet-train/changes/+empty.fixed.md", " \n\n")
+    repository.commit()
+    for command in (["changes"], ["bump", "hatnet-train", "minor"]):
+        assert "changes/+empty.fixed.md is empty: expected a sentence" in refused(repository, *command)
+
+
+def test_a_fragment_may_be_named_after_an_issue(repository):
+    repository.write("packages/hatnet-train/changes/12.fixed.md", "Mended.\n")
+    repository.commit()
+    assert repository.release("bump", "hatnet-train", "minor")[0] == 0
+    assert "- Mended. (#12)" in repository.read("packages/hatnet-train/CHANGELOG.md")
 
 
 def test_work_that_is_not_committed_is_not_released(repository):
     repository.write("packages/hatnet-train/src/hatnet_train/new.py", "")
-    assert "src/hatnet_train/new.py; commit them first" in refused(repository, "bump", "hatnet-train", "minor")
+    assert "src/hatnet_train/new.py has changes that are not" in refused(repository, "bump", "hatnet-train", "minor")
+    # the range of hatnet-train would have to be staged with what is not committed there
+    assert "src/hatnet_train/new.py has changes that are not" in refused(repository, "bump", "hatnet-core", "minor")
+    assert repository.release("bump", "hatnet-core", "patch")[0] == 0
 
 
-def test_a_version_that_others_exclude_is_refused_with_the_edit_that_admits_it(repository):
-    said = refused(repository, "bump", "hatnet-core", "minor")
-    assert said.splitlines()[0] == "hatnet-core 0.2.0 is outside of what others declare; edit these, then bump again:"
-    path, _, edit = said.splitlines()[1].strip().partition(": ")
-    wider = edit.partition(" -> ")[2]
-    assert wider == "hatnet-core[safetensors]>=0.1,<0.3"
-    repository.write(path, repository.read(path).replace("hatnet-core[safetensors]>=0.1,<0.2", wider))
+TRAIN = "packages/hatnet-train/pyproject.toml"
+RANGE_NEWS = "packages/hatnet-train/changes/+hatnet-core-range.changed.md"
+
+
+@pytest.mark.parametrize(
+    ("step", "version", "range_"),
+    [("minor", "0.2.0", ">=0.1,<0.3"), ("0.4.2", "0.4.2", ">=0.1,<0.5"), ("major", "1.0.0", ">=0.1,<2")],
+)
+def test_a_version_that_others_exclude_widens_their_range_in_the_same_commit(released, step, version, range_):
+    add_fragment(released)
+    released.commit()
+    before = released.read(TRAIN)
+    status, said = released.release("bump", "hatnet-core", step)
+    assert (status, said.splitlines()[-1]) == (0, "then release those whose last release excludes it: hatnet-train")
+    released.git("commit", "--quiet", "--message", f"hatnet-core {version}")  # of what is staged, no more
+    assert released.git("status", "--porcelain") == ""
+    assert released.read(TRAIN) == before.replace(">=0.1,<0.2", range_)
+    assert released.release("changes", "HEAD~1")[0] == 0
+    assert released.release("bump", "hatnet-train", "patch")[0] == 0
+    changelog = released.read("packages/hatnet-train/CHANGELOG.md")
+    assert f"### Changed\n\n- Works with hatnet-core {version.rpartition('.')[0]}.\n" in changelog
+
+
+def test_a_version_that_others_admit_leaves_them_alone(released):
+    add_fragment(released)
+    released.commit()
+    status, said = released.release("bump", "hatnet-core", "patch")
+    assert (status, "hatnet-train" in said) == (0, False)
+    assert "hatnet-train" not in released.git("status", "--porcelain")
+
+
+def test_ranges_are_widened_in_extras_too_and_nothing_else_is(repository):
+    text = """[project]
+dependencies = [
+    'hatnet-core >=0.1, <0.2 ; python_version < "3.12"',  # this one
+    "torch>=2.6,<0.2",
+]
+[project.optional-dependencies]
+more = ["hatnet-core[hub,timm]>=0.1.3,!=0.1.5,<0.2"]
+all = ["hatnet-train[more]", "hatnet-core-like<0.2"]
+"""
+    repository.write(TRAIN, text)
     repository.commit()
     assert repository.release("bump", "hatnet-core", "minor")[0] == 0
+    expected = text.replace(">=0.1, <0.2", ">=0.1, <0.3").replace("!=0.1.5,<0.2", "!=0.1.5,<0.3")
+    assert repository.read(TRAIN) == expected
 
 
-def test_after_1_0_the_range_ends_at_the_next_major(repository):
-    said = refused(repository, "bump", "hatnet-core", "major")
-    assert said.splitlines()[1].endswith(" -> hatnet-core[safetensors]>=0.1,<2")
+@pytest.mark.parametrize("range_", ["~=0.1.0", "==0.1.0", "<=0.1.9"])
+def test_a_range_without_an_end_to_move_is_refused_and_writes_nothing(repository, range_):
+    repository.write(TRAIN, f'[project]\ndependencies = ["hatnet-core{range_}"]\n')
+    repository.commit()
+    said = refused(repository, "bump", "hatnet-core", "minor")
+    assert said == f"{TRAIN} requires hatnet-core{range_}: expected a range that ends, such as >=0.1.0,<0.3\n"
+
+
+def test_a_range_that_cannot_be_staged_leaves_everything_as_it_was(repository):
+    repository.write(".gitignore", "*-range.changed.md\n")
+    repository.commit()
+    assert refused(repository, "bump", "hatnet-core", "minor").startswith("git add -- ")
+    assert not (repository.folder / RANGE_NEWS).exists()
+
+
+def test_a_tag_that_is_no_release_is_passed_over(released, tmp_path):
+    for tag in ("hatnet-core-v0.3-test", "hatnet-core-v0.2.0rc1", "hatnet-core-vnext"):
+        released.git("tag", tag)
+    add_fragment(released)
+    released.commit()
+    status, said = released.release("lowest", "hatnet-train", str(tmp_path / "out"))
+    assert (status, said.splitlines()[0].endswith("the lowest release is hatnet-core-v0.1.0")) == (0, True)
+    assert released.release("bump", "hatnet-core", "minor")[0] == 0
 
 
 def test_a_bump_that_fails_half_way_leaves_everything_as_it_was(repository):
@@ -296,6 +378,24 @@ def test_a_base_that_a_shallow_clone_lacks_is_an_error(released, tmp_path):
     assert (status, f"no commit {base} in this clone" in said) == (1, True)
 
 
+@pytest.mark.parametrize("dropped", [False, True], ids=["zeros", "dropped"])
+def test_a_push_that_follows_no_commit_is_judged_as_without_one(released, tmp_path, dropped):
+    """A new branch names zeros, a forced push what a clone of the result lacks."""
+    touch(released)
+    released.commit()
+    base = released.git("rev-parse", "HEAD") if dropped else 40 * "0"
+    released.git("commit", "--quiet", "--amend", "--message", "Another")
+    copy = Repository(tmp_path / "copy")
+    released.git("clone", "--quiet", f"file://{released.folder}", str(copy.folder))
+    status, said = copy.release("changes", base)
+    assert (status, said.splitlines()[-1].strip()) == (1, "hatnet-core")  # since its release
+    copy.git("switch", "--quiet", "--create", "branch")
+    add_fragment(copy)
+    copy.commit()
+    status, said = copy.release("changes", base)
+    assert (status, said.splitlines()[0].startswith(f"no commit {base} in all of the history")) == (0, True)
+
+
 def test_a_tag_names_the_package_to_build(released):
     assert released.release("tagged", "hatnet-core-v0.1.0") == (0, "core\n")
 
@@ -312,6 +412,20 @@ def test_a_tag_names_the_package_to_build(released):
 def test_a_tag_that_does_not_agree_with_the_sources_is_refused(released, tag, expected):
     status, said = released.release("tagged", tag)
     assert (status, said.startswith(expected), len(said.splitlines())) == (1, True, 1)
+
+
+def test_a_commit_that_main_lacks_is_not_released(released):
+    released.git("switch", "--quiet", "--create", "branch")
+    released.commit()
+    head = released.git("rev-parse", "HEAD")[:12]
+    status, said = released.release("tagged", "hatnet-core-v0.1.0")
+    assert (status, len(said.splitlines())) == (1, 1)
+    assert said.startswith(f"the commit of hatnet-core-v0.1.0, {head}, is not on origin/main as this clone knows it")
+    released.git("update-ref", "refs/remotes/origin/main", "HEAD")
+    released.git("switch", "--quiet", "--detach", "HEAD~1")  # main went on since
+    assert released.release("tagged", "hatnet-core-v0.1.0") == (0, "core\n")
+    released.git("update-ref", "-d", "refs/remotes/origin/main")
+    assert "is not on origin/main" in released.release("tagged", "hatnet-core-v0.1.0")[1]
 
 
 def test_a_tag_without_a_section_of_the_changelog_is_refused(repository):
@@ -343,3 +457,11 @@ def test_a_released_core_whose_tags_are_missing_is_an_error(released, tmp_path):
     copy = clone(released, tmp_path / "copy")
     status, said = copy.release("lowest", "hatnet-train", str(tmp_path / "out"))
     assert (status, "git fetch --tags" in said) == (1, True)
+
+
+def test_what_is_published_is_what_was_used():
+    steps = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]["build"]["steps"]
+    lines = [line for step in steps for line in step.get("run", "").splitlines()]
+    sessions = [line.removeprefix("nox --session ") for line in lines if line.startswith("nox ")]
+    assert sessions == ['release -- "$GITHUB_REF_NAME"', '"wheels(${package#hatnet-})" -- dist']
+    assert [step["with"]["path"] for step in steps if "upload-artifact" in step.get("uses", "")] == ["dist/"]
