@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from hatnet_analysis.attention_input import read_image, read_model
 from hatnet_core import create_model, save_checkpoint
+from hatnet_core.images import to_rgb
 
 
 def test_random_weights_are_the_same_every_time_and_take_nothing_from_the_global_generator():
@@ -54,46 +55,43 @@ def test_a_file_that_is_no_image_is_refused_by_name(tmp_path, monkeypatch):
         read_image(tmp_path / "whole.png")
 
 
-def test_an_image_is_turned_as_its_exif_says(tmp_path):
-    image = Image.new("RGB", (40, 30))
-    image.putpixel((39, 0), (255, 255, 255))
+@pytest.mark.parametrize("mode", ["1", "L", "P", "PA", "LA", "RGBA", "RGB", "CMYK", "YCbCr", "I;16"])
+def test_an_image_is_read_as_all_packages_read_it(mode, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert("I" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(pixels[..., :2].copy().view(np.uint16)[..., 0])
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its left side: to be turned by a quarter, clockwise
-    image.save(tmp_path / "image.png", exif=exif)
-    turned = read_image(tmp_path / "image.png")
-    assert turned.size == (30, 40)
-    assert turned.getpixel((29, 39)) == (255, 255, 255)
+    exif[0x0112] = 6
+    ending = {"PA": "tiff", "CMYK": "jpg", "YCbCr": "jpg"}.get(mode, "png")
+    path = tmp_path / f"image.{ending}"
+    image.save(path, exif=exif)
+    with Image.open(path) as image:
+        expected = to_rgb(image)
+    assert expected.size == (30, 40)
+    assert (np.asarray(read_image(path)) == np.asarray(expected)).all()
 
 
-def test_sixteen_bits_a_channel_become_eight(tmp_path):
-    values = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    Image.fromarray(values * 257).save(tmp_path / "deep.png")
-    assert (np.asarray(read_image(tmp_path / "deep.png")) == values[..., None]).all()
-    for mode, value in (("I", 2**16), ("F", 0.5)):
-        Image.new(mode, (2, 2), value).save(tmp_path / "deeper.tiff")
-        with pytest.raises(
-            ValueError, match=r"deeper\.tiff holds numbers of 32 bits; expected an image of 8 or 16 bits"
-        ):
-            read_image(tmp_path / "deeper.tiff")
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_as_its_exif_says(kind, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"image.{kind}", exif=exif)
+    with Image.open(tmp_path / f"image.{kind}") as image:
+        expected = to_rgb(image)
+    read = read_image(tmp_path / f"image.{kind}")
+    assert read.size == ((40, 30) if orientation < 5 else (30, 40))
+    assert (np.asarray(read) == np.asarray(expected)).all()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "PA"])
-def test_what_a_viewer_shows_of_an_image_is_what_is_read(mode, tmp_path):
-    image = Image.new("RGBA", (4, 2), "white")
-    image.paste("black", (0, 0, 2, 2))
-    image.putpixel((0, 0), (0, 0, 0, 0 if mode in ("LA", "RGBA", "PA") else 255))
-    image.convert(mode).save(tmp_path / ("image.tiff" if mode == "PA" else "image.png"))
-    read = np.asarray(read_image(next(tmp_path.iterdir())))
-    expected = np.full((2, 4, 3), 255)
-    expected[:, :2] = 0
-    if mode in ("LA", "RGBA", "PA"):
-        expected[0, 0] = 255  # nothing, on white
-    assert (read == expected).all()
-
-
-def test_a_transparent_colour_of_a_palette_is_white(tmp_path):
-    Image.new("P", (2, 2), 0).save(tmp_path / "image.png", transparency=0)
-    assert (np.asarray(read_image(tmp_path / "image.png")) == 255).all()
+def test_numbers_whose_range_nothing_tells_are_refused_by_name(tmp_path):
+    Image.new("F", (2, 2), 0.5).save(tmp_path / "deeper.tiff")
+    with pytest.raises(
+        ValueError, match=r"deeper\.tiff is not a readable image: it holds numbers of 32 bits; expected an image of 8"
+    ):
+        read_image(tmp_path / "deeper.tiff")
 
 
 @pytest.mark.parametrize(

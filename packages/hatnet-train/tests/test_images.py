@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hatnet_core.images import to_rgb
 from hatnet_train.data.images import decode, read_image, to_pillow, to_tensor
 
 
@@ -31,25 +32,72 @@ def test_jpeg_is_decoded_to_pillows_pixels(mode, subsampling):
     assert difference <= (1 if mode == "CMYK" else 0)  # CMYK is converted by each in its own rounding
 
 
-@pytest.mark.parametrize(
-    ("kind", "mode"), [("PNG", "RGBA"), ("PNG", "L"), ("GIF", "P"), ("BMP", "RGB"), ("PPM", "RGB")]
-)
-def test_other_formats_are_decoded_without_loss_as_rgb(kind, mode):
-    image = photograph(mode)
-    assert torch.equal(decode(encoded(image, kind), "x"), to_tensor(image))
+def with_alpha(mode):
+    """The photograph, growing transparent from left to right; over a palette in steps of its colours."""
+    image = photograph()
+    image.putalpha(Image.linear_gradient("L").rotate(90).resize(image.size))
+    return image.convert(mode)
+
+
+def of_sixteen_bits():
+    return Image.fromarray(np.linspace(0, 65535, 37 * 53).reshape(37, 53).astype(np.uint16))
+
+
+FILES = {
+    "1": encoded(photograph("1"), "PNG"),
+    "L": encoded(photograph("L"), "PNG"),
+    "L in GIF": encoded(photograph("L"), "GIF"),
+    "P": encoded(photograph("P"), "PNG"),
+    "P with a transparent colour": encoded(photograph("P"), "PNG", transparency=photograph("P").getpixel((9, 9))),
+    "P with an alpha of each colour": encoded(photograph("P"), "PNG", transparency=bytes(range(256))),
+    "LA": encoded(with_alpha("LA"), "PNG"),
+    "PA": encoded(with_alpha("PA"), "TIFF"),
+    "RGBA": encoded(with_alpha("RGBA"), "PNG"),
+    "RGBA in WebP": encoded(with_alpha("RGBA"), "WEBP"),
+    "RGB": encoded(photograph(), "PNG"),
+    "RGB in BMP": encoded(photograph(), "BMP"),
+    "RGB in PPM": encoded(photograph(), "PPM"),
+    "CMYK": encoded(photograph("CMYK"), "TIFF"),
+    "YCbCr": encoded(photograph("YCbCr"), "JPEG"),
+    "I;16": encoded(of_sixteen_bits(), "PNG"),
+    "I;16 in TIFF": encoded(of_sixteen_bits(), "TIFF"),
+    "upright by XMP": encoded(photograph(), "JPEG", xmp=b'<x:xmpmeta tiff:Orientation="6"/>'),
+}
+
+
+@pytest.mark.parametrize("mode", FILES)
+def test_files_of_any_mode_are_read_as_all_packages_read_them(mode):
+    with Image.open(io.BytesIO(FILES[mode])) as image:
+        assert torch.equal(decode(FILES[mode], "x"), to_tensor(to_rgb(image)))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("endian", ["<", ">"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_as_its_exif_says(kind, mode, endian, orientation):
+    exif = Image.Exif()
+    exif.endian = endian
+    exif[0x0112] = orientation
+    file = encoded(photograph(mode), kind, exif=exif)
+    with Image.open(io.BytesIO(file)) as image:
+        assert image.getexif().endian == endian
+        expected = to_tensor(to_rgb(image))
+    assert torch.equal(decode(file, "x"), expected)
+    assert tuple(expected.shape) == ((3, 37, 53) if orientation < 5 else (3, 53, 37))
+
+
+def test_numbers_whose_range_nothing_tells_are_refused_by_name():
+    with pytest.raises(
+        ValueError,
+        match=r"cannot read depth\.tiff as an image: it holds numbers of 32 bits; expected an image of 8 or 16",
+    ):
+        decode(encoded(Image.new("F", (2, 2), 0.5), "TIFF"), "depth.tiff")
 
 
 def test_a_png_under_a_jpeg_name_is_read(tmp_path):
     photograph().save(tmp_path / "n02105855_2933.JPEG", "PNG")
     assert torch.equal(read_image(tmp_path / "n02105855_2933.JPEG"), to_tensor(photograph()))
-
-
-def test_sixteen_bits_are_scaled_to_eight(tmp_path):
-    values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    Image.fromarray(values).save(tmp_path / "deep.png")
-    image = read_image(tmp_path / "deep.png")
-    assert image.shape == (3, 64, 64)
-    assert torch.equal(image[0], torch.from_numpy((values >> 8).astype(np.uint8)))
 
 
 def test_a_tensor_becomes_the_picture_it_came_from():

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from hatnet_core import HATNet, create_model
 from hatnet_core.checkpoint import find_metadata, load_model
+from hatnet_core.images import to_rgb
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, for checkpoints that do not name their own."""
@@ -74,7 +75,7 @@ def _channels(record: dict[str, Any], name: str, default: Sequence[float], check
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file in RGB: upright, 16 bits a channel scaled to 8, what is transparent on white.
+    """An image file as :func:`hatnet_core.images.to_rgb` reads it: what hatnet-train classifies, too.
 
     Raises:
         ValueError: if it is no image that Pillow reads, beyond ``MAX_PIXELS``, or of numbers without a known range.
@@ -84,20 +85,11 @@ def read_image(path: Path) -> Image.Image:
         raise FileNotFoundError(f"no image at {path}: expected an existing image file")
     try:
         with Image.open(path) as image:
-            too_large = image.width * image.height > MAX_PIXELS
-            upright = image if too_large else ImageOps.exif_transpose(image)
+            if image.width * image.height <= MAX_PIXELS:
+                return to_rgb(image)
     except Exception as error:  # a damaged file makes a decoder raise anything
         raise ValueError(f"{path} is not a readable image: {error}") from error
-    if too_large:
-        raise ValueError(f"{path} is {upright.width}×{upright.height}: expected at most {MAX_PIXELS} pixels")
-    if upright.mode == "F" or (upright.mode == "I" and upright.point(lambda value: value / 2**16).getbbox()):
-        raise ValueError(f"{path} holds numbers of 32 bits; expected an image of 8 or 16 bits a channel")
-    if upright.mode.startswith("I"):  # Pillow alone would cut off what is above 255
-        return upright.convert("I").point(lambda value: value / 257).convert("RGB")
-    if "transparency" in upright.info or upright.mode in ("LA", "PA", "RGBA"):
-        layer = upright.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return upright.convert("RGB")
+    raise ValueError(f"{path} is {image.width}×{image.height}: expected at most {MAX_PIXELS} pixels")
 
 
 def to_input(image: Image.Image, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:

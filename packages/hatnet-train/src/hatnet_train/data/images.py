@@ -1,4 +1,4 @@
-"""Encoded image files in, uint8 tensors out."""
+"""Encoded image files in, uint8 tensors out: pictures as :func:`hatnet_core.images.to_rgb` reads them, upright."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from hatnet_core.images import to_rgb
+
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """Endings of image files, in lower case."""
 
 _JPEG = b"\xff\xd8\xff"
 
+_ORIENTED_BY_XMP = b"tiff:Orientation"
+"""In a JPEG file whose XMP says how to turn it: Pillow obeys it where EXIF is silent, torchvision does not read it."""
+
 
 def read_image(path: str | Path) -> Tensor:
-    """Decode an image file as RGB.
+    """Decode an image file as RGB, upright, with what is transparent on white.
 
     Returns:
         [3, H, W], uint8.
@@ -34,7 +39,9 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def decode(encoded: bytes, name: str) -> Tensor:
-    """Decode an image as RGB. torchvision decodes JPEG, with Pillow's pixels and faster; Pillow all the rest.
+    """Decode an image as :func:`hatnet_core.images.to_rgb` does.
+
+    torchvision decodes JPEG, with Pillow's pixels and faster; Pillow all the rest.
 
     Args:
         encoded: the bytes of an image file in any format that Pillow reads.
@@ -44,16 +51,17 @@ def decode(encoded: bytes, name: str) -> Tensor:
         [3, H, W], uint8.
 
     Raises:
-        ValueError: if the bytes are no image, or one that is damaged.
+        ValueError: if the bytes are no image, one that is damaged, or of numbers without a known range.
     """
-    if encoded.startswith(_JPEG):
+    if encoded.startswith(_JPEG) and _ORIENTED_BY_XMP not in encoded:
         try:
-            return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode=ImageReadMode.RGB)
+            data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+            return decode_jpeg(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         except RuntimeError:
             pass  # of a kind that torchvision does not read, or damaged: Pillow reads it or says why not
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            return _as_tensor(image)
+            return to_tensor(to_rgb(image))
     except UnidentifiedImageError as error:
         raise ValueError(f"cannot read {name} as an image: its {len(encoded)} bytes are of no known format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -68,9 +76,3 @@ def to_tensor(image: Image.Image) -> Tensor:
 def to_pillow(image: Tensor) -> Image.Image:
     """An RGB tensor [3, H, W], uint8, as a Pillow image."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-
-
-def _as_tensor(image: Image.Image) -> Tensor:
-    if image.mode.startswith("I;16"):  # Pillow would clip the 16 bits instead of scaling them
-        return to_tensor(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)))
-    return to_tensor(image)
