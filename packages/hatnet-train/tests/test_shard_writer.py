@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import multiprocessing
@@ -21,6 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, JpegImagePlugin
 
+from conftest import BIN
 from hatnet_train.data.folder import Folder
 from hatnet_train.data.images import decode, to_pillow
 from hatnet_train.data.shard_writer import write_shards
@@ -189,6 +191,23 @@ def test_small_jpeg_files_stay_as_they_are_and_all_others_become_jpeg(images, re
     assert {image.format for image in made} == {"JPEG"}
     assert {JpegImagePlugin.get_sampling(image) for image in made} == {2}  # 4:2:0
     assert all(found.image(i).shape == folder.image(i).shape for i in range(6, 14))
+
+
+@pytest.mark.parametrize("resize", [None, 64, 32], ids=["as it is", "small enough", "made smaller"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_image_that_exif_turns_is_turned_once(tmp_path, kind, resize):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    stored = np.zeros((48, 96, 3), np.uint8)
+    stored[:, :48] = 255, 0, 0  # the left half, the upper one when turned
+    (tmp_path / "val" / "class").mkdir(parents=True)
+    Image.fromarray(stored).save(tmp_path / "val" / "class" / "image.x.jpg", kind, quality=95, exif=exif)
+    write_shards(tmp_path, tmp_path / "shards", splits=("val",), resize=resize)
+    image = Shards(tmp_path / "shards", "val").image(0)
+    assert tuple(image.shape) == ((3, 64, 32) if resize == 32 else (3, 96, 48))
+    half = image.shape[1] // 2
+    assert image[0, : half - 8].min() > 200
+    assert image[0, half + 8 :].max() < 55
 
 
 def test_quality_decides_on_the_bytes_and_the_index_tells_how_they_were_made(images, resized, made, tmp_path):
@@ -367,3 +386,39 @@ def test_a_run_that_is_stopped_in_the_middle_leaves_no_shards_and_no_workers(man
     if number == signal.SIGINT:
         assert leftovers(tmp_path / "out") == []
         assert "Traceback" not in err
+
+
+def fork_server_of(pid):
+    """Whether the process has started the one that its workers are forked from."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if b"multiprocessing.forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return True
+    return False
+
+
+def test_ctrl_c_while_the_workers_start_is_one_line(images, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # not to be ignored, as in the background
+    try:
+        process = subprocess.Popen(
+            [BIN / "hatnet-shards", images, "--out", tmp_path / "out", "--workers", "2"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        deadline = time.monotonic() + 120
+        while not fork_server_of(process.pid):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        out, err = process.communicate(timeout=60)  # its end comes when the last of the processes has closed the pipe
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, out, err) == (130, "", "hatnet-shards: interrupted\n")
+    assert leftovers(tmp_path / "out") == []

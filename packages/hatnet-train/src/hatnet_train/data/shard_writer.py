@@ -261,14 +261,15 @@ def _write_all(jobs: Iterator[_Job], workers: int, bar: tqdm[NoReturn]) -> list[
         return written
     context = multiprocessing.get_context("forkserver")  # a plain fork would copy locks that torch's threads may hold
     context.set_forkserver_preload([__name__])  # torch is imported once, and its memory shared
-    stop = context.Event()
+    stop = context.Event()  # starts Python's tracker of semaphores, which would unblock SIGINT later
     pool = ProcessPoolExecutor(workers, context, _start_worker, (stop,))
     waiting: deque[Future[_Written]] = deque()
     try:
         for job in jobs:
             if len(waiting) == 2 * workers:  # the lists of more would only take memory
                 done(waiting.popleft().result())
-            waiting.append(pool.submit(_write_shard, job))
+            with _interrupts_held():
+                waiting.append(pool.submit(_write_shard, job))
         while waiting:
             done(waiting.popleft().result())
     except BrokenProcessPool as error:
@@ -280,6 +281,28 @@ def _write_all(jobs: Iterator[_Job], workers: int, bar: tqdm[NoReturn]) -> list[
         stop.set()
         pool.shutdown(cancel_futures=True)
     return written
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back while processes are started; they inherit that it is blocked.
+
+    Else the fork server would show where it was in its imports, and a worker that starts when its parent has just gone
+    what it misses. Blocking alone holds nothing back here: one of the libraries' threads would take the signal.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        yield
+        return
+    held: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if held:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _start_worker(stop: Event) -> None:
