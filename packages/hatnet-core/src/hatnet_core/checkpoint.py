@@ -1,8 +1,8 @@
 """Load and save weights: our safetensors files, the checkpoints released with the paper, and what trainers write.
 
 Our files hold the parameters under the names of :class:`HATNet` and, as JSON in the safetensors metadata, the
-configuration that builds the model. The released ``HAT-Net_*.pth`` use names of their own, listed in
-``RELEASED_NAMES``. Nothing is ever unpickled beyond plain tensors (``weights_only=True``).
+configuration that builds the model. The released ``HAT-Net_*.pth`` use names of their own (``released_names.py``).
+Nothing is ever unpickled beyond plain tensors (``weights_only=True``).
 
 A file passes two steps: :func:`read_state` (out of its wrapping, under our names) and the checks of
 :func:`load_checkpoint` against the model.
@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,31 +25,11 @@ from torch import Tensor
 
 from hatnet_core.__about__ import __version__
 from hatnet_core.model import HATNet
+from hatnet_core.released_names import rename_released
 from hatnet_core.variants import MIN_SIZE, list_models, model_arguments
 from hatnet_core.zero import read_zero
 
 logger = logging.getLogger("hatnet_core")
-
-RELEASED_NAMES: list[tuple[str, str]] = [
-    (r"^patch_embed\.0\.", "stem.conv1."),
-    (r"^patch_embed\.1\.", "stem.norm."),
-    (r"^patch_embed\.3\.", "stem.conv2."),
-    (r"^ds2\.", "stages.1.downsample."),
-    (r"^ds3\.", "stages.2.downsample."),
-    (r"^ds4\.", "stages.3.downsample."),
-    (r"^blocks\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"\.attn\.ds_norm\.", ".attn.pool_norm."),
-    (r"\.conv\.conv1\.0\.", ".mlp.norm."),
-    (r"\.conv\.conv1\.1\.", ".mlp.expand."),
-    (r"\.conv\.conv2\.0\.", ".mlp.dwconv."),
-    (r"\.conv\.conv3\.0\.", ".mlp.project."),
-    (r"\.conv\.conv3\.1\.", ".mlp.out_norm."),
-    (r"^classifier\.1\.", "head."),
-]
-"""Regular expressions that turn a released parameter name into ours, applied in order."""
-
-RELEASED_UNUSED = re.compile(r"\.attn\.proj_norm\.(weight|bias)$")
-"""Released parameters that take no part in the computation; loading drops them."""
 
 WEIGHTS = "model.safetensors"
 """The file of the weights in a folder of hatnet-train, a run or one of its checkpoints."""
@@ -357,22 +336,6 @@ def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
             f"or one under {', '.join(WRAPPERS)}"
         )
     return dict(content)
-
-
-def rename_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """A state dict of the released files with our names, and the names that were dropped; any other as it is."""
-    if "patch_embed.0.weight" not in state:
-        return dict(state), []
-    dropped = [name for name in state if RELEASED_UNUSED.search(name)]
-    renamed = {}
-    for name, tensor in state.items():
-        if name in dropped:
-            continue
-        ours = name
-        for pattern, replacement in RELEASED_NAMES:
-            ours = re.sub(pattern, replacement, ours)
-        renamed[ours] = tensor
-    return renamed, dropped
 
 
 def _without_prefixes(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
