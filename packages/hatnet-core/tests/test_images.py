@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hatnet_core.images import to_rgb
+from hatnet_core.images import is_image_file, to_rgb
 
 BLACK, GREY, WHITE, RED = (0, 0, 0), (128, 128, 128), (255, 255, 255), (255, 0, 0)
 ORIENTATION = 0x0112
@@ -124,3 +124,13 @@ def test_a_damaged_file_is_an_error():
 def test_hatnet_core_itself_does_not_need_pillow():
     code = "import sys; sys.modules['PIL'] = None; import hatnet_core; hatnet_core.create_model('hatnet_tiny')"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("path", ["cat.jpg", "cat.JPEG", "a/b/cat.jfif", "cat.gif", "cat.avif", "a.b/cat.webp"])
+def test_image_files_are_recognised_by_suffix_in_any_case(path):
+    assert is_image_file(path)
+
+
+@pytest.mark.parametrize("path", ["cat", "cat.txt", "jpg", ".jpg", "._cat.jpg", ".ipynb_checkpoints/cat.jpg"])
+def test_other_and_hidden_files_are_not_images(path):
+    assert not is_image_file(path)

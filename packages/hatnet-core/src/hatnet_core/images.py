@@ -1,4 +1,4 @@
-"""What a picture looks like to a model: the one reading of image files that training, prediction and analysis share.
+"""Find and decode image files the same way in training, prediction, dense tasks and analysis.
 
 Needs Pillow, which hatnet-core does not install: nothing else in it imports this module, the packages that read images
 require Pillow themselves.
@@ -7,9 +7,27 @@ require Pillow themselves.
 from __future__ import annotations
 
 import contextlib
+from pathlib import PurePath
 from typing import cast
 
 from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = frozenset(
+    {".apng", ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"}
+    | {".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+"""Suffixes of image files, in lower case."""
+
+
+def is_image_file(path: str | PurePath) -> bool:
+    """Return whether every command takes a path for an image: a known suffix in any case, no hidden part.
+
+    Args:
+        path: relative to the folder that is searched, so that only names below it count as hidden. A part that
+            starts with a dot is hidden, such as ``.ipynb_checkpoints`` or ``._cat.jpg``.
+    """
+    path = PurePath(path)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
