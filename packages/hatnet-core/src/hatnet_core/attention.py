@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hatnet_core import kernels
-from hatnet_core.layers import GroupNorm
+from hatnet_core.layers import GroupNorm, Pointwise
 
 
 @torch.fx.wrap
-def grid_attention(qkv: Tensor, num_heads: int, grid_size: int) -> Tensor:
-    """Local attention inside each G1×G1 grid (Eq. 6-8).
+def grid_attention(qkv: Tensor, num_heads: int, grid_size: int, residual: Tensor | None = None) -> Tensor:
+    """Local attention inside each G1×G1 grid (Eq. 6-8), plus ``residual`` (Eq. 9).
 
     Where ``grid_size`` does not divide H or W, the last grids are completed at the right and bottom; completed
     positions are masked out of the softmax and cropped from the result, so they change nothing.
@@ -32,11 +32,12 @@ def grid_attention(qkv: Tensor, num_heads: int, grid_size: int) -> Tensor:
         qkv: [B, 3C, H, W], channels laid out as (q | k | v) × heads × head_dim.
         num_heads: number of heads; divides C.
         grid_size: G1, side of a grid in positions.
+        residual: [B, C, H, W], added to the result.
 
     Returns:
-        [B, C, H, W], the dtype of ``qkv``.
+        [B, C, H, W], the dtype of ``qkv``; with ``residual``, of the sum where no kernel computes it.
     """
-    fast = kernels.grid_attention(qkv, num_heads, grid_size)
+    fast = kernels.grid_attention(qkv, num_heads, grid_size, residual)
     if fast is not None:
         return fast
     batch, _, height, width = qkv.shape
@@ -50,26 +51,32 @@ def grid_attention(qkv: Tensor, num_heads: int, grid_size: int) -> Tensor:
     q, k, v = _grids(qkv, num_heads, grid)
     out = kernels.attend(q, k, v, mask)
     out = _ungrid(out, batch, _count(height, grid[0]), _count(width, grid[1]), grid)
-    return kernels.laid_out(out if mask is None else _crop(out, height, width))
+    out = kernels.laid_out(out if mask is None else _crop(out, height, width))
+    return out if residual is None else residual + out
 
 
 @torch.fx.wrap
-def token_attention(num_heads: int, *maps: Tensor) -> Tensor:
-    """Attention of all positions of the queries to all positions of keys and values (Eq. 2, 11 and 13).
+def token_attention(num_heads: int, *maps: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Attention of all positions to all positions of keys and values (Eq. 2, 11, 13), plus ``residual`` (Eq. 14).
 
     Args:
         num_heads: number of heads; divides C.
         *maps: queries, keys and values of C channels each, in this order: one map [B, 3C, H, W], or [B, C, H, W] and
             [B, 2C, H', W'].
+        residual: [B, C, H, W], added to the result.
 
     Returns:
-        [B, C, H, W], the dtype of the maps.
+        [B, C, H, W], the dtype of the maps; with ``residual``, of the sum where no kernel computes it.
     """
+    fast = kernels.token_attention(num_heads, maps, residual)
+    if fast is not None:
+        return fast
     batch, _, height, width = maps[0].shape
     dim = sum(m.shape[1] for m in maps) // 3
     q, k, v = (tokens for m in maps for tokens in _tokens(m, m.shape[1] // dim, num_heads))
     out = kernels.attend(q, k, v).transpose(1, 2).reshape(batch, height, width, dim)
-    return kernels.laid_out(out.permute(0, 3, 1, 2))
+    out = kernels.laid_out(out.permute(0, 3, 1, 2))
+    return out if residual is None else residual + out
 
 
 @torch.fx.wrap
@@ -116,6 +123,9 @@ def average_pool(x: Tensor, pool_size: int) -> Tensor:
     Returns:
         [B, C, ⌈H/G2⌉, ⌈W/G2⌉], the dtype of ``x``.
     """
+    fast = kernels.average_pool(x, pool_size)
+    if fast is not None:
+        return fast
     height, width = x.shape[-2:]
     if not torch.compiler.is_compiling():
         return F.avg_pool2d(x, pool_size, ceil_mode=True)
@@ -157,21 +167,21 @@ class HierarchicalAttention(nn.Module):
         self.grid_size = positive_int("grid_size", grid_size)
         self.pool_size = positive_int("pool_size", pool_size)
         self.norm = GroupNorm(dim)
-        self.qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.qkv = Pointwise(dim, 3 * dim)
         self.grid_norm = GroupNorm(dim)
         self.pool_norm = GroupNorm(dim)
-        self.q = nn.Conv2d(dim, dim, 1)
-        self.kv = nn.Conv2d(dim, 2 * dim, 1)
-        self.proj = nn.Conv2d(dim, dim, 1)
+        self.q = Pointwise(dim, dim)
+        self.kv = Pointwise(dim, 2 * dim)
+        self.proj = Pointwise(dim, dim)
         self.proj_drop = nn.Dropout2d(proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W], at any height and width."""
-        local = grid_attention(self.qkv(self.norm(x)), self.num_heads, self.grid_size)  # Eq. 6-8
-        a1 = self.grid_norm(x + local)  # Eq. 9
+        qkv = self.qkv(self.norm(x))
+        a1 = self.grid_norm(grid_attention(qkv, self.num_heads, self.grid_size, residual=x))  # Eq. 6-9
         pooled = self.pool_norm(average_pool(a1, self.pool_size))  # Eq. 10
-        a2 = token_attention(self.num_heads, self.q(a1), self.kv(pooled))  # Eq. 11-13
-        return self.proj_drop(self.proj(a1 + a2))  # Eq. 14, its residual left to the block
+        a1_a2 = token_attention(self.num_heads, self.q(a1), self.kv(pooled), residual=a1)  # Eq. 11-13, A1 + A2
+        return self.proj_drop(self.proj(a1_a2))  # Eq. 14, its residual left to the block
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this layer."""
@@ -196,8 +206,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = _num_heads(dim, head_dim)
         self.norm = GroupNorm(dim)
-        self.qkv = nn.Conv2d(dim, 3 * dim, 1)
-        self.proj = nn.Conv2d(dim, dim, 1)
+        self.qkv = Pointwise(dim, 3 * dim)
+        self.proj = Pointwise(dim, dim)
         self.proj_drop = nn.Dropout2d(proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -238,10 +248,10 @@ class WindowAttention(nn.Module):
         self.window_size = positive_int("window_size", window_size)
         self.shift = window_size // 2 if shifted else 0
         self.norm = GroupNorm(dim)
-        self.qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.qkv = Pointwise(dim, 3 * dim)
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, self.num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.proj = nn.Conv2d(dim, dim, 1)
+        self.proj = Pointwise(dim, dim)
         self.proj_drop = nn.Dropout2d(proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:

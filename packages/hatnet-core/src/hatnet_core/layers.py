@@ -17,14 +17,34 @@ class GroupNorm(nn.GroupNorm):
 
     Args:
         dim: number of channels; weight and bias are [dim].
+        keep_float32: whether the result is float32 under autocast also where the Triton kernel runs, because it
+            enters the residual stream.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, keep_float32: bool = False) -> None:
         super().__init__(1, dim, eps=1e-6)
+        self.keep_float32 = keep_float32
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W]."""
-        return kernels.group_norm(x, self.weight, self.bias, self.eps)
+        return kernels.group_norm(x, self.weight, self.bias, self.eps, self.keep_float32)
+
+
+class Pointwise(nn.Conv2d):
+    """1×1 convolution, computed by the chosen kernels.
+
+    Args:
+        in_dim: number of input channels.
+        dim: number of output channels; weight is [dim, in_dim, 1, 1].
+        bias: whether there is a bias.
+    """
+
+    def __init__(self, in_dim: int, dim: int, bias: bool = True) -> None:
+        super().__init__(in_dim, dim, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_dim, H, W] → [B, dim, H, W]."""
+        return kernels.pointwise(x, self.weight, self.bias)
 
 
 class Mlp(nn.Module):
@@ -62,14 +82,14 @@ class Mlp(nn.Module):
         hidden = mlp_ratio * dim
         padding = kernel_size // 2
         self.norm = GroupNorm(dim)
-        self.expand = nn.Conv2d(dim, hidden, 1, bias=False)
+        self.expand = Pointwise(dim, hidden, bias=False)
         self.dwconv = (
             nn.Conv2d(hidden, hidden, kernel_size, padding=padding, groups=hidden, bias=False) if depthwise else None
         )
         self.act = ACTIVATIONS[activation]()
         self.drop = nn.Dropout2d(proj_drop_rate)
-        self.project = nn.Conv2d(hidden, dim, 1, bias=False)
-        self.out_norm = GroupNorm(dim)
+        self.project = Pointwise(hidden, dim, bias=False)
+        self.out_norm = GroupNorm(dim, keep_float32=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W]."""
@@ -110,7 +130,7 @@ class Downsample(nn.Module):
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1)
-        self.norm = GroupNorm(dim)
+        self.norm = GroupNorm(dim, keep_float32=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_dim, H, W] → [B, dim, ⌈H/2⌉, ⌈W/2⌉]."""

@@ -8,7 +8,6 @@ exported, under ``torch.func``, and for a layer that somebody listens to or has 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from itertools import chain
@@ -31,7 +30,7 @@ DTYPES = {"slices": (torch.float32, torch.bfloat16), "triton": (torch.float32, t
 _mode = "auto"
 
 _usable: dict[torch.device, bool] = {}
-"""Whether the Triton kernels run on a device, once tried."""
+"""Devices asked for so far, and whether the Triton kernels run on them."""
 
 
 def set_kernels(name: str) -> None:
@@ -80,14 +79,32 @@ def laid_out(x: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
-def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """GroupNorm with one group of ``x`` [B, C, H, W]; its dtype, on a GPU under autocast float32, as PyTorch's."""
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_float32: bool = False) -> Tensor:
+    """GroupNorm with one group of ``x`` [B, C, H, W], in the dtype of ``x``.
+
+    Under autocast PyTorch's result is float32. The Triton kernel's has the dtype of autocast, which the next matrix
+    product needs anyway, unless ``keep_float32``, as the residual stream requires.
+    """
     if _path(x) == "triton" and _is_plain(weight) and _is_plain(bias):
         from hatnet_core.kernels import triton_group_norm
 
-        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.float32 if keep_float32 else torch.get_autocast_dtype(x.device.type)
         return triton_group_norm.group_norm(x, weight, bias, eps, dtype)
     return F.group_norm(x, 1, weight, bias, eps)
+
+
+@torch.fx.wrap
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """1×1 convolution of ``x`` [B, C, H, W] with ``weight`` [C', C, 1, 1].
+
+    On a GPU it is a linear layer over channels_last memory: cuBLAS adds the bias in the product, where cuDNN's
+    convolution is followed by another pass over the map.
+    """
+    if _path(x) == "triton" and _is_plain(weight):
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias)
 
 
 def by_images(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -109,14 +126,39 @@ def by_images(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor)
     return torch.cat([forward(part) for part in torch.split(x, images)])
 
 
-def grid_attention(qkv: Tensor, num_heads: int, grid_size: int) -> Tensor | None:
-    """Eq. 6-8 without a copy into grids; None where that does not apply. Arguments as in ``attention.py``."""
+def grid_attention(qkv: Tensor, num_heads: int, grid_size: int, residual: Tensor | None) -> Tensor | None:
+    """Eq. 6-9 without a copy into grids; None where that does not apply. Arguments as in ``attention.py``."""
     if _path(qkv) != "triton":
         return None
-    from hatnet_core.kernels import triton_window
+    from hatnet_core.kernels import triton_attention
 
-    takes = triton_window.takes(qkv, num_heads, grid_size)
-    return triton_window.grid_attention(qkv, num_heads, grid_size) if takes else None
+    if not triton_attention.takes(qkv, num_heads, grid_size):
+        return None
+    return triton_attention.grid_attention(qkv, num_heads, grid_size, residual)
+
+
+def token_attention(num_heads: int, maps: tuple[Tensor, ...], residual: Tensor | None) -> Tensor | None:
+    """Eq. 11-14 for few keys; None where that does not apply. Arguments as in ``attention.py``."""
+    if _path(maps[0]) != "triton":
+        return None
+    from hatnet_core.kernels import triton_attention
+
+    if len(maps) == 1:  # all positions of one map: a single grid
+        side = max(maps[0].shape[2:])
+        small = maps[0].shape[2] * maps[0].shape[3] <= triton_attention.POOLED_POSITIONS
+        return grid_attention(maps[0], num_heads, side, residual) if small else None
+    if not triton_attention.takes_pooled(*maps, num_heads):
+        return None
+    return triton_attention.pooled_attention(*maps, num_heads, residual)
+
+
+def average_pool(x: Tensor, pool_size: int) -> Tensor | None:
+    """Pooling of Eq. 10; None where the kernel does not apply."""
+    if _path(x) != "triton":
+        return None
+    from hatnet_core.kernels import triton_pool
+
+    return triton_pool.average_pool(x, pool_size)
 
 
 @torch.fx.wrap
@@ -229,7 +271,9 @@ def _is_depthwise(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
 
 def _is_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether calling a module is a convolution of stride 1 that keeps the size, without bias, and nothing else."""
-    if type(module) is not nn.Conv2d or not _own(module) or not _is_plain(module.weight) or module.bias is not None:
+    if not isinstance(module, nn.Conv2d) or not _own(module):
+        return False
+    if not _is_plain(module.weight) or module.bias is not None:
         return False
     settings = module.stride, module.dilation, module.padding_mode, module.padding
     return settings == ((1, 1), (1, 1), "zeros", tuple(k // 2 for k in module.kernel_size))
@@ -253,33 +297,11 @@ def _interpreted() -> bool:
 
 
 def _runs_on(device: torch.device) -> bool:
-    """Whether the Triton kernels run on a GPU: tried once, with a small map; a warning tells why not."""
+    """Return whether a GPU has what the Triton kernels need: compute capability 8.0 (Ampere) for bfloat16 products."""
     if device not in _usable:
-        try:
-            _try_all(device)
-            _usable[device] = True
-        except Exception as error:  # of a driver or compiler, whatever they raise
-            if _mode == "triton":
-                raise
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            warnings.warn(f"HAT-Net runs without its Triton kernels on {device}: {reason}", stacklevel=2)
-            _usable[device] = False
+        _usable[device] = find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
     return _usable[device]
 
 
 _runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what Dynamo looks for
 """What ``torch.compiler.assume_constant_result`` does, which itself imports the compiler: a second of every start."""
-
-
-def _try_all(device: torch.device) -> None:
-    """Run every kernel, forward and backward; an error where one does not run."""
-    from hatnet_core.kernels import triton_depthwise, triton_group_norm, triton_window
-
-    with torch.inference_mode(False), torch.enable_grad():
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.zeros(1, 64, 8, 8, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-            x.requires_grad_()
-            ones = torch.ones(64, device=device, dtype=dtype)
-            x = triton_group_norm.group_norm(x, ones, ones, 1e-6)
-            x = triton_window.grid_attention(x.repeat(1, 3, 1, 1), 1, 8)
-            triton_depthwise.activated_depthwise(x, ones.new_zeros(64, 1, 3, 3)).sum().backward()

@@ -1,10 +1,21 @@
-"""The memory layout of the kernels: channels last, so that the values of a position lie together."""
+"""Memory layout and device of the Triton kernels."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """[B, C, H, W] → [B, H, W, C], contiguous; a view of what is channels_last already."""
+    """[B, C, H, W] → [B, H, W, C], contiguous; a view if ``x`` is in channels_last."""
     return x.permute(0, 2, 3, 1).contiguous()
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Make the GPU of ``x`` the current one, which Triton launches on."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device_of(x)

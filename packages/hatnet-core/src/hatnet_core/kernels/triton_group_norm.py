@@ -1,10 +1,9 @@
-"""GroupNorm with one group in Triton: the normalisation of every layer (mean and variance of a whole sample).
+"""GroupNorm with one group in Triton: mean and variance over channels and positions of a sample (Sec. 3.3).
 
-With one group, a kernel that gives each group to one block of threads, as PyTorch's does, keeps as many blocks busy as
-there are samples. Here the positions of a sample are split among many programs: a first kernel takes count, mean and
-sum of squared deviations of every split, a second combines those of its sample (Chan, Golub and LeVeque, 1979) and
-normalises its split. The backward pass has the same two steps. Maps are read and written in channels_last, sums are in
-float32 and in a fixed order, so that a result is the same every time.
+PyTorch's kernel gives each group to one block of threads, which keeps as many blocks busy as there are samples. Here
+several programs share a sample: a first kernel takes count, mean and sum of squared deviations of every split, a second
+combines them (Chan, Golub and LeVeque, 1979) and normalises. The backward pass has the same two steps. Maps are read
+and written in channels_last; sums are in float32 and in a fixed order, so that results are reproducible.
 
 Imported only where Triton is installed.
 """
@@ -14,6 +13,7 @@ Imported only where Triton is installed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,22 +22,23 @@ import triton.language as tl
 from torch import Tensor
 
 from hatnet_core.kernels import DTYPES
-from hatnet_core.kernels.layout import to_tokens
+from hatnet_core.kernels.layout import on_device, to_tokens
+from hatnet_core.kernels.operator import register
 
 PROGRAMS = 1024
-"""About as many programs share the work: several for each multiprocessor of a large GPU (an H100 has 132)."""
+"""Programs that share the work, about: several per multiprocessor of a large GPU (an H100 has 132)."""
 
 TILE = 4096
-"""Values that a program holds at a time, 16 in each of its 256 threads."""
+"""Values that a program loads at a time, 16 in each of its 256 threads."""
 
 WARPS = 8
 
 SIZES = ("positions", "per_split")
-"""One compiled kernel serves all of these."""
+"""Arguments that change with the size of the image; one compiled kernel serves all of them."""
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """GroupNorm with one group: weight · (x - mean) / √(variance + eps) + bias, the moments of a whole sample.
+    """Normalise each sample: weight · (x - mean) / √(variance + eps) + bias.
 
     Args:
         x: [B, C, H, W] of float32, bfloat16 or float16; read in channels_last, of which another layout is a copy.
@@ -54,20 +55,19 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     """
     if not weight.shape == bias.shape == x.shape[1:2]:
         shapes = tuple(weight.shape), tuple(bias.shape)
-        raise ValueError(f"weight and bias must be of the {x.shape[1]} channels of x, got shapes {shapes}")
-    return _group_norm(x, weight.contiguous(), bias.contiguous(), eps, dtype or x.dtype)[0]
-
-
-@torch.library.custom_op("hatnet::group_norm", mutates_args=())
-def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The normalised map, and [2, B] in float32: mean and 1/√(variance + eps) of each sample."""
+        raise ValueError(f"weight and bias must have the {x.shape[1]} channels of x, got shapes {shapes}")
     if x.dtype not in DTYPES["triton"]:
-        raise ValueError(f"group_norm in Triton computes float32, bfloat16 and float16, got {x.dtype}")
+        raise ValueError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
+    return _operator(x, weight.contiguous(), bias.contiguous(), eps, dtype or x.dtype)[0]
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The normalised map, and [2, B] in float32: mean and 1/√(variance + eps) of each sample."""
     tokens, out = to_tokens(x), torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
     splits, sizes, blocks = _work(tokens)
     partials = x.new_empty(3, len(x), splits, dtype=torch.float32)
     moments = x.new_empty(2, len(x), dtype=torch.float32)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         _statistics[len(x), splits](tokens, partials, *sizes, **blocks)
         _normalise[len(x), splits](
             tokens, weight, bias, partials, moments, out, eps, *sizes, block_s=_power(splits), **blocks
@@ -75,34 +75,32 @@ def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torc
     return out, moments
 
 
-@torch.library.custom_op("hatnet::group_norm_backward", mutates_args=())
-def _group_norm_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, moments: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(gradient: Tensor, x: Tensor, weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``weight`` and bias, given the ``gradient`` of the normalised map."""
     x_gradient = torch.empty_like(x, memory_format=torch.channels_last)
     tokens, given = to_tokens(x), to_tokens(gradient)
     splits, sizes, blocks = _work(tokens)
-    by_channel = x.new_empty(2, len(x), splits, x.shape[1], dtype=torch.float32)
+    by_channel = x.new_empty(2, len(x) * splits, x.shape[1], dtype=torch.float32)
     by_split = x.new_empty(2, len(x), splits, dtype=torch.float32)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         _gradient_sums[len(x), splits](given, tokens, weight, moments, by_channel, by_split, *sizes, **blocks)
         _gradient[len(x), splits](
             given, tokens, weight, moments, by_split, x_gradient, *sizes, block_s=_power(splits), **blocks
         )
-    of_bias, of_weight = by_channel.sum((1, 2)).to(weight.dtype)
+    of_bias, of_weight = by_channel.sum(1).to(weight.dtype)
     return x_gradient, of_weight.clone(), of_bias.clone()
 
 
 def _power(n: int) -> int:
     """The power of two at or above ``n``."""
-    return triton.next_power_of_2(n)
+    return int(triton.next_power_of_2(n))
 
 
 def _work(tokens: Tensor) -> tuple[int, tuple[int, int, int], dict[str, int]]:
     """Splits of a sample, the sizes that kernels take, and their blocks; no split is empty."""
     positions, channels = tokens.shape[1] * tokens.shape[2], tokens.shape[3]
-    block_c = _power(channels)
+    divisor = channels & -channels  # the largest power of two that divides: no lane of a block is idle
+    block_c = min(divisor, 512) if divisor >= 64 else _power(channels)
     block_p = max(1, TILE // block_c)
     wanted = triton.cdiv(PROGRAMS, max(1, len(tokens)))
     per_split = triton.cdiv(triton.cdiv(positions, block_p), wanted) * block_p
@@ -122,31 +120,30 @@ def _statistics(
 ) -> None:
     """Count, mean and sum of squared deviations of a split → ``partials`` [3, B, splits].
 
-    Every place of the tile keeps a running mean of its own (Welford), so that a mean far above the deviation costs no
+    Sums are of the differences to the first value of the sample, so that a mean far above the deviation costs no
     digits.
     """
     sample, split = tl.program_id(0), tl.program_id(1)
     first, last = split * per_split, tl.minimum((split + 1) * per_split, positions)
-    at, in_channels = _tile(channels, block_p, block_c)
-    mean = tl.zeros([block_p, block_c], tl.float32)
+    first_token = sample.to(tl.int64) * positions
+    origin = tl.load(x + first_token * channels).to(tl.float32)
+    plain = tl.zeros([block_p, block_c], tl.float32)
     squares = tl.zeros([block_p, block_c], tl.float32)
-    count = tl.zeros([block_p, block_c], tl.float32)
-    for start in range(first, last, block_p):
-        seen = _seen(start, last, in_channels, block_p)
-        base = (sample.to(tl.int64) * positions + start) * channels
-        value = tl.load(x + base + at, mask=seen, other=0.0).to(tl.float32)
-        deviation = tl.where(seen, value - mean, 0.0)
-        count += tl.where(seen, 1.0, 0.0)
-        mean += deviation / ((start - first) // block_p + 1)
-        squares += deviation * (value - mean)
+    for begin in range(0, channels, block_c):
+        at, in_channels = _tile(begin, channels, block_p, block_c)
+        for start in range(first, last, block_p):
+            seen = _seen(start, last, in_channels, block_p)
+            value = tl.load(x + (first_token + start) * channels + at, mask=seen, other=0.0).to(tl.float32)
+            value = tl.where(seen, value - origin, 0.0)
+            plain += value
+            squares += value * value
     size = ((last - first) * channels).to(tl.float32)
-    center = tl.sum(count * mean) / size
-    total = tl.sum(squares + count * (mean - center) * (mean - center))
+    mean = tl.sum(plain) / size
     plane = tl.num_programs(0) * tl.num_programs(1)
     partials += sample * tl.num_programs(1) + split
     tl.store(partials, size)
-    tl.store(partials + plane, center)
-    tl.store(partials + 2 * plane, total)
+    tl.store(partials + plane, origin + mean)
+    tl.store(partials + 2 * plane, tl.sum(squares) - size * mean * mean)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -165,7 +162,7 @@ def _normalise(
     block_c: tl.constexpr,
     block_s: tl.constexpr,
 ) -> None:
-    """Combine the statistics of a sample, normalise one of its splits; the first split leaves ``moments`` [2, B]."""
+    """Combine the statistics of a sample, normalise one of its splits; the first split stores ``moments`` [2, B]."""
     sample, split = tl.program_id(0), tl.program_id(1)
     splits = tl.arange(0, block_s)
     plane = tl.num_programs(0) * tl.num_programs(1)
@@ -183,15 +180,18 @@ def _normalise(
         tl.store(moments + tl.num_programs(0) + sample, factor)
 
     first, last = split * per_split, tl.minimum((split + 1) * per_split, positions)
-    at, in_channels = _tile(channels, block_p, block_c)
-    scale = tl.load(weight + tl.arange(0, block_c), mask=in_channels, other=0.0).to(tl.float32)
-    shift = tl.load(bias + tl.arange(0, block_c), mask=in_channels, other=0.0).to(tl.float32)
-    for start in range(first, last, block_p):
-        seen = _seen(start, last, in_channels, block_p)
-        base = (sample.to(tl.int64) * positions + start) * channels
-        value = tl.load(x + base + at, mask=seen, other=0.0).to(tl.float32)
-        result = (value - mean) * factor * scale[None, :] + shift[None, :]
-        tl.store(out + base + at, result.to(out.dtype.element_ty), mask=seen)
+    first_token = sample.to(tl.int64) * positions
+    for begin in range(0, channels, block_c):
+        at, in_channels = _tile(begin, channels, block_p, block_c)
+        channel = begin + tl.arange(0, block_c)
+        scale = tl.load(weight + channel, mask=in_channels, other=0.0).to(tl.float32) * factor
+        shift = tl.load(bias + channel, mask=in_channels, other=0.0).to(tl.float32)
+        for start in range(first, last, block_p):
+            seen = _seen(start, last, in_channels, block_p)
+            base = (first_token + start) * channels
+            value = tl.load(x + base + at, mask=seen, other=0.0).to(tl.float32)
+            result = (value - mean) * scale[None, :] + shift[None, :]
+            tl.store(out + base + at, result.to(out.dtype.element_ty), mask=seen)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -208,31 +208,35 @@ def _gradient_sums(
     block_p: tl.constexpr,
     block_c: tl.constexpr,
 ) -> None:
-    """Sums over a split: of g and g·x̂ → ``by_channel`` [2, B, splits, C], of gγ and gγ·x̂ → ``by_split`` [2, …]."""
+    """Sums over a split: of g and g·x̂ → ``by_channel`` [2, B·splits, C], of gγ and gγ·x̂ → ``by_split`` [2, …]."""
     sample, split = tl.program_id(0), tl.program_id(1)
     mean, factor = tl.load(moments + sample), tl.load(moments + tl.num_programs(0) + sample)
     first, last = split * per_split, tl.minimum((split + 1) * per_split, positions)
-    at, in_channels = _tile(channels, block_p, block_c)
-    plain = tl.zeros([block_p, block_c], tl.float32)
-    weighted = tl.zeros([block_p, block_c], tl.float32)
-    for start in range(first, last, block_p):
-        seen = _seen(start, last, in_channels, block_p)
-        base = (sample.to(tl.int64) * positions + start) * channels
-        value = tl.load(x + base + at, mask=seen, other=0.0).to(tl.float32)
-        given = tl.load(gradient + base + at, mask=seen, other=0.0).to(tl.float32)
-        plain += given
-        weighted += given * (value - mean) * factor
-    of_bias, of_weight = tl.sum(plain, axis=0), tl.sum(weighted, axis=0)
-
+    first_token = sample.to(tl.int64) * positions
     plane = tl.num_programs(0) * tl.num_programs(1)
     index = sample * tl.num_programs(1) + split
-    channel = tl.arange(0, block_c)
-    by_channel += index.to(tl.int64) * channels + channel
-    tl.store(by_channel, of_bias, mask=in_channels)
-    tl.store(by_channel + plane.to(tl.int64) * channels, of_weight, mask=in_channels)
-    scale = tl.load(weight + channel, mask=in_channels, other=0.0).to(tl.float32)
-    tl.store(by_split + index, tl.sum(scale * of_bias))
-    tl.store(by_split + plane + index, tl.sum(scale * of_weight))
+    row = by_channel + index.to(tl.int64) * channels
+    total, total_weighted = 0.0, 0.0
+    for begin in range(0, channels, block_c):
+        at, in_channels = _tile(begin, channels, block_p, block_c)
+        plain = tl.zeros([block_p, block_c], tl.float32)
+        weighted = tl.zeros([block_p, block_c], tl.float32)
+        for start in range(first, last, block_p):
+            seen = _seen(start, last, in_channels, block_p)
+            base = (first_token + start) * channels
+            value = tl.load(x + base + at, mask=seen, other=0.0).to(tl.float32)
+            given = tl.load(gradient + base + at, mask=seen, other=0.0).to(tl.float32)
+            plain += given
+            weighted += given * ((value - mean) * factor)
+        of_bias, of_weight = tl.sum(plain, axis=0), tl.sum(weighted, axis=0)
+        channel = begin + tl.arange(0, block_c)
+        tl.store(row + channel, of_bias, mask=in_channels)
+        tl.store(row + plane.to(tl.int64) * channels + channel, of_weight, mask=in_channels)
+        scale = tl.load(weight + channel, mask=in_channels, other=0.0).to(tl.float32)
+        total += tl.sum(scale * of_bias)
+        total_weighted += tl.sum(scale * of_weight)
+    tl.store(by_split + index, total)
+    tl.store(by_split + plane + index, total_weighted)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -262,21 +266,26 @@ def _gradient(
 
     mean, factor = tl.load(moments + sample), tl.load(moments + tl.num_programs(0) + sample)
     first, last = split * per_split, tl.minimum((split + 1) * per_split, positions)
-    at, in_channels = _tile(channels, block_p, block_c)
-    scale = tl.load(weight + tl.arange(0, block_c), mask=in_channels, other=0.0).to(tl.float32)
-    for start in range(first, last, block_p):
-        seen = _seen(start, last, in_channels, block_p)
-        base = (sample.to(tl.int64) * positions + start) * channels
-        value = tl.load(x + base + at, mask=seen, other=0.0).to(tl.float32)
-        given = tl.load(gradient + base + at, mask=seen, other=0.0).to(tl.float32)
-        result = (given * scale[None, :] - plain - (value - mean) * factor * weighted) * factor
-        tl.store(x_gradient + base + at, result.to(x_gradient.dtype.element_ty), mask=seen)
+    first_token = sample.to(tl.int64) * positions
+    for begin in range(0, channels, block_c):
+        at, in_channels = _tile(begin, channels, block_p, block_c)
+        channel = begin + tl.arange(0, block_c)
+        scale = tl.load(weight + channel, mask=in_channels, other=0.0).to(tl.float32)
+        for start in range(first, last, block_p):
+            seen = _seen(start, last, in_channels, block_p)
+            base = (first_token + start) * channels
+            value = tl.load(x + base + at, mask=seen, other=0.0).to(tl.float32)
+            given = tl.load(gradient + base + at, mask=seen, other=0.0).to(tl.float32)
+            result = (given * scale[None, :] - plain - (value - mean) * factor * weighted) * factor
+            tl.store(x_gradient + base + at, result.to(x_gradient.dtype.element_ty), mask=seen)
 
 
 @triton.jit
-def _tile(channels: int, block_p: tl.constexpr, block_c: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Offsets [block_p, block_c] of the values of a tile, and which of [block_c] are channels."""
-    channel = tl.arange(0, block_c)
+def _tile(
+    begin: int, channels: int, block_p: tl.constexpr, block_c: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Offsets [block_p, block_c] of a tile whose channels start at ``begin``, and which of [block_c] exist."""
+    channel = begin + tl.arange(0, block_c)
     return tl.arange(0, block_p)[:, None] * channels + channel[None, :], channel < channels
 
 
@@ -286,14 +295,12 @@ def _seen(start: int, last: int, in_channels: tl.tensor, block_p: tl.constexpr) 
     return (start + tl.arange(0, block_p) < last)[:, None] & in_channels[None, :]
 
 
-@_group_norm.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
     return out, x.new_empty(2, x.shape[0], dtype=torch.float32)
 
 
-@_group_norm_backward.register_fake
-def _(gradient: Tensor, x: Tensor, weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(gradient: Tensor, x: Tensor, weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x_gradient = torch.empty_like(x, memory_format=torch.channels_last)
     return x_gradient, torch.empty_like(weight), torch.empty_like(weight)
 
@@ -304,8 +311,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*_group_norm_backward(gradient, *ctx.saved_tensors), None, None)
+def _gradients(backward: Callable[..., Any], ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return (*backward(gradient, *ctx.saved_tensors), None, None)
 
 
-_group_norm.register_autograd(_backward, setup_context=_keep)
+_operator = register("group_norm", _forward, _backward, _fake, _fake_backward, _keep, _gradients)
