@@ -54,6 +54,7 @@ KERNELS = [
     (triton_group_norm, "_normalise", "bf16", 8, NORM | {"block_s": 16}),
     (triton_group_norm, "_gradient_sums", "bf16", 8, NORM),
     (triton_group_norm, "_gradient", "bf16", 8, NORM | {"block_s": 16}),
+    (triton_group_norm, "_sum_splits", "fp32", 4, {"block_c": 16}),
     *(
         (triton_depthwise, "_strips", "bf16", 1, STRIPS | {"step": step, "k": k, "cols": cols})
         for step in ("forward", "gradient of mixed", "gradient of h")
@@ -63,6 +64,7 @@ KERNELS = [
         (triton_depthwise, "_weight_gradient", "bf16", 1, tile | {"block_c": 128, "approximate": True})
         for tile in ({"k": 3, "cols": 4, "tap_rows": 3}, {"k": 5, "cols": 2, "tap_rows": 1})
     ),
+    (triton_depthwise, "_sum_partials", "fp32", 4, {"taps": 9, "block_c": 64}),
     *(
         (triton_attention, "_attend", dtype, warps, POOLED | {"block_n": n, "block_m": m, "add": add})
         for dtype, warps, n, m in ATTENTION
@@ -74,8 +76,8 @@ KERNELS = [
     ),
     (triton_attention, "_attend_pooled", "bf16", 4, POOLED | {"add": True}),
     (triton_attention, "_attend_pooled_backward", "bf16", 4, POOLED),
-    (triton_pool, "_pool", "bf16", 4, {"block_n": 16, "block_c": 64}),
-    (triton_pool, "_spread", "bf16", 4, {"block_n": 16, "block_c": 64}),
+    (triton_pool, "_pool", "bf16", 1, {"block_n": 8, "block_c": 64}),
+    (triton_pool, "_spread", "bf16", 1, {"block_n": 8, "block_c": 64}),
 ]
 
 

@@ -1,10 +1,10 @@
-"""Both attentions of H-MHSA in Triton, from map to map: inside G1×G1 grids (Eq. 6-8) and to the pooled map (Eq. 11-13).
+"""Both attentions of H-MHSA in Triton: inside G1×G1 grids (Eq. 6-8) and to the pooled map (Eq. 11-13).
 
 PyTorch's fused attention needs the positions of a grid side by side, so that queries, keys, values, result and all
-their gradients are copied into that order or out of it, and a mask where grids extend past the border. Here one program
-per grid and head reads its rows of the channels_last map and writes the result in place. Positions outside the map are
-neither read, nor attended to, nor written. The residual of Eq. 9 and Eq. 14 is added where the result is written. The
-backward pass keeps only the input and recomputes the attention weights.
+their gradients are copied into that order or out of it, and a mask where grids extend past the border. Here one
+program per grid and head reads its rows of the channels_last map and writes the result in place. Positions outside
+the map are neither read, nor attended to, nor written. The residual of Eq. 9 and Eq. 14 is added where the result is
+written. The backward pass keeps only the input and recomputes the attention weights.
 
 Imported only where Triton is installed.
 """
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hatnet_core.kernels.layout import on_device, to_tokens
+from hatnet_core.kernels.layout import ceil_div, on_device, power_of_two, to_tokens
 from hatnet_core.kernels.operator import register
 
 LIMITS = {torch.float32: (64, 4096), torch.bfloat16: (256, 8192), torch.float16: (256, 8192)}
@@ -110,8 +110,8 @@ def pooled_attention(q: Tensor, kv: Tensor, num_heads: int, residual: Tensor | N
     """
     if not takes_pooled(q, kv, num_heads):
         raise ValueError(
-            f"q and kv must be bfloat16 or float16, kv have at most {POOLED_POSITIONS} positions and 64 channels per head, "
-            f"got {list(kv.shape)} in {kv.dtype} with {num_heads} heads and q in {q.dtype}"
+            f"q and kv must be bfloat16 or float16, with at most {POOLED_POSITIONS} pooled positions and 64 channels "
+            f"per head, got {list(kv.shape)} in {kv.dtype} with {num_heads} heads and q in {q.dtype}"
         )
     return _pooled_operator(q, kv, num_heads, residual)
 
@@ -141,7 +141,7 @@ def _pooled_forward(q: Tensor, kv: Tensor, num_heads: int, residual: Tensor | No
     queries, keys = height * width, kv.shape[2] * kv.shape[3]
     out = q.new_empty(batch, height, width, channels)
     added = out if residual is None else to_tokens(residual)
-    grid = batch * num_heads * triton.cdiv(queries, QUERIES)
+    grid = batch * num_heads * ceil_div(queries, QUERIES)
     with on_device(q):
         _attend_pooled[(grid,)](
             to_tokens(q), to_tokens(kv), added, out, queries, keys, num_heads,
@@ -172,7 +172,7 @@ def _shape(qkv: Tensor, num_heads: int, grid_size: int) -> tuple[tuple[int, int]
 
 def _padded(size: int) -> int:
     """The power of two at or above ``size``, and 16 at least: what matrix products are made of."""
-    return max(16, int(triton.next_power_of_2(size)))
+    return max(16, power_of_two(size))
 
 
 def _work(qkv: Tensor, num_heads: int, grid_size: int) -> tuple[tuple[int, ...], dict[str, int], int]:
@@ -183,7 +183,7 @@ def _work(qkv: Tensor, num_heads: int, grid_size: int) -> tuple[tuple[int, ...],
     blocks = {"head_dim": head_dim, "block_n": block_n, "block_m": block_n if block_n <= 64 else 32}
     blocks["block_d"] = _padded(head_dim)
     blocks["num_warps"] = 8 if block_n > 64 or qkv.dtype == torch.float32 else 4
-    programs = batch * triton.cdiv(height, grid_h) * triton.cdiv(width, grid_w) * num_heads
+    programs = batch * ceil_div(height, grid_h) * ceil_div(width, grid_w) * num_heads
     return (height, width, num_heads, grid_h, grid_w), blocks, programs
 
 

@@ -1,11 +1,11 @@
 """SiLU → K×K depthwise convolution → SiLU in one Triton kernel: the inside of the MLP on a GPU (Sec. 3.3).
 
-The map of E·C channels is the largest of a block, and these three steps do little with each value; one after the other
-they read and write it three times, here once. A program goes down a strip of the map, a few columns and one block of
-channels wide: it takes SiLU of each value of a row once and adds the row to the K rows of the result in progress, which
-stay in registers, as the values of neighbouring columns do. The backward pass keeps nothing but the input and goes down
-the strips in the same way. Maps are read and written in channels_last; sums are in float32 and in a fixed order, so that
-results are reproducible.
+The map of E·C channels is the largest of a block, and these three steps do little with each value; one after the
+other they read and write it three times, here once. A program goes down a strip of the map, a few columns and one
+block of channels wide: it takes SiLU of each value of a row once and adds the row to the K rows of the result in
+progress, which stay in registers, as the values of neighbouring columns do. The backward pass keeps nothing but the
+input and goes down the strips in the same way. Maps are read and written in channels_last; sums are in float32 and in
+a fixed order, so that results are reproducible.
 
 Imported only where Triton is installed.
 """
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hatnet_core.kernels import DTYPES
-from hatnet_core.kernels.layout import on_device, to_tokens
+from hatnet_core.kernels.layout import ceil_div, on_device, power_of_two, to_tokens
 from hatnet_core.kernels.operator import register
 
 PROGRAMS = 8192
@@ -32,6 +32,9 @@ PROGRAMS = 8192
 
 MIN_ROWS = 8
 """A strip reads K - 1 rows of its neighbours; a shorter one would do little else."""
+
+SUMMED_CHANNELS = 64
+"""Channels of a program that sums the weight gradient over what the programs before it found."""
 
 LANES = 32
 """Threads of a program."""
@@ -88,24 +91,24 @@ def _approximate(h: Tensor) -> bool:
 
 def _block_c(channels: int, values: int) -> int:
     """Channels of a program that has ``values`` of them in each thread."""
-    return min(LANES * values, max(16, int(triton.next_power_of_2(channels))))
+    return min(LANES * values, max(16, power_of_two(channels)))
 
 
-def _columns(width: int, kernel: int) -> int:
-    """Columns of a strip: more share each tap and each SiLU, fewer fit narrow maps and few registers."""
-    return 4 if width >= 28 and kernel == 3 else 2
+def _columns(width: int, kernel: int, forward: bool) -> int:
+    """Columns of a strip: four share more taps and sigmoids, two fit more maps and leave more registers."""
+    return 4 if forward and kernel == 3 and ceil_div(width, 4) * 4 <= ceil_div(width, 2) * 2 else 2
 
 
 def _down(source: Tensor, taps: Tensor, other: Tensor, out: Tensor, step: str) -> None:
     """Launch :func:`_strips` over all maps [B, C, H, W]."""
     batch, channels, height, width = out.shape
     kernel = round(len(taps) ** 0.5)
-    cols, block_c = _columns(width, kernel), _block_c(channels, 8)
-    across = batch * triton.cdiv(channels, block_c) * triton.cdiv(width, cols)
+    cols, block_c = _columns(width, kernel, step == "forward"), _block_c(channels, 8)
+    across = batch * ceil_div(channels, block_c) * ceil_div(width, cols)
     strips = max(1, min(PROGRAMS // max(1, across), height // MIN_ROWS))
-    rows = triton.cdiv(height, strips)
+    rows = ceil_div(height, strips)
     with on_device(out):
-        _strips[(across * triton.cdiv(height, rows),)](
+        _strips[(across * ceil_div(height, rows),)](
             to_tokens(source), taps, to_tokens(other), out, height, width, channels, rows,
             step=step, k=kernel, cols=cols, block_c=block_c, approximate=_approximate(out), num_warps=1,
         )  # fmt: skip
@@ -115,19 +118,23 @@ def _of_weight(mixed_gradient: Tensor, h: Tensor, weight: Tensor) -> Tensor:
     """[C, 1, K, K], the sum over programs of what :func:`_weight_gradient` finds in each."""
     batch, channels, height, width = h.shape
     kernel = weight.shape[-1]
-    cols, block_c = _columns(width, kernel), _block_c(channels, 4)
+    cols, block_c = _columns(width, kernel, False), _block_c(channels, 4)
     tap_rows = kernel if kernel == 3 else 1  # K² sums and K rows of values have to fit into registers
-    columns = triton.cdiv(width, cols)
-    across = triton.cdiv(channels, block_c) * (kernel // tap_rows) * columns
-    images = triton.cdiv(batch, max(1, PROGRAMS // 4 // across))
-    groups = triton.cdiv(batch, images)
-    partials = h.new_empty(groups * columns, kernel, kernel, channels, dtype=torch.float32)
+    columns = ceil_div(width, cols)
+    across = ceil_div(channels, block_c) * (kernel // tap_rows) * columns
+    images = ceil_div(batch, max(1, PROGRAMS // 4 // across))
+    groups = ceil_div(batch, images)
+    partials = h.new_empty(groups * columns, kernel * kernel, channels, dtype=torch.float32)
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     with on_device(h):
         _weight_gradient[(across * groups,)](
             to_tokens(mixed_gradient), to_tokens(h), partials, batch, height, width, channels, images,
             k=kernel, cols=cols, tap_rows=tap_rows, block_c=block_c, approximate=_approximate(h), num_warps=1,
         )  # fmt: skip
-    return partials.sum(0).permute(2, 0, 1).unsqueeze(1).to(weight.dtype).contiguous()
+        _sum_partials[(kernel * kernel, ceil_div(channels, SUMMED_CHANNELS))](
+            partials, out, groups * columns, channels, kernel * kernel, block_c=SUMMED_CHANNELS
+        )
+    return out
 
 
 @triton.jit(do_not_specialize=["height", "width", "rows"])
@@ -218,9 +225,10 @@ def _weight_gradient(
     block_c: tl.constexpr,
     approximate: tl.constexpr,
 ) -> None:
-    """Gradient of ``tap_rows`` rows of the kernels from a few columns of some images → ``partials`` [groups, K, K, C].
+    """Gradient of ``tap_rows`` rows of the kernels from a few columns of some images → ``partials`` [groups, K², C].
 
-    The last ``tap_rows`` rows of SiLU(h) stay in registers, those that the taps bring to the current row of the result.
+    The last ``tap_rows`` rows of SiLU(h) stay in registers: those that the taps bring to the current row of the
+    result.
     """
     radius: tl.constexpr = k // 2
     wide: tl.constexpr = cols + k - 1
@@ -260,6 +268,22 @@ def _weight_gradient(
     base = partials + (group.to(tl.int64) * k + first_tap) * k * channels + channel
     for i in tl.static_range(tap_rows * k):
         tl.store(base + i * channels, sums[i], mask=in_channels)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _sum_partials(
+    partials: tl.tensor, out: tl.tensor, rows: int, channels: int, taps: tl.constexpr, block_c: tl.constexpr
+) -> None:
+    """Sum ``partials`` [rows, taps, C] over its rows → ``out`` [C, taps], for one tap."""
+    tap = tl.program_id(0)
+    channel = tl.program_id(1) * block_c + tl.arange(0, block_c)
+    total = tl.zeros([32, block_c], tl.float32)
+    for first in range(0, rows, 32):
+        row = first + tl.arange(0, 32)
+        at = (row.to(tl.int64) * taps + tap)[:, None] * channels + channel[None, :]
+        total += tl.load(partials + at, mask=(row < rows)[:, None] & (channel < channels)[None, :], other=0.0)
+    value = tl.sum(total, axis=0).to(out.dtype.element_ty)
+    tl.store(out + channel * taps + tap, value, mask=channel < channels)
 
 
 @triton.jit

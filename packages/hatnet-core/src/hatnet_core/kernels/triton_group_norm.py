@@ -1,9 +1,9 @@
 """GroupNorm with one group in Triton: mean and variance over channels and positions of a sample (Sec. 3.3).
 
 PyTorch's kernel gives each group to one block of threads, which keeps as many blocks busy as there are samples. Here
-several programs share a sample: a first kernel takes count, mean and sum of squared deviations of every split, a second
-combines them (Chan, Golub and LeVeque, 1979) and normalises. The backward pass has the same two steps. Maps are read
-and written in channels_last; sums are in float32 and in a fixed order, so that results are reproducible.
+several programs share a sample: a first kernel takes count, mean and sum of squared deviations of every split, a
+second combines them (Chan, Golub and LeVeque, 1979) and normalises. The backward pass has the same two steps. Maps
+are read and written in channels_last; sums are in float32 and in a fixed order, so that results are reproducible.
 
 Imported only where Triton is installed.
 """
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hatnet_core.kernels import DTYPES
-from hatnet_core.kernels.layout import on_device, to_tokens
+from hatnet_core.kernels.layout import ceil_div, on_device, power_of_two, to_tokens
 from hatnet_core.kernels.operator import register
 
 PROGRAMS = 1024
@@ -32,6 +32,9 @@ TILE = 4096
 """Values that a program loads at a time, 16 in each of its 256 threads."""
 
 WARPS = 8
+
+SUMMED_CHANNELS = 16
+"""Channels of a program that sums the gradients of weight and bias over the splits of all samples."""
 
 SIZES = ("positions", "per_split")
 """Arguments that change with the size of the image; one compiled kernel serves all of them."""
@@ -65,12 +68,12 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.d
     """The normalised map, and [2, B] in float32: mean and 1/√(variance + eps) of each sample."""
     tokens, out = to_tokens(x), torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
     splits, sizes, blocks = _work(tokens)
-    partials = x.new_empty(3, len(x), splits, dtype=torch.float32)
-    moments = x.new_empty(2, len(x), dtype=torch.float32)
+    partials = x.new_empty(3, x.shape[0], splits, dtype=torch.float32)
+    moments = x.new_empty(2, x.shape[0], dtype=torch.float32)
     with on_device(x):
-        _statistics[len(x), splits](tokens, partials, *sizes, **blocks)
-        _normalise[len(x), splits](
-            tokens, weight, bias, partials, moments, out, eps, *sizes, block_s=_power(splits), **blocks
+        _statistics[x.shape[0], splits](tokens, partials, *sizes, **blocks)
+        _normalise[x.shape[0], splits](
+            tokens, weight, bias, partials, moments, out, eps, *sizes, block_s=power_of_two(splits), **blocks
         )
     return out, moments
 
@@ -80,32 +83,30 @@ def _backward(gradient: Tensor, x: Tensor, weight: Tensor, moments: Tensor) -> t
     x_gradient = torch.empty_like(x, memory_format=torch.channels_last)
     tokens, given = to_tokens(x), to_tokens(gradient)
     splits, sizes, blocks = _work(tokens)
-    by_channel = x.new_empty(2, len(x) * splits, x.shape[1], dtype=torch.float32)
-    by_split = x.new_empty(2, len(x), splits, dtype=torch.float32)
+    by_channel = x.new_empty(2, x.shape[0] * splits, x.shape[1], dtype=torch.float32)
+    by_split = x.new_empty(2, x.shape[0], splits, dtype=torch.float32)
+    of_weight, of_bias = torch.empty_like(weight), torch.empty_like(weight)
     with on_device(x):
-        _gradient_sums[len(x), splits](given, tokens, weight, moments, by_channel, by_split, *sizes, **blocks)
-        _gradient[len(x), splits](
-            given, tokens, weight, moments, by_split, x_gradient, *sizes, block_s=_power(splits), **blocks
+        _gradient_sums[x.shape[0], splits](given, tokens, weight, moments, by_channel, by_split, *sizes, **blocks)
+        _gradient[x.shape[0], splits](
+            given, tokens, weight, moments, by_split, x_gradient, *sizes, block_s=power_of_two(splits), **blocks
         )
-    of_bias, of_weight = by_channel.sum(1).to(weight.dtype)
-    return x_gradient, of_weight.clone(), of_bias.clone()
-
-
-def _power(n: int) -> int:
-    """The power of two at or above ``n``."""
-    return int(triton.next_power_of_2(n))
+        _sum_splits[(ceil_div(len(weight), SUMMED_CHANNELS),)](
+            by_channel, of_weight, of_bias, x.shape[0] * splits, len(weight), block_c=SUMMED_CHANNELS
+        )
+    return x_gradient, of_weight, of_bias
 
 
 def _work(tokens: Tensor) -> tuple[int, tuple[int, int, int], dict[str, int]]:
     """Splits of a sample, the sizes that kernels take, and their blocks; no split is empty."""
     positions, channels = tokens.shape[1] * tokens.shape[2], tokens.shape[3]
     divisor = channels & -channels  # the largest power of two that divides: no lane of a block is idle
-    block_c = min(divisor, 512) if divisor >= 64 else _power(channels)
+    block_c = min(divisor, 512) if divisor >= 64 else power_of_two(channels)
     block_p = max(1, TILE // block_c)
-    wanted = triton.cdiv(PROGRAMS, max(1, len(tokens)))
-    per_split = triton.cdiv(triton.cdiv(positions, block_p), wanted) * block_p
+    wanted = ceil_div(PROGRAMS, max(1, tokens.shape[0]))
+    per_split = ceil_div(ceil_div(positions, block_p), wanted) * block_p
     blocks = {"block_p": block_p, "block_c": block_c, "num_warps": WARPS}
-    return triton.cdiv(positions, per_split), (positions, channels, per_split), blocks
+    return ceil_div(positions, per_split), (positions, channels, per_split), blocks
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -280,10 +281,27 @@ def _gradient(
             tl.store(x_gradient + base + at, result.to(x_gradient.dtype.element_ty), mask=seen)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _sum_splits(
+    by_channel: tl.tensor, of_weight: tl.tensor, of_bias: tl.tensor, rows: int, channels: int, block_c: tl.constexpr
+) -> None:
+    """Sum ``by_channel`` [2, rows, C] over its rows: the first half is the gradient of the bias."""
+    channel = tl.program_id(0) * block_c + tl.arange(0, block_c)
+    in_channels = (channel < channels)[None, :]
+    plain = tl.zeros([128, block_c], tl.float32)
+    weighted = tl.zeros([128, block_c], tl.float32)
+    for first in range(0, rows, 128):
+        row = first + tl.arange(0, 128)
+        at, seen = row[:, None] * channels + channel[None, :], (row < rows)[:, None] & in_channels
+        plain += tl.load(by_channel + at, mask=seen, other=0.0)
+        weighted += tl.load(by_channel + rows.to(tl.int64) * channels + at, mask=seen, other=0.0)
+    in_channels = channel < channels
+    tl.store(of_bias + channel, tl.sum(plain, axis=0).to(of_bias.dtype.element_ty), mask=in_channels)
+    tl.store(of_weight + channel, tl.sum(weighted, axis=0).to(of_weight.dtype.element_ty), mask=in_channels)
+
+
 @triton.jit
-def _tile(
-    begin: int, channels: int, block_p: tl.constexpr, block_c: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
+def _tile(begin: int, channels: int, block_p: tl.constexpr, block_c: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Offsets [block_p, block_c] of a tile whose channels start at ``begin``, and which of [block_c] exist."""
     channel = begin + tl.arange(0, block_c)
     return tl.arange(0, block_p)[:, None] * channels + channel[None, :], channel < channels

@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hatnet_core.kernels.layout import on_device, to_tokens
+from hatnet_core.kernels.layout import ceil_div, on_device, power_of_two, to_tokens
 from hatnet_core.kernels.operator import register
 
 SIZES = ("height", "width", "size")
@@ -51,7 +50,7 @@ def _backward(gradient: Tensor, shape: list[int], size: int) -> Tensor:
     """Gradient of the map of ``shape`` [B, C, H, W], given the ``gradient`` of the result."""
     batch, channels, height, width = shape
     out = gradient.new_empty(batch, height, width, channels)
-    programs = batch * triton.cdiv(height, size) * triton.cdiv(width, size)
+    programs = batch * ceil_div(height, size) * ceil_div(width, size)
     with on_device(gradient):
         _spread[(programs,)](to_tokens(gradient), out, height, width, channels, size, **_blocks(channels))
     return out.permute(0, 3, 1, 2)
@@ -63,8 +62,8 @@ def _empty(x: Tensor, size: int) -> Tensor:
 
 
 def _blocks(channels: int) -> dict[str, int]:
-    block_c = int(triton.next_power_of_2(channels))
-    return {"block_n": max(1, 1024 // block_c), "block_c": block_c, "num_warps": 4}
+    block_c = power_of_two(channels)
+    return {"block_n": max(1, 512 // block_c), "block_c": block_c, "num_warps": 1}
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -114,9 +113,7 @@ def _spread(
 
 
 @triton.jit
-def _pool_tokens(
-    first: int, height: int, width: int, size: int, block_n: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
+def _pool_tokens(first: int, height: int, width: int, size: int, block_n: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Numbers of the tokens [block_n] of this program's pool, from its position ``first``, and which of them exist."""
     columns, rows = tl.cdiv(width, size), tl.cdiv(height, size)
     pool = tl.program_id(0)
