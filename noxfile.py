@@ -316,6 +316,17 @@ def bench(session: nox.Session, subject: str) -> None:
 
 
 @nox.session
+def gpu_dry(session: nox.Session) -> None:
+    """Run the measurements of benchmarks/gpu on a CPU, tiny and interpreted, to try the scripts."""
+    session.install("-c", "constraints.txt", "-e", "packages/hatnet-core", "-e", "packages/hatnet-train[all]")
+    environment = {"HATNET_GPU_DRY": "1", "OUT": session.create_tmp(), "PYTHON": "python"}
+    session.run("bash", "benchmarks/gpu/check.sh", *session.posargs, env=environment, external=True)
+    if not session.posargs:
+        environment["PYTHONPATH"] = "packages/hatnet-core/src"
+        session.run("python", "benchmarks/gpu/accuracy.py", "--epochs", "1", "--seeds", "2", env=environment)
+
+
+@nox.session
 def bench_guard(session: nox.Session) -> None:
     """Measure the ratios of "bench(core)" again; fails where one is 15 % behind the latest that is recorded."""
     session.install("-c", "constraints.txt", *BENCHMARKS["core"])

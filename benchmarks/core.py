@@ -17,10 +17,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 from contenders import Plan
 from measure_deployment import measure_deployment
-from measure_gpu_model import measure_gpu
 from measure_inference import measure_bfloat16, measure_inference, measure_resolution, measure_variants
 from measure_parts import measure_parts
 from measure_steps import measure_steps
@@ -39,11 +37,7 @@ MEASUREMENTS: dict[str, Callable[[Plan], Measurement]] = {
     "parts": measure_parts,
     "resolution": measure_resolution,
     "deployment": measure_deployment,
-    "gpu": measure_gpu,
 }
-
-ON_GPU = ("parts", "gpu")
-"""What is measured on a GPU; all but the last of them also on a CPU, and all others only there."""
 
 LOSS = 0.15
 """How much smaller than recorded a ratio may be."""
@@ -54,7 +48,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("chosen", nargs="*", metavar="MEASUREMENT", help=f"any of {', '.join(MEASUREMENTS)}")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--rounds", type=whole(1), default=7, help="turns of each contender (default: %(default)s)")
     parser.add_argument("--against", metavar="FILE", type=Path, help="a report, .json, whose ratios must be kept")
     args = parser.parse_args()
@@ -62,15 +55,9 @@ def main() -> int:
         parser.error(f"no measurement {sorted(unknown)[0]}; expected any of {', '.join(MEASUREMENTS)}")
     if args.against is not None and not args.against.is_file():
         parser.error(f"no report {args.against}")
-    if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
-        parser.error(f"cannot measure on {args.device!r}; expected cpu" + ", or cuda where there is a GPU")
-    here = [name for name in MEASUREMENTS if (name in ON_GPU if args.device == "cuda" else name != "gpu")]
-    if elsewhere := set(args.chosen) - set(here):
-        parser.error(f"{sorted(elsewhere)[0]} is not measured on {args.device}; expected any of {', '.join(here)}")
-    chosen = [name for name in here if name in args.chosen] or here
-    part = [*["gpu"] * (args.device == "cuda"), *(chosen if args.chosen else [])]
-    report = Report(args.out, "core", part, PACKAGES)
-    plan = Plan(rounds=args.rounds, device=torch.device(args.device))
+    chosen = [name for name in MEASUREMENTS if name in args.chosen] or list(MEASUREMENTS)
+    report = Report(args.out, "core", chosen if args.chosen else [], PACKAGES)
+    plan = Plan(rounds=args.rounds)
     measured = {name: report.add(name, partial(_in_fresh_process, MEASUREMENTS[name], plan)) for name in chosen}
     print(f"\nwrote {report.path('.json')} and {report.path('.md')}")
     return 0 if args.against is None else _behind(measured, json.loads(args.against.read_text(encoding="utf-8")))

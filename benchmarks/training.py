@@ -1,4 +1,4 @@
-"""Measure training on this machine: data loading, the cost of our loop, checkpoints, two processes, a GPU.
+"""Measure training on this machine: data loading, the cost of our loop, checkpoints, two processes.
 
 Writes OUT/<date>-training.json, a readable .md of the same name and, for the loader, a picture. Close all else that
 runs: the ratios are formed within rounds, but a busy machine still spreads them.
@@ -12,14 +12,13 @@ from pathlib import Path
 
 import measure_checkpoint
 import measure_engine
-import measure_gpu
 import measure_loader
 import measure_scaling
 from report import Report
 from results import Measurement
 from training_steps import leave_launch
 
-NAMES = ("loader", "engine", "checkpoint", "scaling", "gpu")
+NAMES = ("loader", "engine", "checkpoint", "scaling")
 
 PACKAGES = ("hatnet-core", "hatnet-train", "torch", "torchvision", "timm", "deepspeed", "pillow", "scikit-image")
 
@@ -52,7 +51,6 @@ def measurements(report: Report, *, quick: bool) -> dict[str, Callable[[], Measu
             measure_checkpoint.QUICK if quick else measure_checkpoint.Plan()
         ),
         "scaling": lambda: measure_scaling.measure(measure_scaling.QUICK if quick else measure_scaling.Plan()),
-        "gpu": lambda: measure_gpu.measure(measure_gpu.QUICK if quick else measure_gpu.Plan()),
     }
 
 

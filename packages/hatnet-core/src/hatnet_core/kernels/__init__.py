@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hatnet_core.kernels import mlp, reference
 
-MODES = ("auto", "reference", "triton")
+MODES = ("auto", "plain", "reference", "triton")
 
 PART_POSITIONS = 6272
 """Of as many positions of a stage's input, two images of 224×224 at stage 2, the maps of a block fit the cache."""
@@ -39,8 +39,9 @@ def set_kernels(name: str) -> None:
     Args:
         name: ``auto`` picks by device, data type and circumstances, falls back where something does not run, and is
             what to leave it as. ``reference`` computes as plainly as the equations read, in NCHW with the attention
-            weights as a tensor, to compare with; it alone has second and forward-mode derivatives. ``triton`` is
-            ``auto`` that does not fall back on a GPU where the Triton kernels fail.
+            weights as a tensor, to compare with; it alone has second and forward-mode derivatives. ``plain`` uses
+            PyTorch's layers and its fused attention in the layout of the input. ``triton`` is ``auto`` that also runs
+            the Triton kernels in Triton's interpreter.
 
     Raises:
         ValueError: if ``name`` is another.
@@ -215,7 +216,7 @@ def _path(x: Tensor) -> str:
 
     Triton's modules are imported where it is chosen, by statements that compilers follow; Triton may not be there.
     """
-    if _mode == "reference" or torch.compiler.is_exporting() or torch._C._get_tracing_state():
+    if _mode in ("reference", "plain") or torch.compiler.is_exporting() or torch._C._get_tracing_state():
         return ""
     if not _is_plain(x):
         return ""
