@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -23,6 +24,11 @@ triton = pytest.importorskip("triton", reason="Triton is not made for this platf
 from hatnet_core import HATNet, set_kernels  # noqa: E402
 from hatnet_core.kernels import triton_attention, triton_depthwise, triton_group_norm, triton_pool  # noqa: E402
 
+
+def release(package):
+    return tuple(int(part) for part in version(package).split(".")[:2])
+
+
 elsewhere = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="runs in the process that the first test starts"
 )
@@ -33,7 +39,18 @@ few = settings(
 )
 
 
+@pytest.fixture(autouse=True)
+def convolutions_in_float32():
+    """Without TensorFloat-32, which cuDNN uses by default."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+@pytest.mark.skipif(
+    release("triton") < (3, 7) and release("numpy") >= (2, 4),
+    reason="this interpreter refuses NumPy's 1-element arrays",
+)
 def test_in_the_interpreter_all_other_tests_pass():
     command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += ["-k", "not in_the_interpreter and not compile_for_ampere and not refused_where"]
