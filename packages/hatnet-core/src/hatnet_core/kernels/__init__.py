@@ -148,9 +148,10 @@ def token_attention(num_heads: int, maps: tuple[Tensor, ...], residual: Tensor |
         side = max(maps[0].shape[2:])
         small = maps[0].shape[2] * maps[0].shape[3] <= triton_attention.POOLED_POSITIONS
         return grid_attention(maps[0], num_heads, side, residual) if small else None
-    if not triton_attention.takes_pooled(*maps, num_heads):
+    q, kv = maps
+    if not triton_attention.takes_pooled(q, kv, num_heads):
         return None
-    return triton_attention.pooled_attention(*maps, num_heads, residual)
+    return triton_attention.pooled_attention(q, kv, num_heads, residual)
 
 
 def average_pool(x: Tensor, pool_size: int) -> Tensor | None:

@@ -18,7 +18,7 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Make the GPU of ``x`` the current one, which Triton launches on."""
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return nullcontext()
-    return torch.cuda.device_of(x)
+    return torch.cuda.device(x.device)
 
 
 def ceil_div(a: int, b: int) -> int:

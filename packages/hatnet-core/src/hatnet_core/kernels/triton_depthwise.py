@@ -196,7 +196,7 @@ def _strips(
             for c in tl.static_range(cols):
                 at = begin - radius * width * channels + (left + c) * channels + channel
                 exists = in_channels & (left + c < width)
-                result = added[c]
+                result: tl.tensor = added[c]
                 if step == "forward":
                     result *= _sigmoid(result, approximate)
                 else:

@@ -292,9 +292,12 @@ def _sum_splits(
     weighted = tl.zeros([128, block_c], tl.float32)
     for first in range(0, rows, 128):
         row = first + tl.arange(0, 128)
-        at, seen = row[:, None] * channels + channel[None, :], (row < rows)[:, None] & in_channels
+        at = row.to(tl.int64)[:, None] * channels + channel[None, :]
+        seen = (row < rows)[:, None] & in_channels
         plain += tl.load(by_channel + at, mask=seen, other=0.0)
-        weighted += tl.load(by_channel + rows.to(tl.int64) * channels + at, mask=seen, other=0.0)
+        weighted += tl.load(
+            by_channel + (row.to(tl.int64) + rows)[:, None] * channels + channel[None, :], mask=seen, other=0.0
+        )
     in_channels = channel < channels
     tl.store(of_bias + channel, tl.sum(plain, axis=0).to(of_bias.dtype.element_ty), mask=in_channels)
     tl.store(of_weight + channel, tl.sum(weighted, axis=0).to(of_weight.dtype.element_ty), mask=in_channels)
