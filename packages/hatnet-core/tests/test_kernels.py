@@ -220,11 +220,12 @@ REPLACEMENTS = {
     "depthwise of 3×5": ("dwconv", lambda: nn.Conv2d(32, 32, (3, 5), padding=(1, 2), groups=32, bias=False)),
     "not depthwise": ("dwconv", lambda: nn.Conv2d(32, 32, 3, padding=1, bias=False)),
     "project with a bias": ("project", lambda: nn.Conv2d(32, 8, 1)),
-    "GELU by tanh": ("act", lambda: nn.GELU("tanh")),
-    "another activation": ("act", nn.ReLU),
-    "no dropout": ("drop", nn.Identity),
-    "another dropout": ("drop", lambda: nn.Dropout(0.0)),
-    "a layer in place of the dropout": ("drop", lambda: nn.Hardtanh(-0.1, 0.1)),
+    "GELU by tanh": ("act1", lambda: nn.GELU("tanh")),
+    "another activation": ("act1", nn.ReLU),
+    "another second activation": ("act2", nn.GELU),
+    "no dropout": ("drop1", nn.Identity),
+    "another dropout": ("drop1", lambda: nn.Dropout(0.0)),
+    "a layer in place of the dropout": ("drop1", lambda: nn.Hardtanh(-0.1, 0.1)),
 }
 
 
@@ -234,13 +235,13 @@ def test_a_layer_of_the_mlp_that_was_replaced_does_what_it_is(name, training):
     layer, (attribute, build) = Mlp(8, 4).train(training), REPLACEMENTS[name]
     setattr(layer, attribute, build())
     x = torch.randn(2, 8, 6, 7)
-    out = layer.project(layer.drop(layer.act(layer.dwconv(layer.act(layer.expand(layer.norm(x)))))))
-    torch.testing.assert_close(layer(x), layer.drop(layer.out_norm(out)))
+    out = layer.project(layer.drop1(layer.act2(layer.dwconv(layer.act1(layer.expand(layer.norm(x)))))))
+    torch.testing.assert_close(layer(x), layer.drop2(layer.out_norm(out)))
 
 
 def test_dropout_that_alone_is_in_training_drops():
     layer = Mlp(8, 4, proj_drop_rate=0.5).eval()
-    layer.drop.train()
+    layer.drop1.train()
     layer.out_norm = nn.Identity()
     x = torch.randn(2, 8, 6, 6)
     outputs = []

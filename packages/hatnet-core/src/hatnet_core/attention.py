@@ -10,14 +10,12 @@ symbolic they take the masked way, which is right at any size, instead of asking
 
 from __future__ import annotations
 
-import operator
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hatnet_core import kernels
+from hatnet_core.config import positive_int as positive_int  # for hatnet-analysis, too
 from hatnet_core.layers import GroupNorm
 
 
@@ -254,24 +252,6 @@ class WindowAttention(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this layer."""
         return f"num_heads={self.num_heads}, window_size={self.window_size}, shift={self.shift}"
-
-
-def as_index(value: Any) -> int:
-    """An integer of any kind, NumPy's among them, as an int; TypeError for a bool and all else."""
-    if isinstance(value, bool):
-        raise TypeError(f"{value!r} is not an integer")
-    return operator.index(value)
-
-
-def positive_int(name: str, value: int) -> int:
-    """``value`` as an int; ValueError naming it unless it is an integer of at least 1."""
-    try:
-        number = as_index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return number
 
 
 def _num_heads(dim: int, head_dim: int) -> int:

@@ -11,7 +11,6 @@ A file passes two steps: :func:`read_state` (out of its wrapping, under our name
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import logging
 import math
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hatnet_core.__about__ import __version__
+from hatnet_core.config import TRAINED, HATNetConfig
 from hatnet_core.model import HATNet
 from hatnet_core.released_names import rename_released
 from hatnet_core.variants import MIN_SIZE, list_models, model_arguments
@@ -48,18 +48,6 @@ SIZE = 224
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What parameters may be stored as."""
-
-ARCHITECTURE = (
-    "embed_dims",
-    "depths",
-    "head_dim",
-    "kernel_sizes",
-    "mlp_ratios",
-    "attention",
-    "activation",
-    "depthwise",
-)
-"""Arguments of :class:`HATNet` that weights are trained for; the others can change around them."""
 
 
 def save_checkpoint(model: HATNet, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
@@ -442,10 +430,9 @@ def _body_shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 def variant_name(config: Mapping[str, Any]) -> str | None:
     """The name of the paper's model that ``config`` is, up to what can change around the weights; None if none."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(HATNet).parameters.items()}
     for name in list_models(ablations=True):
-        arguments = {**defaults, **model_arguments(name)}
-        if all(config[key] == arguments[key] for key in ARCHITECTURE):
+        arguments = HATNetConfig(**model_arguments(name))
+        if all(config[key] == arguments[key] for key in TRAINED):
             return name
     return None
 

@@ -59,7 +59,7 @@ def smallest_side(model: HATNet) -> int:
     of dense tasks.
     """
     reductions = [info["reduction"] for info in model.feature_info]
-    pools = [*model.config["pool_sizes"], 1]
+    pools = [*model.config.pool_sizes, 1]
     return max(reduction * pool for reduction, pool in zip(reductions, pools, strict=True))
 
 

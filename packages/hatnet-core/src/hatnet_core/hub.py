@@ -147,7 +147,7 @@ class HubHATNet(
     def _save_pretrained(self, save_directory: Path) -> None:
         save_checkpoint(self, save_directory / WEIGHTS)
         # what the model is now: set_grid and reset_classifier may have changed what it was built with
-        (save_directory / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        (save_directory / "config.json").write_text(self.config.to_json_string())
 
 
 def _file(name: str, file: str, options: dict[str, Any]) -> Path:

@@ -123,26 +123,28 @@ def grid_attention(qkv: Tensor, num_heads: int, grid_size: int) -> Tensor | None
 def inverted_residual(
     x: Tensor,
     expand: nn.Module,
+    act1: nn.Module,
     depthwise: nn.Module | None,
-    project: nn.Module,
-    activation: nn.Module,
+    act2: nn.Module,
     dropout: nn.Module,
+    project: nn.Module,
 ) -> Tensor:
     """Expand → activation → depthwise → activation → dropout → project, layer by layer where no fast path applies.
 
     Args:
         x: [B, C, H, W].
         expand: 1×1 convolution, C to E·C channels.
-        depthwise: K×K convolution of E·C channels; without it, the activation behind it is left out, too.
-        project: 1×1 convolution, E·C to C channels.
-        activation: SiLU or GELU.
+        act1: SiLU or GELU.
+        depthwise: K×K convolution of E·C channels; without it, ``act2`` is skipped, too.
+        act2: SiLU or GELU.
         dropout: before the projection.
+        project: 1×1 convolution, E·C to C channels.
 
     Returns:
         [B, C, H, W], the dtype of ``x``, under autocast that of autocast.
     """
-    path, name = _path(x), _activation_name(activation)
-    if path and name and _is_depthwise(depthwise) and _keeps_all(dropout):
+    path, name = _path(x), _activation_name(act1)
+    if path and name and name == _activation_name(act2) and _is_depthwise(depthwise) and _keeps_all(dropout):
         if path == "slices" and _is_pointwise(expand) and _is_pointwise(project):
             weights = _common_dtype(x, expand.weight, depthwise.weight, project.weight)
             if weights is not None:
@@ -154,9 +156,9 @@ def inverted_residual(
             if torch.is_autocast_enabled(x.device.type):
                 weight = weight.to(hidden.dtype)
             return project(triton_depthwise.activated_depthwise(hidden, weight))
-    x = activation(expand(x))
+    x = act1(expand(x))
     if depthwise is not None:
-        x = activation(depthwise(x))
+        x = act2(depthwise(x))
     return project(dropout(x))
 
 
