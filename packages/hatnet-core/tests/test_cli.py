@@ -102,11 +102,6 @@ WRONG = [
         "--static has an effect only on a graph or program, not on m.safetensors",
     ),
     (
-        "--variant hatnet_tiny --size 32 --out m.pt2",
-        1,
-        "size must have a side above 32 pixels for these G2, got 32×32",
-    ),
-    (
         "--variant hatnet_tiny --out nowhere/m.onnx",
         1,
         "a file in a folder that exists and can be written, got 'nowhere",
@@ -125,6 +120,12 @@ WRONG = [
     ("--checkpoint text.pth --variant hatnet_tiny --out m.onnx", 1, "text.pth is not a checkpoint of plain tensors"),
     ("--checkpoint cut.safetensors --out m.onnx", 1, "cut.safetensors is not a readable safetensors file"),
     ("--checkpoint w.pth --variant hatnet_small --out m.onnx", 1, "w.pth holds hatnet_tiny with 3 classes; expected"),
+    ("--checkpoint w.pth --variant hatnet_small --out m.onnx", 1, "; name it with --variant hatnet_tiny"),
+    (
+        "--checkpoint w.pth --variant hatnet_tiny --key ema --out m.onnx",
+        1,
+        "w.pth: key must be the place of a HAT",
+    ),
     ("--checkpoint deep.safetensors --out m.onnx", 1, "says that it holds 4000000003 blocks, but has no more than"),
     ("--checkpoint wide.safetensors --out m.onnx", 1, "expected hatnet_tiny with 900000000000 classes"),
     ("--variant hatnet_small_gelu --pretrained --out m.onnx", 1, "no weights were released for 'hatnet_small_gelu'"),

@@ -292,7 +292,8 @@ def _crop(x: Tensor, height: int, width: int) -> Tensor:
 
 def _tokens(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
     """[B, parts·heads·d, H, W] → as many of [B, heads, H·W, d], channels side by side, as fused attention wants."""
-    x = x.flatten(2).transpose(1, 2).contiguous()
+    x = x.flatten(2).transpose(1, 2)
+    x = _copied(x) if torch.compiler.is_exporting() else x.contiguous()
     x = x.reshape(*x.shape[:2], parts, num_heads, x.shape[2] // (parts * num_heads))
     return x.permute(2, 0, 3, 1, 4).unbind(0)
 

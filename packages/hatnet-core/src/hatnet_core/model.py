@@ -324,6 +324,29 @@ def _make_attention(config: HATNetConfig, i: int, j: int) -> nn.Module:
     return HierarchicalAttention(dim, head_dim, config.grid_sizes[i], config.pool_sizes[i], proj_drop_rate)
 
 
+def unwrap(model: Any) -> HATNet:
+    """The :class:`HATNet` inside ``torch.compile``, data parallelism, a moving average or DeepSpeed's engine.
+
+    Raises:
+        TypeError: if ``model`` is none of these, or holds other parameters as well; the message names the remedy.
+    """
+    inner = model
+    while not isinstance(inner, HATNet):
+        wrapped = getattr(inner, "_orig_mod", getattr(inner, "module", None))
+        if not isinstance(wrapped, nn.Module) or len(list(wrapped.parameters())) != len(list(inner.parameters())):
+            raise TypeError(f"model must be a HATNet, got {type(model).__name__}{_way_to_hatnet(inner)}")
+        inner = wrapped
+    return inner
+
+
+def _way_to_hatnet(model: Any) -> str:
+    if hasattr(model, "merge_and_unload"):
+        return "; merge_and_unload() of a PEFT model returns one"
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    name = next((name for name, module in modules if isinstance(module, HATNet)), None)
+    return f"; its {name} is one" if name else ""
+
+
 def stage_indices(indices: int | Sequence[int] | None, count: int = 4) -> list[int]:
     """Stages in order, by timm's rule: a number n means the last n, None all, a negative one is from the end.
 
