@@ -88,6 +88,35 @@ def test_one_onnx_graph_agrees_with_the_model_at_sizes_it_did_not_see(small_mode
     assert largest_difference(small_model, path, UNSEEN) < 1e-4
 
 
+class Images:
+    """One batch, in the form in which onnxruntime's quantisation takes it."""
+
+    def __init__(self):
+        self.images = iter([{"image": torch.randn(4, 3, 64, 96).numpy()}])
+
+    def get_next(self):
+        return next(self.images, None)
+
+
+def test_the_dynamic_onnx_graph_is_quantised_by_onnxruntime_and_runs(small_model, tmp_path):
+    import onnx
+    import onnxruntime
+    from onnxruntime.quantization import quantize_static
+
+    export_onnx(small_model, tmp_path / "m.onnx", (96, 128))
+    image = torch.randn(2, 3, 75, 97)
+    for kinds in (None, ["Conv", "Gemm"]):  # all that it can, and what the weights are in
+        quantize_static(tmp_path / "m.onnx", tmp_path / "q.onnx", Images(), op_types_to_quantize=kinds)
+        assert any(node.op_type == "QuantizeLinear" for node in onnx.load(tmp_path / "q.onnx").graph.node)
+        session = onnxruntime.InferenceSession(tmp_path / "q.onnx", providers=["CPUExecutionProvider"])
+        logits = torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+        assert logits.shape == (2, 5)
+        assert logits.isfinite().all()
+    with torch.no_grad():
+        expected = small_model(image)
+    assert (logits - expected).norm() < 0.1 * expected.norm()
+
+
 def test_the_largest_difference_sees_other_weights(small_model, tmp_path):
     torch.export.save(export_program(small_model, (64, 64), static=True), tmp_path / "m.pt2")
     assert largest_difference(small_model, tmp_path / "m.pt2", [(1, 64, 64)]) < 1e-5

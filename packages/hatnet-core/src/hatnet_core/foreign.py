@@ -112,7 +112,8 @@ def find_weights(content: Any) -> Iterator[Weights]:
 
 def _state_dicts(content: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
     """Every dict of names to tensors, at any depth, with the keys that lead there; none of an optimizer's."""
-    waiting, seen = [((), content)], set()
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    seen = set()
     while waiting:
         keys, value = waiting.pop(0)
         if not isinstance(value, Mapping) or id(value) in seen:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from hatnet_core.checkpoint import (
     WEIGHTS,
@@ -166,7 +167,12 @@ def _file(name: str, file: str, options: dict[str, Any]) -> Path:
     if not folder.is_dir():
         if folder.is_absolute() or name.startswith("."):
             raise FileNotFoundError(f"no folder {name}: expected one of save_pretrained, or a name on the hub")
-        return Path(hf_hub_download(name, file, **options))
+        try:
+            return Path(hf_hub_download(name, file, **options))
+        except OSError as error:  # of the hub, of the network: without the traceback of each attempt
+            reason = str(error).strip().partition("\n")[0]
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError | EntryNotFoundError) else OSError
+        raise kind(f"could not get {file} of {name} from the hub, and there is no such folder: {reason}")
     if not (folder / file).is_file():
         raise FileNotFoundError(f"no {file} in {name}: expected a folder of save_pretrained")
     return folder / file

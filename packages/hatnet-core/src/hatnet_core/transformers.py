@@ -74,7 +74,7 @@ class HATNetBackbone(BackboneMixin, PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_context_parallel = False  # the positions of one image attend to each other
-    _no_split_modules = ("Block",)
+    _no_split_modules = {"Block"}  # noqa: RUF012  transformers' interface
 
     def __init__(self, config: HATNetConfig) -> None:
         super().__init__(config)

@@ -1,8 +1,8 @@
 """Fast paths of the model: which one runs for which input, and the one switch that chooses (:func:`set_kernels`).
 
 ``reference.py`` holds the attention as the equations read, ``mlp.py`` the MLP in slices for CPUs, ``triton_*.py`` the
-kernels for GPUs. Nothing here changes a number beyond rounding. Fast paths are left out while a model is traced or
-exported, under ``torch.func``, and for a layer that somebody listens to or has replaced.
+kernels for GPUs. Nothing here changes a number beyond rounding. Fast paths are skipped while a model is traced or
+exported, under ``torch.func`` and dispatch or function modes, and for a layer that has hooks or was replaced.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from hatnet_core.kernels import mlp, reference
 
@@ -177,7 +178,7 @@ def _path(x: Tensor) -> str:
     """
     if _mode == "reference" or torch.compiler.is_exporting() or torch._C._get_tracing_state():
         return ""
-    if not _is_plain(x):
+    if not _is_plain(x) or _is_watched():
         return ""
     if x.device.type == "cuda":
         path = "triton" if _runs_on(x.device) else ""
@@ -191,6 +192,19 @@ def _is_plain(x: Tensor) -> bool:
     if type(x) not in (Tensor, nn.Parameter):
         return False
     return torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _is_watched() -> bool:
+    """A transform of torch.func, or a mode other than that of a default device, sees or replaces every operation.
+
+    Parameters may then be of a kind of their own, even where ``x`` is not. torch has no public names for these.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
+        return True
+    modes = (torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack()))
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
 def _keeps_gradients(tensors: Iterable[Tensor]) -> bool:
