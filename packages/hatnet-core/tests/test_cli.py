@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hatnet_core import create_model, read_metadata, save_checkpoint
 from hatnet_core.cli import main, parser
@@ -56,6 +56,23 @@ def test_a_checkpoint_is_traced_at_the_size_it_was_trained_with(small_model, tmp
     save_checkpoint(small_model, tmp_path / "m.safetensors", {"image_size": 64, "classes": ["a", "b"]})
     assert status(["--checkpoint", tmp_path / "m.safetensors", "--static", "--out", tmp_path / "m.pt2"]) == 0
     assert "at inputs 1×3×64×64" in capsys.readouterr().out
+
+
+def test_a_run_at_32_pixels_is_exported_with_the_defaults_and_runs_at_32_pixels(small_model, tmp_path, capsys):
+    save_checkpoint(small_model, tmp_path / "model.safetensors", {"image_size": 32})
+    assert status(["--checkpoint", tmp_path, "--out", tmp_path / "m.pt2"]) == 0
+    assert "at inputs 1×3×32×32, 2×3×64×128" in capsys.readouterr().out
+    assert largest_difference(small_model, tmp_path / "m.pt2", [(1, 32, 32), (2, 75, 81)]) < 1e-4
+
+
+def test_another_set_of_weights_of_a_file_is_exported_by_its_key(tmp_path):
+    model = create_model("hatnet_tiny", num_classes=3)
+    average = {name: torch.full_like(t, 0.5) for name, t in model.state_dict().items()}
+    torch.save({"model": model.state_dict(), "model_ema": average}, tmp_path / "t.pth")
+    out = tmp_path / "t.safetensors"
+    arguments = ["--checkpoint", tmp_path / "t.pth", "--variant", "hatnet_tiny", "--key", "model_ema", "--out", out]
+    assert status(arguments) == 0
+    assert (load_file(out)["head.bias"] == 0.5).all()
 
 
 @pytest.mark.parametrize("side", [31, 4097, 64.0, "64", None])
