@@ -62,6 +62,10 @@ def with_pruning(model):
     prune.l1_unstructured(model.stem.conv2, "weight", 0.5)
 
 
+def with_compiled_stage(model):
+    model.stages[1] = compiled(model.stages[1])
+
+
 def with_grid(model):
     model.stages[0].blocks[0].attn.grid_size = 4
 
@@ -88,6 +92,7 @@ REFUSED = {
     with_lora: r"base_layer.*: call merge_and_unload\(\)",
     with_parametrization: r"stem\.conv2\.parametrizations.*: call .*remove_parametrizations\(\)",
     with_pruning: r"stem\.conv2\.weight_orig.*: call torch\.nn\.utils\.prune\.remove",
+    with_compiled_stage: r"unknown stages\.1\._orig_mod.*: compile its parts in place",
     with_grid: r"stages\.0\.blocks\.0\.attn is .*grid_size=4.* and should be .*grid_size=8.*: call set_grid\(\)",
     with_activation: r"stages\.1\.blocks\.0\.mlp\.act2 is ReLU\(\) and should be SiLU\(\): torch\.save\(\)",
     with_nan: r"not finite in stem\.conv1\.bias: ",

@@ -41,11 +41,11 @@ SIZE = 224
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What parameters may be stored as."""
 
-
 REMEDIES = (
     ("lora_", "call merge_and_unload() of the PEFT model"),
     (".base_layer.", "call merge_and_unload() of the PEFT model"),
     ("parametrizations", "call torch.nn.utils.parametrize.remove_parametrizations()"),
+    ("_orig_mod", "compile its parts in place, by module.compile()"),
     ("_orig", "call torch.nn.utils.prune.remove()"),
     ("DTensor", "gather it, by get_model_state_dict(full_state_dict=True) into a model that is not sharded"),
     ("meta device", "give it storage, by to_empty(), and load weights"),
@@ -277,7 +277,7 @@ def build_loaded(
     adapted = _adapt_in_chans(state, model.in_chans, path)
     _check_same_parameters(model.state_dict(), adapted, path, "name it with variant={}")
     model.to_empty(device=device)
-    _load_state(model, state, path)
+    _load_state(model, adapted, path)
     return model
 
 
