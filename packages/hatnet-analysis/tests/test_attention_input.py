@@ -31,7 +31,7 @@ def test_a_checkpoint_says_which_model_it_is_and_how_images_are_normalised(tmp_p
     torch.save(model.state_dict(), tmp_path / "foreign.pth")
     loaded, _ = read_model(tmp_path / "foreign.pth", "hatnet_tiny")
     torch.testing.assert_close(loaded.state_dict(), model.state_dict())
-    with pytest.raises(ValueError, match=r"foreign\.pth does not say which model it holds: name it with --variant"):
+    with pytest.raises(ValueError, match=r"foreign\.pth does not say which model it holds: name it with variant=NAME"):
         read_model(tmp_path / "foreign.pth", None)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         read_model(tmp_path / "absent.pth", "hatnet_tiny")

@@ -77,7 +77,10 @@ def test_another_variant_is_refused_and_nothing_is_loaded(released_files):
 
 def test_another_variant_is_told_from_a_damaged_file_by_a_short_message(tmp_path):
     save_checkpoint(create_model("hatnet_tiny"), tmp_path / "tiny.safetensors")
-    expected = r"tiny.safetensors holds hatnet_tiny; expected hatnet_small: missing .* and 60 more; .* and 260 more$"
+    expected = (
+        r"tiny.safetensors holds hatnet_tiny; expected hatnet_small: missing .* and 60 more; .* and 260 more; "
+        r"create_model\('hatnet_tiny'\) builds that$"
+    )
     with pytest.raises(ValueError, match=expected):
         load_checkpoint(create_model("hatnet_small", num_classes=10), tmp_path / "tiny.safetensors", drop_head=True)
 
@@ -257,12 +260,13 @@ def test_a_pruned_model_is_not_saved(small_model, tmp_path):
         save_checkpoint(small_model, tmp_path / "m.safetensors")
 
 
-def test_every_missing_name_is_listed(small_model, tmp_path):
+def test_of_many_missing_names_the_first_and_their_number_are_given(small_model, tmp_path):
     save_file({"stem.conv2.weight": small_model.stem.conv2.weight.detach()}, tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match="missing ") as error:
+    with pytest.raises(ValueError, match=r"missing head\.bias, head\.weight, .* and (\d+) more$") as error:
         load_checkpoint(small_model, tmp_path / "m.safetensors")
-    listed = str(error.value).partition("missing ")[2].split(", ")
-    assert listed == sorted(name for name, _ in small_model.named_parameters() if name != "stem.conv2.weight")
+    missing = len(list(small_model.parameters())) - 1
+    assert str(error.value).endswith(f" and {missing - 3} more")
+    assert len(str(error.value)) < 500
 
 
 def test_values_that_overflow_the_dtype_of_the_model_are_refused(small_model, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hatnet_core import create_model, read_metadata, save_checkpoint
 from hatnet_core.cli import main, parser
@@ -58,6 +58,23 @@ def test_a_checkpoint_is_traced_at_the_size_it_was_trained_with(small_model, tmp
     assert "at inputs 1×3×64×64" in capsys.readouterr().out
 
 
+def test_a_run_at_32_pixels_is_exported_with_the_defaults_and_runs_at_32_pixels(small_model, tmp_path, capsys):
+    save_checkpoint(small_model, tmp_path / "model.safetensors", {"image_size": 32})
+    assert status(["--checkpoint", tmp_path, "--out", tmp_path / "m.pt2"]) == 0
+    assert "at inputs 1×3×32×32, 2×3×64×128" in capsys.readouterr().out
+    assert largest_difference(small_model, tmp_path / "m.pt2", [(1, 32, 32), (2, 75, 81)]) < 1e-4
+
+
+def test_another_set_of_weights_of_a_file_is_exported_by_its_key(tmp_path):
+    model = create_model("hatnet_tiny", num_classes=3)
+    average = {name: torch.full_like(t, 0.5) for name, t in model.state_dict().items()}
+    torch.save({"model": model.state_dict(), "model_ema": average}, tmp_path / "t.pth")
+    out = tmp_path / "t.safetensors"
+    arguments = ["--checkpoint", tmp_path / "t.pth", "--variant", "hatnet_tiny", "--key", "model_ema", "--out", out]
+    assert status(arguments) == 0
+    assert (load_file(out)["head.bias"] == 0.5).all()
+
+
 @pytest.mark.parametrize("side", [31, 4097, 64.0, "64", None])
 def test_a_checkpoint_of_no_usable_size_is_refused_by_name(side, small_model, tmp_path, capsys):
     save_checkpoint(small_model, tmp_path / "m.safetensors", {"image_size": side})
@@ -102,11 +119,6 @@ WRONG = [
         "--static has an effect only on a graph or program, not on m.safetensors",
     ),
     (
-        "--variant hatnet_tiny --size 32 --out m.pt2",
-        1,
-        "size must have a side above 32 pixels for these G2, got 32×32",
-    ),
-    (
         "--variant hatnet_tiny --out nowhere/m.onnx",
         1,
         "a file in a folder that exists and can be written, got 'nowhere",
@@ -125,6 +137,12 @@ WRONG = [
     ("--checkpoint text.pth --variant hatnet_tiny --out m.onnx", 1, "text.pth is not a checkpoint of plain tensors"),
     ("--checkpoint cut.safetensors --out m.onnx", 1, "cut.safetensors is not a readable safetensors file"),
     ("--checkpoint w.pth --variant hatnet_small --out m.onnx", 1, "w.pth holds hatnet_tiny with 3 classes; expected"),
+    ("--checkpoint w.pth --variant hatnet_small --out m.onnx", 1, "; name it with --variant hatnet_tiny"),
+    (
+        "--checkpoint w.pth --variant hatnet_tiny --key ema --out m.onnx",
+        1,
+        "w.pth: key must be the place of a HAT",
+    ),
     ("--checkpoint deep.safetensors --out m.onnx", 1, "says that it holds 4000000003 blocks, but has no more than"),
     ("--checkpoint wide.safetensors --out m.onnx", 1, "expected hatnet_tiny with 900000000000 classes"),
     ("--variant hatnet_small_gelu --pretrained --out m.onnx", 1, "no weights were released for 'hatnet_small_gelu'"),

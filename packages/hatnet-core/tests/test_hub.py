@@ -1,6 +1,7 @@
 import base64
 import http.server
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -100,6 +101,31 @@ def test_a_configuration_that_describes_no_hatnet_is_refused(content, message, m
 def test_a_folder_that_is_not_there_is_refused_before_the_hub_is_asked(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path}/nowhere"):
         HubHATNet.from_pretrained(tmp_path / "nowhere")
+
+
+OFFLINE = """
+import sys
+from hatnet_core.hub import HubHATNet
+HubHATNet.from_pretrained("someone/digits")
+"""
+
+
+def test_a_hub_that_cannot_be_reached_ends_in_one_short_error(tmp_path):
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", OFFLINE], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert re.match(r"\w*Error: could not get config\.json of someone/digits from the hub", last)
+    assert result.stderr.count("Traceback") == 1
+
+
+def test_loading_draws_no_weights(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    before = torch.random.get_rng_state()
+    again = HubHATNet.from_pretrained(tmp_path, map_location="cpu")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), model.parameters(), strict=True))
+    assert HubHATNet.from_pretrained(tmp_path, map_location="cpu").stem.conv1.weight.requires_grad
 
 
 def test_a_failed_save_leaves_the_model_that_was_there(model, tmp_path):

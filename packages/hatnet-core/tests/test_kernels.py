@@ -1,5 +1,6 @@
 """The fast paths: the same numbers as the plain reference, whatever is asked of a model, and nothing wide kept."""
 
+import collections
 import warnings
 
 import pytest
@@ -220,11 +221,12 @@ REPLACEMENTS = {
     "depthwise of 3×5": ("dwconv", lambda: nn.Conv2d(32, 32, (3, 5), padding=(1, 2), groups=32, bias=False)),
     "not depthwise": ("dwconv", lambda: nn.Conv2d(32, 32, 3, padding=1, bias=False)),
     "project with a bias": ("project", lambda: nn.Conv2d(32, 8, 1)),
-    "GELU by tanh": ("act", lambda: nn.GELU("tanh")),
-    "another activation": ("act", nn.ReLU),
-    "no dropout": ("drop", nn.Identity),
-    "another dropout": ("drop", lambda: nn.Dropout(0.0)),
-    "a layer in place of the dropout": ("drop", lambda: nn.Hardtanh(-0.1, 0.1)),
+    "GELU by tanh": ("act1", lambda: nn.GELU("tanh")),
+    "another activation": ("act1", nn.ReLU),
+    "another second activation": ("act2", nn.GELU),
+    "no dropout": ("drop1", nn.Identity),
+    "another dropout": ("drop1", lambda: nn.Dropout(0.0)),
+    "a layer in place of the dropout": ("drop1", lambda: nn.Hardtanh(-0.1, 0.1)),
 }
 
 
@@ -234,13 +236,13 @@ def test_a_layer_of_the_mlp_that_was_replaced_does_what_it_is(name, training):
     layer, (attribute, build) = Mlp(8, 4).train(training), REPLACEMENTS[name]
     setattr(layer, attribute, build())
     x = torch.randn(2, 8, 6, 7)
-    out = layer.project(layer.drop(layer.act(layer.dwconv(layer.act(layer.expand(layer.norm(x)))))))
-    torch.testing.assert_close(layer(x), layer.drop(layer.out_norm(out)))
+    out = layer.project(layer.drop1(layer.act2(layer.dwconv(layer.act1(layer.expand(layer.norm(x)))))))
+    torch.testing.assert_close(layer(x), layer.drop2(layer.out_norm(out)))
 
 
 def test_dropout_that_alone_is_in_training_drops():
     layer = Mlp(8, 4, proj_drop_rate=0.5).eval()
-    layer.drop.train()
+    layer.drop1.train()
     layer.out_norm = nn.Identity()
     x = torch.randn(2, 8, 6, 6)
     outputs = []
@@ -441,3 +443,50 @@ def test_kernels_that_do_not_run_on_a_gpu_are_left_out_with_one_warning(monkeypa
     monkeypatch.setattr(kernels, "_mode", "triton")
     with pytest.raises(RuntimeError, match="no compiler"):
         kernels._runs_on(device)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_an_ensemble_of_models_runs_under_vmap_over_their_parameters(gradients):
+    models = [HATNet(**SMALL, num_classes=5).eval().requires_grad_(gradients) for _ in range(3)]
+    parameters, _ = torch.func.stack_module_state(models)
+    x = torch.randn(2, 3, 96, 96)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch, about speed
+        out = torch.func.vmap(lambda weights: torch.func.functional_call(models[0], weights, (x,)))(parameters)
+    torch.testing.assert_close(out, torch.stack([model(x) for model in models]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_flop_counter_sees_the_convolutions_of_the_mlp(small_model):
+    mlp, x = small_model.stages[0].blocks[0].mlp, torch.randn(1, 8, 16, 16)
+    hidden = mlp.expand.out_channels
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients), FlopCounterMode(display=False) as counter:
+            mlp(x)
+        assert counter.get_total_flops() == 2 * 16 * 16 * hidden * (8 + 9 + 8)
+
+
+def test_a_function_mode_sees_the_convolutions_and_a_default_device_keeps_the_fast_path(small_model):
+    seen = []
+
+    class Recorder(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    mlp, x = small_model.stages[0].blocks[0].mlp, torch.randn(1, 8, 16, 16)
+    with torch.no_grad(), Recorder():
+        mlp(x)
+    assert seen.count(F.conv2d) == 3
+    with torch.device("cpu"):
+        assert kernels._path(x) == "slices"
+
+
+def test_no_module_is_called_twice_in_a_forward(small_model):
+    calls = collections.Counter()
+    for name, module in small_model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    with torch.no_grad():
+        small_model(torch.randn(1, 3, 64, 64))
+    assert set(calls.values()) == {1}
+    called = {name for name, module in small_model.named_modules() if not isinstance(module, nn.ModuleList)}
+    assert calls.keys() == called

@@ -2,6 +2,8 @@ import hashlib
 import http.server
 import io
 import re
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -160,3 +162,23 @@ def test_a_bit_that_flipped_on_the_way_is_refused(weights_server, hub):
 def test_models_without_released_weights_say_so(name):
     with pytest.raises(ValueError, match=f"no weights were released for '{name}'; released: hatnet_tiny"):
         create_model(name, pretrained=True)
+
+
+OFFLINE = """
+import sys
+import hatnet_core, hatnet_core.timm, timm
+create = timm.create_model if sys.argv[1] == "timm" else hatnet_core.create_model
+create("hatnet_tiny", pretrained=True)
+"""
+
+
+@pytest.mark.parametrize("library", ["timm", "hatnet_core"])
+def test_offline_the_released_weights_end_in_one_short_error_with_the_way_out(library, tmp_path):
+    environment = {"HATNET_WEIGHTS_URL": "http://127.0.0.1:9", "TORCH_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", OFFLINE, library], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert re.match(r"OSError: could not download http://127\.0\.0\.1:9/HAT-Net_Tiny\.pth: .*refused", last)
+    assert "set HATNET_WEIGHTS_URL" in last
+    assert str(tmp_path / "hub" / "checkpoints") in last
+    assert result.stderr.count("Traceback") == 1

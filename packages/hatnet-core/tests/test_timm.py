@@ -125,6 +125,24 @@ def test_out_indices_that_are_not_there_are_refused(out_indices):
         timm.create_model("hatnet_tiny", features_only=True, out_indices=out_indices)
 
 
+@pytest.mark.parametrize("feature_cls", ["list", "hook", "getter"])
+@pytest.mark.parametrize("out_indices", [(3, 1), (-1, 1), (1, 3), [3, 1, 3]])
+def test_maps_and_feature_info_agree_whatever_the_order_asked_for(out_indices, feature_cls):
+    model = timm.create_model("hatnet_tiny", features_only=True, out_indices=out_indices, feature_cls=feature_cls)
+    with torch.no_grad():
+        maps = model.eval()(torch.randn(1, 3, 64, 64))
+    assert model.feature_info.channels() == [m.shape[1] for m in maps] == [96, 384]
+    assert model.feature_info.reduction() == [64 // m.shape[2] for m in maps] == [8, 32]
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+def test_a_model_is_built_on_the_device_and_in_the_dtype_asked_for(features_only):
+    model = timm.create_model("hatnet_tiny", device="meta", dtype=torch.bfloat16, features_only=features_only)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    plain = timm.create_model("hatnet_tiny", device="cpu", features_only=features_only)
+    assert {(p.device.type, p.dtype) for p in plain.parameters()} == {("cpu", torch.float32)}
+
+
 @every_model
 def test_intermediates_come_as_a_pair_with_the_final_features(name):
     model = timm.create_model(name).eval()

@@ -4,7 +4,7 @@ from torch.export import Dim
 from transformers import AutoBackbone, AutoConfig, UperNetConfig, UperNetForSemanticSegmentation
 
 from conftest import SMALL
-from hatnet_core import HATNet, load_checkpoint, save_checkpoint
+from hatnet_core import HATNet, create_model, load_checkpoint, save_checkpoint
 from hatnet_core.transformers import HATNetBackbone, HATNetConfig
 
 
@@ -105,3 +105,45 @@ def test_it_exports_with_dynamic_sizes(backbone):
     image = torch.randn(1, 3, 75, 50)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(image).feature_maps, backbone(image).feature_maps)
+
+
+def test_sdpa_can_be_asked_for_and_flash_attention_is_refused(backbone, tmp_path):
+    backbone.save_pretrained(tmp_path)
+    again = HATNetBackbone.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert again.config._attn_implementation == "sdpa"
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(image).feature_maps[0], backbone(image).feature_maps[0])
+    with pytest.raises(ValueError, match="Flash Attention"):
+        HATNetBackbone.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+
+
+def test_the_configuration_has_the_arguments_of_hatnet_and_its_defaults():
+    model = create_model("hatnet_small", num_classes=0)
+    arguments = HATNetConfig().hatnet_arguments()
+    assert arguments == {name: model.config[name] for name in arguments}
+    assert {"global_pool", "drop_rate"} == model.config.keys() - arguments.keys()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.pin_memory:UserWarning")
+def test_trainer_of_transformers_trains_and_saves_a_hatnet(small_model, tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    class ClassTrainer(Trainer):
+        def compute_loss(self, model, inputs, **_):
+            return torch.nn.functional.cross_entropy(model(inputs["x"]), inputs["labels"])
+
+    data = [{"x": torch.randn(3, 32, 32), "labels": i % 5} for i in range(8)]
+    options = {"report_to": [], "use_cache": False, "use_cpu": True, "remove_unused_columns": False}
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=4, **options)
+    before, arguments_before = small_model.head.weight.clone(), dict(small_model.config)
+    trainer = ClassTrainer(small_model, arguments, train_dataset=data)
+    assert trainer.train().training_loss > 0
+    assert not torch.equal(small_model.head.weight, before)
+    assert small_model.config.use_cache is False
+    assert small_model.config == arguments_before
+    trainer.save_model(tmp_path / "saved")
+    again = HATNet(**small_model.config)
+    assert load_checkpoint(again, tmp_path / "saved") == []
+    assert torch.equal(again.head.weight, small_model.head.weight)

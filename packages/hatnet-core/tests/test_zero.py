@@ -88,7 +88,7 @@ def test_a_folder_of_deepspeed_does_not_say_which_model_it_holds(written):
     assert find_metadata(written / "zero3") == {}
     with pytest.raises(ValueError, match=r"zero3 holds no model\.safetensors, which describes its model"):
         read_metadata(written / "zero3")
-    with pytest.raises(ValueError, match="zero3 does not say which model it holds: name it with --variant"):
+    with pytest.raises(ValueError, match="zero3 does not say which model it holds: name it with variant=NAME"):
         load_model(written / "zero3")
 
 

@@ -181,7 +181,7 @@ def test_the_arguments_reach_the_model():
     assert backbone.model.config["grid_sizes"] == (8, 7, 7)
     assert backbone.model.config["pool_sizes"] == (8, 4, 2)
     assert backbone.model.config["in_chans"] == 5
-    assert backbone.model.stages[3].blocks[-1].drop_path.rate == 0.25
+    assert backbone.model.stages[3].blocks[-1].drop_path2.rate == 0.25
 
 
 @pytest.mark.parametrize("name", ["ours.safetensors", "plain.pth"])

@@ -30,7 +30,7 @@ def test_what_a_checkpoint_says_of_itself_counts_also_where_its_variant_is_named
 def test_weights_alone_need_the_variant_and_are_prepared_as_in_the_paper(tmp_path):
     model = create_model("hatnet_tiny", num_classes=7)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights\.pth does not say which model it holds: name it with --variant"):
+    with pytest.raises(ValueError, match=r"weights\.pth does not say which model it holds: name it with variant=NAME"):
         load_classifier(tmp_path / "weights.pth")
     classifier = load_classifier(tmp_path / "weights.pth", "hatnet_tiny")
     assert classifier.classes == [str(i) for i in range(7)]

@@ -11,6 +11,7 @@ from hatnet_core.__about__ import __version__
 if TYPE_CHECKING:
     from hatnet_core.attention import HierarchicalAttention
     from hatnet_core.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+    from hatnet_core.config import HATNetConfig
     from hatnet_core.factory import create_model
     from hatnet_core.kernels import set_kernels
     from hatnet_core.model import HATNet
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "HATNet": "model",
+    "HATNetConfig": "config",
     "HierarchicalAttention": "attention",
     "create_model": "factory",
     "list_models": "variants",
@@ -29,6 +31,7 @@ _MODULES = {
 
 __all__ = [
     "HATNet",
+    "HATNetConfig",
     "HierarchicalAttention",
     "__version__",
     "create_model",

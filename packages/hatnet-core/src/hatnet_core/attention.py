@@ -10,14 +10,12 @@ symbolic they take the masked way, which is right at any size, instead of asking
 
 from __future__ import annotations
 
-import operator
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hatnet_core import kernels
+from hatnet_core.config import positive_int as positive_int  # for hatnet-analysis, too
 from hatnet_core.layers import GroupNorm, Pointwise
 
 
@@ -266,24 +264,6 @@ class WindowAttention(nn.Module):
         return f"num_heads={self.num_heads}, window_size={self.window_size}, shift={self.shift}"
 
 
-def as_index(value: Any) -> int:
-    """An integer of any kind, NumPy's among them, as an int; TypeError for a bool and all else."""
-    if isinstance(value, bool):
-        raise TypeError(f"{value!r} is not an integer")
-    return operator.index(value)
-
-
-def positive_int(name: str, value: int) -> int:
-    """``value`` as an int; ValueError naming it unless it is an integer of at least 1."""
-    try:
-        number = as_index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return number
-
-
 def _num_heads(dim: int, head_dim: int) -> int:
     positive_int("dim", dim)
     positive_int("head_dim", head_dim)
@@ -322,7 +302,8 @@ def _crop(x: Tensor, height: int, width: int) -> Tensor:
 
 def _tokens(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
     """[B, parts·heads·d, H, W] → as many of [B, heads, H·W, d], channels side by side, as fused attention wants."""
-    x = x.flatten(2).transpose(1, 2).contiguous()
+    x = x.flatten(2).transpose(1, 2)
+    x = _copied(x) if torch.compiler.is_exporting() else x.contiguous()
     x = x.reshape(*x.shape[:2], parts, num_heads, x.shape[2] // (parts * num_heads))
     return x.permute(2, 0, 3, 1, 4).unbind(0)
 

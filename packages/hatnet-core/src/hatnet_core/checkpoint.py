@@ -1,8 +1,8 @@
 """Load and save weights: our safetensors files, the checkpoints released with the paper, and what trainers write.
 
 Our files hold the parameters under the names of :class:`HATNet` and, as JSON in the safetensors metadata, the
-configuration that builds the model. The released ``HAT-Net_*.pth`` use names of their own (``released_names.py``).
-Nothing is ever unpickled beyond plain tensors (``weights_only=True``).
+configuration that builds the model. :func:`save_checkpoint` compares the two before it writes. The released
+``HAT-Net_*.pth`` use names of their own (``released_names.py``); ``foreign.py`` finds the weights in any other file.
 
 A file passes two steps: :func:`read_state` (out of its wrapping, under our names) and the checks of
 :func:`load_checkpoint` against the model.
@@ -10,22 +10,23 @@ A file passes two steps: :func:`read_state` (out of its wrapping, under our name
 
 from __future__ import annotations
 
-import argparse
-import inspect
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hatnet_core.__about__ import __version__
-from hatnet_core.model import HATNet
-from hatnet_core.released_names import rename_released
+from hatnet_core.attention import Attention, HierarchicalAttention, WindowAttention
+from hatnet_core.config import TRAINED, HATNetConfig
+from hatnet_core.foreign import choose_weights, import_safetensors, read_content, some
+from hatnet_core.layers import Mlp, Stem
+from hatnet_core.model import HATNet, unwrap
 from hatnet_core.variants import MIN_SIZE, list_models, model_arguments
 from hatnet_core.zero import read_zero
 
@@ -34,59 +35,58 @@ logger = logging.getLogger("hatnet_core")
 WEIGHTS = "model.safetensors"
 """The file of the weights in a folder of hatnet-train, a run or one of its checkpoints."""
 
-WRAPPERS = ("state_dict", "model", "module")
-"""Keys under which trainers store the state dict; ``module`` is DeepSpeed's."""
-
-PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What data-parallel wrappers, ``torch.compile`` and owning modules put before every name."""
-
-BACKBONE_PREFIX = "backbone."
-"""What detectors and segmenters put before the names of their backbone, beside their own."""
-
 SIZE = 224
 """Side in pixels of the images that the paper's models are trained with (Sec. 4.1)."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What parameters may be stored as."""
 
-ARCHITECTURE = (
-    "embed_dims",
-    "depths",
-    "head_dim",
-    "kernel_sizes",
-    "mlp_ratios",
-    "attention",
-    "activation",
-    "depthwise",
+REMEDIES = (
+    ("lora_", "call merge_and_unload() of the PEFT model"),
+    (".base_layer.", "call merge_and_unload() of the PEFT model"),
+    ("parametrizations", "call torch.nn.utils.parametrize.remove_parametrizations()"),
+    ("_orig_mod", "compile its parts in place, by module.compile()"),
+    ("_orig", "call torch.nn.utils.prune.remove()"),
+    ("DTensor", "gather it, by get_model_state_dict(full_state_dict=True) into a model that is not sharded"),
+    ("meta device", "give it storage, by to_empty(), and load weights"),
+    ("not finite", "save a model from before its training diverged"),
+    ("grid_size", "call set_grid()"),
+    ("head.", "call reset_classifier(num_classes)"),
 )
-"""Arguments of :class:`HATNet` that weights are trained for; the others can change around them."""
+"""How to make a model savable, by what its difference from its configuration contains."""
 
 
-def save_checkpoint(model: HATNet, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Write the weights and configuration of ``model`` to a safetensors file, atomically.
 
     Args:
-        model: the model; parameters keep their dtype and are written from any device.
+        model: the model, or one wrapped as :func:`hatnet_core.model.unwrap` undoes; parameters keep their dtype and
+            are written from any device. A ``head`` that was replaced by another ``nn.Linear``, or by
+            ``nn.Identity``, is written with its own number of classes.
         path: the file, ``*.safetensors``; its folder must exist. A file of that name is replaced only when the new
             one is complete.
-        metadata: further values to store beside the configuration, anything JSON can hold.
+        metadata: further values to store with the configuration, anything JSON can hold.
 
     Raises:
         ImportError: if safetensors is not installed.
         FileNotFoundError: if the folder does not exist.
-        ValueError: if ``path`` has another ending, ``metadata`` names ``version``, ``variant`` or ``config``, or
-            stages of the model were pruned.
+        TypeError: if ``model`` is not a :class:`HATNet`.
+        ValueError: if ``path`` has another ending, ``metadata`` names ``version``, ``variant`` or ``config``, or the
+            file could not be loaded: stages were pruned, layers were replaced, wrapped or sharded, or a value is not
+            finite. The message names the difference and the remedy.
     """
-    safetensors_torch = _import_safetensors()
-    path = Path(path)
+    safetensors_torch = import_safetensors()
+    path, model = Path(path), unwrap(model)
     if path.suffix != ".safetensors":
         raise ValueError(f"cannot save {path}: the name must end in .safetensors")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot save {path}: folder {path.parent} does not exist")
-    if len(model.stages) != len(model.config["depths"]):
-        raise ValueError(f"cannot save {path}: the model was pruned to {len(model.stages)} of its stages")
+    try:
+        config = saved_config(model)
+    except ValueError as error:
+        raise ValueError(f"cannot save {path}: {error}") from None
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    record = json.dumps(describe(model.config, metadata or {}))
+    record = json.dumps(describe(config, metadata or {}))
     content = safetensors_torch.save(tensors, {"format": "pt", "hatnet": record})
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -99,8 +99,50 @@ def save_checkpoint(model: HATNet, path: str | Path, metadata: Mapping[str, Any]
         staged.unlink(missing_ok=True)
 
 
+def saved_config(model: HATNet) -> HATNetConfig:
+    """Configuration that rebuilds ``model`` as it is now, its head included.
+
+    Raises:
+        ValueError: naming the first difference and its remedy, if the configuration builds another model.
+    """
+    config = model.config
+    if len(model.stages) != len(config.depths):
+        raise ValueError(f"the model was pruned to {len(model.stages)} of its stages; save it before pruning")
+    if type(model.head) in (nn.Linear, nn.Identity):
+        config = config.replace(num_classes=getattr(model.head, "out_features", 0))
+    with torch.device("meta"):
+        described = HATNet(**config)
+    if difference := "; ".join(_differences_from(described, model)):
+        remedy = next((way for word, way in REMEDIES if word in difference), "torch.save() its state_dict() instead")
+        raise ValueError(f"the model is not the one of its configuration, {difference}: {remedy}")
+    return config
+
+
+def _differences_from(described: HATNet, model: HATNet) -> Iterator[str]:
+    """What would keep ``model`` from coming back: names, shapes, kinds, settings without parameters, values."""
+    state = model.state_dict()
+    yield from _differences(described.state_dict(), state)
+    own, settings = _settings(described), _settings(model)
+    if different := [f"{n} is {settings[n]} and should be {own[n]}" for n in own if settings.get(n, own[n]) != own[n]]:
+        yield some(different)
+    if broken := [name for name, t in state.items() if not _kind(t) and not _is_finite(t)]:
+        yield f"values that are not finite in {some(broken)}"
+
+
+def _settings(model: HATNet) -> dict[str, str]:
+    """Settings of the attentions and activations by name; no parameter shows them."""
+    settings = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Attention | HierarchicalAttention | WindowAttention):
+            settings[name] = module.extra_repr()
+        elif isinstance(module, Mlp | Stem):
+            for child in ("act", "act1", "act2"):
+                settings[f"{name}.{child}"] = repr(getattr(module, child, None)).replace("inplace=True", "")
+    return settings
+
+
 def describe(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands beside the weights in our files: version, variant, configuration, and ``metadata``.
+    """Record of our files: version, variant, configuration, and ``metadata``.
 
     Raises:
         ValueError: if ``metadata`` names ``version``, ``variant`` or ``config``.
@@ -111,26 +153,33 @@ def describe(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str
     return record | dict(metadata)
 
 
-def load_checkpoint(model: HATNet, path: str | Path, drop_head: bool = False) -> list[str]:
+def load_checkpoint(model: nn.Module, path: str | Path, drop_head: bool = False, key: str | None = None) -> list[str]:
     """Load weights into ``model`` from one of our safetensors files, a released ``.pth`` or a trainer's checkpoint.
 
-    The state dict may lie under ``state_dict``, ``model`` or ``module`` (DeepSpeed), its names behind ``module.``,
-    ``_orig_mod.``, ``model.`` or ``backbone.``. Loading is strict: every parameter of the model must be in the file
-    with its shape, finite, and nothing else may be, apart from the unused ``proj_norm`` of the released files and
-    what lies beside a ``backbone.``. Weights for three input channels are adapted to a model of another number as
-    timm does: summed for one channel, else repeated and scaled. On any error the model is unchanged.
+    The weights are found by their names, in any dict of the file and behind any prefix. Loading is strict: every
+    parameter of the model must be there with its shape, finite. Nothing else may be there, apart from the unused
+    ``proj_norm`` of the released files and what is not behind the prefix, such as a detector's neck or a criterion.
+    Weights for three input channels are adapted to a model of another number as timm does: summed for one channel,
+    else repeated and scaled. On any error the model is unchanged.
+
+    If the file holds several sets of weights, such as ``model`` and ``model_ema``, the one that has all names of the
+    model is taken; of several, moving averages last, then in the order ``state_dict``, ``model``, ``module``, then in
+    the order of the file. The choice is logged.
 
     Args:
-        model: the model; keeps its device, dtype, G1 and G2.
+        model: the model, or one wrapped as :func:`hatnet_core.model.unwrap` undoes; keeps its device, dtype, G1 and
+            G2.
         path: ``*.safetensors``, any other name for a file of ``torch.save``, a folder of hatnet-train that holds a
             ``model.safetensors``, or the folder of a DeepSpeed checkpoint of any ZeRO stage (see ``zero.py``).
-        drop_head: leave the classifier of the model as it is and ignore that of the file, of whatever size.
+        drop_head: keep the classifier of the model and ignore that of the file, of whatever size.
+        key: the key of a dict, or the prefix, that the weights are under, such as ``model_ema``.
 
     Returns:
         The names in the file that were dropped on purpose, empty for our own files; also logged.
 
     Raises:
         FileNotFoundError: if there is no such file.
+        TypeError: if ``model`` is not a :class:`HATNet`.
         ValueError: if the file cannot be read, holds another model or number of classes, or values that are not
             finite.
         ImportError: if the file is safetensors and safetensors is not installed.
@@ -140,12 +189,13 @@ def load_checkpoint(model: HATNet, path: str | Path, drop_head: bool = False) ->
         >>> model = create_model("hatnet_small")
         >>> load_checkpoint(model, "HAT-Net_Small.pth")  # doctest: +SKIP
     """
-    path = Path(path)
+    path, model = Path(path), unwrap(model)
     if any(p.is_meta for p in model.parameters()):
         raise ValueError(f"cannot load {path} into a model on the meta device; give it storage first, by to_empty()")
-    state, dropped = read_state(path)
+    names = [name for name in model.state_dict() if not (drop_head and name.startswith("head."))]
+    state, dropped = read_state(path, key, names)
     dropped += _load_state(model, state, path, drop_head)
-    _tell_dropped(path, dropped)
+    _log_dropped(path, dropped)
     return dropped
 
 
@@ -158,21 +208,23 @@ def _load_state(model: HATNet, state: dict[str, Tensor], path: Path, drop_head: 
         state = {name: t for name, t in state.items() if not name.startswith("head.")}
         kept = {name: t for name, t in kept.items() if not name.startswith("head.")}
     state = _adapt_in_chans(state, model.in_chans, path)
-    _check_same_parameters(kept, state, path)
+    head_remedy = "" if drop_head else "drop_head=True keeps the head of the model"
+    _check_same_parameters(kept, state, path, "create_model('{}') builds that", head_remedy)
     _check_same_arguments(model, path)
     state = {name: t.to(kept[name].dtype) for name, t in state.items()}
-    if broken := [name for name, t in state.items() if not t.isfinite().all()]:
-        raise ValueError(f"{path} holds values that are not finite as {kept[broken[0]].dtype}, in {_some(broken)}")
+    if broken := [name for name, t in state.items() if not _is_finite(t)]:
+        raise ValueError(f"{path} holds values that are not finite as {kept[broken[0]].dtype}, in {some(broken)}")
     model.load_state_dict(state, strict=not drop_head)
     return dropped
 
 
-def load_model(path: str | Path, variant: str | None = None) -> HATNet:
+def load_model(path: str | Path, variant: str | None = None, key: str | None = None) -> HATNet:
     """The model that a checkpoint holds, with its weights.
 
     Args:
         path: as in :func:`load_checkpoint`.
         variant: name of the model, for files that do not say it; the classes and input channels are the file's.
+        key: as in :func:`load_checkpoint`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -181,45 +233,70 @@ def load_model(path: str | Path, variant: str | None = None) -> HATNet:
         ImportError: if the file is safetensors and safetensors is not installed.
     """
     path = Path(path)
-    state, dropped = read_state(path)
+    state, dropped = read_state(path, key)
     if variant is not None:
         config = {**model_arguments(variant), "num_classes": head_size(state), "in_chans": stem_channels(state)}
     elif has_metadata(path):
         config = read_metadata(path)["config"]
-        _check_extent(config, state, path)
     else:
-        raise ValueError(f"{path} does not say which model it holds: name it with --variant")
-    model = build_model(config, path)
-    _load_state(model, state, path)
-    _tell_dropped(path, dropped)
+        raise ValueError(f"{path} does not say which model it holds: name it with variant=NAME")
+    model = build_loaded(HATNet, config, path, state, path)
+    _log_dropped(path, dropped)
     return model
 
 
-def build_model(config: Mapping[str, Any], origin: str | Path) -> HATNet:
+def build_loaded(
+    kind: type[HATNet],
+    config: Mapping[str, Any],
+    origin: str | Path,
+    state: dict[str, Tensor],
+    path: Path,
+    device: str | torch.device | None = None,
+) -> HATNet:
+    """Build the model of a stored configuration once, and give it the weights of a file.
+
+    Args:
+        kind: :class:`HATNet` or a subclass.
+        config: its arguments.
+        origin: where they were read, for the error.
+        state: what :func:`read_state` returns.
+        path: where it was read.
+        device: where the model is put; by default torch's.
+
+    Raises:
+        ValueError: as :func:`build_model` and :func:`load_checkpoint`, before anything of the model's size is made.
+    """
+    depths = config.get("depths")
+    if isinstance(depths, list) and all(type(depth) is int for depth in depths) and sum(depths) > len(state):
+        raise ValueError(
+            f"{origin} says that it holds {sum(depths)} blocks, but has no more than {len(state)} tensors"
+        )
+    device = torch.get_default_device() if device is None else device
+    with torch.device("meta"):
+        model = build_model(config, origin, kind)
+    adapted = _adapt_in_chans(state, model.in_chans, path)
+    _check_same_parameters(model.state_dict(), adapted, path, "name it with variant={}")
+    model.to_empty(device=device)
+    _load_state(model, adapted, path)
+    return model
+
+
+def build_model(config: Mapping[str, Any], origin: str | Path, kind: type[HATNet] = HATNet) -> HATNet:
     """The model of a stored configuration, with fresh weights.
 
     Args:
         config: arguments of :class:`HATNet`.
         origin: where they were read, for the error.
+        kind: :class:`HATNet` or a subclass.
 
     Raises:
         ValueError: if they are not arguments of :class:`HATNet`, or out of range.
     """
     try:
-        return HATNet(**config)
+        return kind(**config)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the latter two of torch, about the size
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{origin} holds a configuration that builds no HAT-Net: {reason}") from error
-
-
-def _check_extent(config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> None:
-    """ValueError, before anything of its size is made, if a configuration is of another model than the weights."""
-    depths = config.get("depths")
-    if isinstance(depths, list) and all(type(depth) is int for depth in depths) and sum(depths) > len(state):
-        raise ValueError(f"{path} says that it holds {sum(depths)} blocks, but has no more than {len(state)} tensors")
-    with torch.device("meta"):
-        described = build_model(config, path)
-    _check_same_parameters(described.state_dict(), state, path)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -238,7 +315,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         ImportError: if safetensors is not installed.
     """
     path = _existing_file(path)
-    _import_safetensors()
+    import_safetensors()
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -251,7 +328,10 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-        raise ValueError(f"{path} holds no HAT-Net configuration; expected a file of save_checkpoint")
+        raise ValueError(
+            f"{path} holds no HAT-Net configuration, as a file of save_checkpoint does; "
+            "where a model is loaded, name it with variant=NAME"
+        )
     return record
 
 
@@ -290,8 +370,15 @@ def has_metadata(path: str | Path) -> bool:
     return _inside(path).suffix == ".safetensors"
 
 
-def read_state(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
+def read_state(
+    path: str | Path, key: str | None = None, names: Collection[str] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
     """The weights in a checkpoint under the names of :class:`HATNet`, whoever wrote it, and the dropped names.
+
+    Args:
+        path: as in :func:`load_checkpoint`.
+        key: as in :func:`load_checkpoint`.
+        names: parameters of the model they are for, if it is known.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -299,59 +386,9 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
         ImportError: if the file is safetensors and safetensors is not installed.
     """
     path = _inside(path)
-    tensors = _unwrapped(read_zero(path), path) if path.is_dir() else _read_tensors(_existing_file(path))
-    state, beside = _without_prefixes(tensors)
-    state, unused = rename_released(state)
-    return state, beside + unused
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, taken out of the dicts that trainers wrap it in; its names as they are."""
-    if path.suffix == ".safetensors":
-        safetensors_torch = _import_safetensors()
-        from safetensors import SafetensorError
-
-        try:
-            return dict(safetensors_torch.load_file(path))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # trainers store their arguments beside
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the unpickler raise anything from KeyError to struct.error
-        raise ValueError(f"{path} is not a checkpoint of plain tensors: {_refused(path)}") from error
-    return _unwrapped(content, path)
-
-
-def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
-    for _ in range(len(WRAPPERS)):  # one may be inside another
-        if isinstance(content, Mapping):
-            content = next((content[key] for key in WRAPPERS if key in content), content)
-    plain = isinstance(content, Mapping) and all(
-        isinstance(name, str) and isinstance(t, Tensor) for name, t in content.items()
-    )
-    if not plain:
-        raise ValueError(
-            f"{path} must hold a dict of parameter names to tensors, as the released files do, "
-            f"or one under {', '.join(WRAPPERS)}"
-        )
-    return dict(content)
-
-
-def _without_prefixes(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict without the prefixes of wrappers, and the names beside a ``backbone.``, which are dropped."""
-    dropped: list[str] = []
-    while prefix := _prefix(state):
-        dropped += [name for name in state if not name.startswith(prefix)]
-        state = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    return state, dropped
-
-
-def _prefix(state: Mapping[str, Tensor]) -> str:
-    for prefix in PREFIXES:
-        if state and all(name.startswith(prefix) for name in state):
-            return prefix
-    return BACKBONE_PREFIX if any(name.startswith(BACKBONE_PREFIX) for name in state) else ""
+    content = read_zero(path) if path.is_dir() else read_content(_existing_file(path))
+    weights = choose_weights(content, path, key, names)
+    return weights.tensors, list(weights.dropped)
 
 
 def _adapt_in_chans(state: dict[str, Tensor], in_chans: int, path: Path) -> dict[str, Tensor]:
@@ -369,28 +406,58 @@ def _adapt_in_chans(state: dict[str, Tensor], in_chans: int, path: Path) -> dict
     return {**state, name: adapted}
 
 
-def _check_same_parameters(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
-    """ValueError unless ``state`` has exactly the names and shapes of ``own``, naming what differs."""
-    missing = sorted(own.keys() - state.keys())
-    unknown = sorted(state.keys() - own.keys())
-    shapes = [
+def _check_same_parameters(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, remedy: str, head_remedy: str = ""
+) -> None:
+    """ValueError unless ``state`` has exactly the names and shapes of ``own``, naming what differs.
+
+    Where the file holds another of the paper's models, ``remedy`` is the way to take it, its name in place of braces;
+    where only the number of classes differs, ``head_remedy`` is.
+    """
+    differences = list(_differences(own, state))
+    if not differences:
+        return
+    held = _describe(state)
+    if head_size(own) != head_size(state) and _body_shapes(own) == _body_shapes(state):
+        remedy = head_remedy
+    if not held.startswith("hatnet_"):
+        remedy = ""
+    details = [*differences, *filter(None, [remedy.format(held.partition(" ")[0])])]
+    raise ValueError(f"{path} holds {held}; expected {_describe(own)}: {'; '.join(details)}")
+
+
+def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterator[str]:
+    """Names, shapes and kinds of ``state`` that are not those of ``own``, some of each."""
+    if missing := sorted(own.keys() - state.keys()):
+        yield f"missing {some(missing)}"
+    if unknown := sorted(state.keys() - own.keys()):
+        yield f"unknown {some(unknown)}"
+    if shapes := [
         f"{name} is {tuple(state[name].shape)} and should be {tuple(own[name].shape)}"
         for name in own
         if name in state and own[name].shape != state[name].shape
-    ]
-    kinds = [
-        f"{name} is {t.layout} of {t.dtype} and should be dense, of a floating dtype"
-        for name, t in state.items()
-        if t.dtype not in DTYPES or t.layout != torch.strided
-    ]
-    if not (missing or unknown or shapes or kinds):
-        return
-    holds = _describe(state)
-    listed = _some if holds.startswith("hatnet_") else ", ".join  # one of the paper's, just not the one expected
-    details = [f"missing {listed(missing)}"] if missing else []
-    details += [f"unknown {listed(unknown)}"] if unknown else []
-    details += [listed(different) for different in (shapes, kinds) if different]
-    raise ValueError(f"{path} holds {holds}; expected {_describe(own)}: {'; '.join(details)}")
+    ]:
+        yield some(shapes)
+    if kinds := [
+        f"{name} is {_kind(t)} and should be dense, of a floating dtype" for name, t in state.items() if _kind(t)
+    ]:
+        yield some(kinds)
+
+
+def _kind(t: Tensor) -> str:
+    """What a tensor is, if it is not a plain one that can be stored; empty if it is."""
+    if type(t) not in (Tensor, nn.Parameter):
+        return f"a {type(t).__name__}"
+    if t.is_meta:
+        return "on the meta device"
+    if t.dtype not in DTYPES or t.layout != torch.strided:
+        return f"{t.layout} of {t.dtype}"
+    return ""
+
+
+def _is_finite(t: Tensor) -> bool:
+    """Both extremes are finite; six times as fast as asking each value."""
+    return all(extreme.isfinite().item() for extreme in torch.aminmax(t))
 
 
 def _check_same_arguments(model: HATNet, path: Path) -> None:
@@ -402,14 +469,9 @@ def _check_same_arguments(model: HATNet, path: Path) -> None:
             raise ValueError(f"{path} holds a model of {name}={stored[name]}; expected {name}={own}")
 
 
-def _tell_dropped(path: Path, dropped: list[str]) -> None:
+def _log_dropped(path: Path, dropped: list[str]) -> None:
     if dropped:
-        logger.warning("%s: dropped %d parameters: %s", path, len(dropped), _some(dropped))
-
-
-def _some(texts: list[str]) -> str:
-    shown = ", ".join(texts[:3])
-    return f"{shown} and {len(texts) - 3} more" if len(texts) > 3 else shown
+        logger.warning("%s: dropped %d parameters: %s", path, len(dropped), some(dropped))
 
 
 def _describe(state: Mapping[str, Tensor]) -> str:
@@ -442,10 +504,9 @@ def _body_shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 def variant_name(config: Mapping[str, Any]) -> str | None:
     """The name of the paper's model that ``config`` is, up to what can change around the weights; None if none."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(HATNet).parameters.items()}
     for name in list_models(ablations=True):
-        arguments = {**defaults, **model_arguments(name)}
-        if all(config[key] == arguments[key] for key in ARCHITECTURE):
+        arguments = HATNetConfig(**model_arguments(name))
+        if all(config[key] == arguments[key] for key in TRAINED):
             return name
     return None
 
@@ -463,24 +524,3 @@ def _existing_file(path: str | Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: expected an existing file or folder")
     return path
-
-
-def _import_safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "safetensors files need the safetensors package: pip install 'hatnet-core[safetensors]'"
-        ) from error
-    return safetensors.torch
-
-
-def _refused(path: Path) -> str:
-    """Why ``torch.load`` would not read a file, without its advice to switch the protection off."""
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # as above: the file may hold anything
-        foreign = []
-    if foreign:
-        return f"it also holds {', '.join(foreign)}, and to unpickle such objects could run code of the file"
-    return "it is damaged or of another format"

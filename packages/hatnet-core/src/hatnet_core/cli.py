@@ -58,6 +58,11 @@ def parser() -> Parser:
         action="store_true",
         help="with --variant: the weights released with the paper, which are downloaded",
     )
+    made.add_argument(
+        "--key",
+        metavar="NAME",
+        help="with --checkpoint: take the weights under this key or prefix of the file, such as model_ema",
+    )
     add_size(made, None, LARGEST_SIDE, " (what is traced; default as trained, or 224)")
     made.add_argument("--static", action="store_true", help="take one image of exactly --size, instead of any")
     made.add_argument(
@@ -75,6 +80,8 @@ def _main(options: Namespace) -> None:
         raise UsageError("what is to be exported is missing: expected --checkpoint, --variant or both")
     if options.pretrained and options.checkpoint is not None:
         raise UsageError("--checkpoint and --pretrained are two sources of weights: expected one")
+    if options.key is not None and options.checkpoint is None:
+        raise UsageError("--key has an effect only on a file: expected --checkpoint")
     if options.out.suffix == ".safetensors":  # nothing is traced
         for name, given in (("--static", options.static or None), ("--size", options.size)):
             if given is not None:
@@ -119,7 +126,7 @@ def _model(options: Namespace) -> HATNet:
     from hatnet_core.factory import create_model
 
     if options.checkpoint is not None:
-        return load_model(options.checkpoint, options.variant)
+        return load_model(options.checkpoint, options.variant, options.key)
     if not options.pretrained:
         _progress("neither --checkpoint nor --pretrained: random weights")
     return create_model(options.variant, pretrained=options.pretrained)

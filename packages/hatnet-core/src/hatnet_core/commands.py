@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -163,12 +164,24 @@ class Parser(argparse.ArgumentParser):
 
     def explain(self, error: Exception) -> str:
         """An error in one line; of one that is not :data:`EXPECTED`, with its type and how to see more."""
-        text = " ".join(str(error).split())
+        text = self.in_options(" ".join(str(error).split()))
         if isinstance(error, OSError) and error.strerror:
             return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         if isinstance(error, EXPECTED) and text:
             return text
         return f"{type(error).__name__}: {text}".removesuffix(": ") + f" ({TRACEBACK}=1 shows where it comes from)"
+
+    def in_options(self, text: str) -> str:
+        """Spell keyword arguments as this command's options: ``variant=NAME`` as ``--variant NAME``."""
+
+        def option(argument: re.Match[str]) -> str:
+            name = "--" + argument[1].replace("_", "-")
+            action = self._option_string_actions.get(name)
+            if action is None:
+                return argument[0]
+            return name if action.nargs == 0 else f"{name} {argument[2].strip(chr(39))}"
+
+        return re.sub(r"(?<![^\s(])([a-z_]+)=('[^']*'|[\w.-]+)", option, text)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -14,25 +14,25 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from hatnet_core.model import HATNet
+from hatnet_core.model import HATNet, unwrap
 from hatnet_core.variants import MIN_SIZE
 
 TOLERANCE = 1e-4
 """Largest difference of the outputs, relative to the largest output, at which a file still counts as the model."""
 
 
-def export_program(model: HATNet, size: tuple[int, int] = (224, 224), static: bool = False) -> ExportedProgram:
+def export_program(model: nn.Module, size: tuple[int, int] = (224, 224), static: bool = False) -> ExportedProgram:
     """Trace ``model`` in evaluation mode, with ``torch.export``.
 
     ``torch.export.export`` (not strict, its default) can be called on a model as well; this is it with the dynamic
-    dimensions named. A dynamic program takes every input but the smallest: torch binds it to attention over more than
-    one position, so that one side at least has to be above :func:`smallest_side`.
+    dimensions named. A dynamic program takes every size from 32 pixels up, whatever size it was traced with.
 
     Args:
-        model: the model; its training mode is left as it was.
+        model: the model, or one wrapped as :func:`hatnet_core.model.unwrap` undoes; its training mode is left as it
+            was.
         size: height and width of the image it is traced with, in pixels.
         static: whether the program takes this size and one image at a time only, instead of any.
 
@@ -40,34 +40,21 @@ def export_program(model: HATNet, size: tuple[int, int] = (224, 224), static: bo
         The program, of one input ``x`` [batch, in_chans, height, width]; ``torch.export.save`` writes it.
 
     Raises:
-        ValueError: if ``size`` is one that a dynamic program does not take.
+        TypeError: if ``model`` is not a :class:`HATNet`.
+        ValueError: if ``size`` is below 32 pixels.
     """
-    if not static and max(size) <= smallest_side(model):
-        raise ValueError(
-            f"size must have a side above {smallest_side(model)} pixels for these G2, got {size[0]}×{size[1]}; "
-            "smaller images take static=True, or an ONNX graph"
-        )
+    model = unwrap(model)
     image = _image(model, 1 if static else 2, *size)
     with _evaluation(model), torch.no_grad():
         return torch.export.export(model, (image,), dynamic_shapes=None if static else (_dynamic_dims(),))
 
 
-def smallest_side(model: HATNet) -> int:
-    """The side in pixels of the largest image of which some stage attends to a single position.
-
-    32 for the last stage, and G2 times the reduction of the others: 32 with the pools of classification, 64 with those
-    of dense tasks.
-    """
-    reductions = [info["reduction"] for info in model.feature_info]
-    pools = [*model.config["pool_sizes"], 1]
-    return max(reduction * pool for reduction, pool in zip(reductions, pools, strict=True))
-
-
-def export_onnx(model: HATNet, path: str | Path, size: tuple[int, int] = (224, 224), static: bool = False) -> None:
+def export_onnx(model: nn.Module, path: str | Path, size: tuple[int, int] = (224, 224), static: bool = False) -> None:
     """Write ``model`` in evaluation mode as an ONNX graph with input ``image`` and output ``logits``.
 
     Args:
-        model: the model; its training mode is left as it was.
+        model: the model, or one wrapped as :func:`hatnet_core.model.unwrap` undoes; its training mode is left as it
+            was.
         path: the file to write.
         size: height and width of the image it is traced with, in pixels.
         static: whether the graph takes this size and one image at a time only, instead of any.
@@ -79,6 +66,8 @@ def export_onnx(model: HATNet, path: str | Path, size: tuple[int, int] = (224, 2
         import onnxscript  # noqa: F401  what torch.onnx needs, asked for before minutes of work
     except ImportError as error:
         raise ImportError("ONNX export needs onnxscript: pip install 'hatnet-core[onnx]'") from error
+    model = unwrap(model)
+    model = unwrap(model)
     image = _image(model, 1 if static else 2, *size)
     with _evaluation(model), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of torch.onnx about torch itself
@@ -91,10 +80,14 @@ def export_onnx(model: HATNet, path: str | Path, size: tuple[int, int] = (224, 2
             output_names=["logits"],
             verbose=False,
         )
-    cast(torch.onnx.ONNXProgram, program).save(str(path))
+    program = cast(torch.onnx.ONNXProgram, program)
+    for name, constant in list(program.model.graph.initializers.items()):
+        if name.startswith("val_"):  # onnxruntime copies a constant under the next number, which a result may have
+            constant.name = name.replace("val_", "constant_")
+    program.save(str(path))
 
 
-def largest_difference(model: HATNet, path: str | Path, shapes: Sequence[tuple[int, int, int]]) -> float:
+def largest_difference(model: nn.Module, path: str | Path, shapes: Sequence[tuple[int, int, int]]) -> float:
     """Largest difference between the outputs of an exported file and of ``model`` on random images.
 
     Args:
@@ -109,7 +102,7 @@ def largest_difference(model: HATNet, path: str | Path, shapes: Sequence[tuple[i
     Raises:
         ImportError: if the file is ONNX and onnxruntime is not installed.
     """
-    run = _runner(Path(path))
+    run, model = _runner(Path(path)), unwrap(model)
     differences, outputs = [], []
     with _evaluation(model), torch.no_grad():
         for batch, height, width in shapes:
@@ -123,10 +116,10 @@ def largest_difference(model: HATNet, path: str | Path, shapes: Sequence[tuple[i
 def check_shapes(size: tuple[int, int]) -> list[tuple[int, int, int]]:
     """Batch size, height and width of inputs to check a dynamic export with, given the size it was traced with.
 
-    The traced height and width, a larger image of more whole grids, and one larger by odd numbers.
+    The traced height and width, a larger image of more whole grids, one larger by odd numbers, and the smallest.
     """
     height, width = size
-    return [(1, height, width), (2, height + 32, width + 96), (3, height + 45, width + 107)]
+    return [(1, height, width), (2, height + 32, width + 96), (3, height + 45, width + 107), (1, MIN_SIZE, MIN_SIZE)]
 
 
 def _dynamic_dims() -> dict[int, Dim]:

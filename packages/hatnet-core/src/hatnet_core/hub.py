@@ -10,12 +10,22 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
-from hatnet_core.checkpoint import WEIGHTS, build_model, load_checkpoint, save_checkpoint, variant_name
+from hatnet_core.checkpoint import (
+    WEIGHTS,
+    build_loaded,
+    read_metadata,
+    read_state,
+    save_checkpoint,
+    saved_config,
+    variant_name,
+)
+from hatnet_core.config import HATNetConfig
 from hatnet_core.model import HATNet
 
 CARD = """---
@@ -60,10 +70,11 @@ class HubHATNet(
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The card with this model's size and task; ``repo_id``, ``title`` and ``description`` may be given."""
+        num_classes = saved_config(self).num_classes
         values = {
             "title": variant_name(self.config) or "HAT-Net",
             "params": f"{sum(p.numel() for p in self.parameters()) / 1e6:.1f}",
-            "task": f"{self.num_classes} classes" if self.num_classes else "feature extraction",
+            "task": f"{num_classes} classes" if num_classes else "feature extraction",
             "in_chans": self.in_chans,
             "repo_id": "folder or name on the hub",
             "description": "",
@@ -139,15 +150,15 @@ class HubHATNet(
             raise ValueError(f"{config} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{config} must hold the arguments of HATNet, got {type(values).__name__}")
-        checked = build_model({**values, **arguments}, config).config
-        model = cls(**checked)
-        load_checkpoint(model, weights)
-        return model.to(map_location).eval()
+        state, _ = read_state(weights)
+        model = build_loaded(cls, {**values, **arguments}, config, state, weights, map_location)
+        return cast("HubHATNet", model).eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_checkpoint(self, save_directory / WEIGHTS)
-        # what the model is now: set_grid and reset_classifier may have changed what it was built with
-        (save_directory / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        # as now: set_grid, reset_classifier or another head may have changed the arguments it was built with
+        config = read_metadata(save_directory / WEIGHTS)["config"]
+        (save_directory / "config.json").write_text(HATNetConfig(**config).to_json_string())
 
 
 def _file(name: str, file: str, options: dict[str, Any]) -> Path:
@@ -156,7 +167,12 @@ def _file(name: str, file: str, options: dict[str, Any]) -> Path:
     if not folder.is_dir():
         if folder.is_absolute() or name.startswith("."):
             raise FileNotFoundError(f"no folder {name}: expected one of save_pretrained, or a name on the hub")
-        return Path(hf_hub_download(name, file, **options))
+        try:
+            return Path(hf_hub_download(name, file, **options))
+        except OSError as error:  # of the hub, of the network: without the traceback of each attempt
+            reason = str(error).strip().partition("\n")[0]
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError | EntryNotFoundError) else OSError
+        raise kind(f"could not get {file} of {name} from the hub, and there is no such folder: {reason}")
     if not (folder / file).is_file():
         raise FileNotFoundError(f"no {file} in {name}: expected a folder of save_pretrained")
     return folder / file

@@ -86,15 +86,20 @@ class Mlp(nn.Module):
         self.dwconv = (
             nn.Conv2d(hidden, hidden, kernel_size, padding=padding, groups=hidden, bias=False) if depthwise else None
         )
-        self.act = ACTIVATIONS[activation]()
-        self.drop = nn.Dropout2d(proj_drop_rate)
+        # an instance for each place: hooks and quantisation observe a module, not a call
+        self.act1 = ACTIVATIONS[activation]()
+        self.act2 = ACTIVATIONS[activation]() if depthwise else nn.Identity()
+        self.drop1 = nn.Dropout2d(proj_drop_rate)
         self.project = Pointwise(hidden, dim, bias=False)
         self.out_norm = GroupNorm(dim, keep_float32=True)
+        self.drop2 = nn.Dropout2d(proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W]."""
-        x = kernels.inverted_residual(self.norm(x), self.expand, self.dwconv, self.project, self.act, self.drop)
-        return self.drop(self.out_norm(x))
+        x = kernels.inverted_residual(
+            self.norm(x), self.expand, self.act1, self.dwconv, self.act2, self.drop1, self.project
+        )
+        return self.drop2(self.out_norm(x))
 
 
 class Stem(nn.Module):

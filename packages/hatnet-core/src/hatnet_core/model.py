@@ -11,21 +11,32 @@ gives one program for every batch size, height and width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, SupportsFloat
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hatnet_core import kernels
-from hatnet_core.attention import Attention, HierarchicalAttention, WindowAttention, as_index, positive_int
-from hatnet_core.layers import ACTIVATIONS, Downsample, DropPath, Mlp, Stem
+from hatnet_core.attention import Attention, HierarchicalAttention, WindowAttention
+from hatnet_core.config import HATNetConfig, as_index, positive_int, positive_ints
+from hatnet_core.layers import Downsample, DropPath, Mlp, Stem
 from hatnet_core.variants import MIN_SIZE
 
-ATTENTIONS = ("hierarchical", "window")
-"""What stages 2-4 may attend with: H-MHSA, or the shifted windows of Swin that Table 5 compares it with."""
+P = ParamSpec("P")
+
+
+def _arguments_of(config: Callable[P, Any]) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
+    """Give an ``__init__`` of ``*args, **kwargs`` the signature of ``config``, to readers and type checkers."""
+
+    def decorate(init: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
+        init.__signature__ = inspect.signature(config.__init__)  # type: ignore[attr-defined]
+        return init
+
+    return decorate
 
 
 class Block(nn.Module):
@@ -41,12 +52,13 @@ class Block(nn.Module):
         super().__init__()
         self.attn = attn
         self.mlp = mlp
-        self.drop_path = DropPath(drop_path_rate)
+        self.drop_path1 = DropPath(drop_path_rate)  # one for each place, as in Mlp
+        self.drop_path2 = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W]."""
-        x = x + self.drop_path(self.attn(x))
-        return x + self.drop_path(self.mlp(x))
+        x = x + self.drop_path1(self.attn(x))
+        return x + self.drop_path2(self.mlp(x))
 
 
 class Stage(nn.Module):
@@ -80,88 +92,32 @@ class Stage(nn.Module):
 class HATNet(nn.Module):
     """Hierarchical-Attention-based Transformer Network (Sec. 3.3).
 
-    Runs at any height and width from 32 up. ``embed_dims``, ``depths``, ``kernel_sizes`` and ``mlp_ratios`` have
-    one entry for each of the paper's stages 2-5; ``grid_sizes``, ``pool_sizes`` and ``attention`` one for each of
-    stages 2-4, stage 5 being plain MHSA.
-
-    Args:
-        embed_dims: C of each stage; divisible by ``head_dim``.
-        depths: number of blocks of each stage.
-        head_dim: channels of one attention head.
-        kernel_sizes: K, side of the depthwise kernel of each stage; odd.
-        mlp_ratios: E, expansion ratio of each stage.
-        grid_sizes: G1, side of the local attention grids.
-        pool_sizes: G2, pooling of keys and values in the global attention.
-        attention: ``hierarchical``, or ``window`` for Swin's windows of 7×7, shifted in every second block
-            (Table 5); a window stage makes no use of G1 and G2.
-        activation: ``silu``, or ``gelu`` (Sec. 4.4), in stem and MLPs.
-        depthwise: whether the MLPs hold a depthwise convolution; without it, the pure transformer of Sec. 4.4.
-        in_chans: channels of the input image.
-        num_classes: outputs of the linear head; 0 leaves the pooled features.
-        global_pool: ``avg``, or an empty string for features that are not pooled, which takes ``num_classes=0``.
-        drop_rate: dropout before the linear layer of the head.
-        proj_drop_rate: channel dropout at the end of attention and MLP.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first.
+    Runs at any height and width from 32 up. Takes the arguments of :class:`hatnet_core.config.HATNetConfig`.
 
     Attributes:
         feature_info: for each stage a dict of ``num_chs`` (channels), ``reduction`` (input pixels a position)
             and ``module`` (name of the stage).
         num_features: channels of the last stage.
-        config: the arguments above, as currently set; ``HATNet(**model.config)`` builds the same model.
+        config: the arguments, as currently set; ``HATNet(**model.config)`` builds the same model.
 
     Raises:
         ValueError: naming the argument and its value, if it is out of range.
     """
 
-    def __init__(
-        self,
-        embed_dims: Sequence[int],
-        depths: Sequence[int],
-        head_dim: int = 64,
-        kernel_sizes: Sequence[int] = (3, 3, 3, 3),
-        mlp_ratios: Sequence[int] = (8, 8, 4, 4),
-        grid_sizes: Sequence[int] = (8, 7, 7),
-        pool_sizes: Sequence[int] = (8, 4, 2),
-        attention: Sequence[str] = ("hierarchical", "hierarchical", "hierarchical"),
-        activation: str = "silu",
-        depthwise: bool = True,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        drop_rate: float = 0.2,
-        proj_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-    ) -> None:
+    @_arguments_of(HATNetConfig)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        self.config: dict[str, Any] = {
-            "embed_dims": _positive_ints("embed_dims", embed_dims, 4),
-            "depths": _positive_ints("depths", depths, 4),
-            "head_dim": positive_int("head_dim", head_dim),
-            "kernel_sizes": _positive_ints("kernel_sizes", kernel_sizes, 4),
-            "mlp_ratios": _positive_ints("mlp_ratios", mlp_ratios, 4),
-            "grid_sizes": _positive_ints("grid_sizes", grid_sizes, 3),
-            "pool_sizes": _positive_ints("pool_sizes", pool_sizes, 3),
-            "attention": _attention(attention),
-            "activation": _one_of("activation", activation, tuple(ACTIVATIONS)),
-            "depthwise": _flag("depthwise", depthwise),
-            "in_chans": positive_int("in_chans", in_chans),
-            "num_classes": _num_classes(num_classes),
-            "global_pool": _global_pool(global_pool, num_classes),
-            "drop_rate": _rate("drop_rate", drop_rate),
-            "proj_drop_rate": _rate("proj_drop_rate", proj_drop_rate),
-            "drop_path_rate": _rate("drop_path_rate", drop_path_rate),
-        }
-        self.in_chans: int = self.config["in_chans"]
-        self.num_classes: int = self.config["num_classes"]
-        self.global_pool: str = global_pool
-        self.num_features = self.head_hidden_size = self.config["embed_dims"][-1]
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
-            for i, dim in enumerate(self.config["embed_dims"])
+        self.config = config = HATNetConfig(*args, **kwargs)
+        self.in_chans = config.in_chans
+        self.num_classes = config.num_classes
+        self.global_pool = config.global_pool
+        self.num_features = self.head_hidden_size = config.embed_dims[-1]
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(config.embed_dims)
         ]
-        self.stem = Stem(self.in_chans, self.config["embed_dims"][0], activation=activation)
-        self.stages = nn.Sequential(*(self._make_stage(i) for i in range(4)))
-        self.head_drop = nn.Dropout(drop_rate)
+        self.stem = Stem(config.in_chans, config.embed_dims[0], activation=config.activation)
+        self.stages = nn.Sequential(*(_make_stage(config, i) for i in range(4)))
+        self.head_drop = nn.Dropout(config.drop_rate)
         self.head = _classifier(self.num_features, self.num_classes)
         self.apply(_init_weights)
 
@@ -263,14 +219,11 @@ class HATNet(nn.Module):
         Raises:
             ValueError: if there are not three values, or one is not a positive integer; nothing is then changed.
         """
-        if grid_sizes is None:
-            grid_sizes = self.config["grid_sizes"]
-        if pool_sizes is None:
-            pool_sizes = self.config["pool_sizes"]
-        grids = _positive_ints("grid_sizes", grid_sizes, 3)
-        pools = _positive_ints("pool_sizes", pool_sizes, 3)
-        self.config.update(grid_sizes=grids, pool_sizes=pools)
-        for stage, grid, pool in zip(self.stages, grids, pools, strict=False):
+        self.config = self.config.replace(
+            grid_sizes=self.config.grid_sizes if grid_sizes is None else grid_sizes,
+            pool_sizes=self.config.pool_sizes if pool_sizes is None else pool_sizes,
+        )
+        for stage, grid, pool in zip(self.stages, self.config.grid_sizes, self.config.pool_sizes, strict=False):
             for module in stage.modules():
                 if isinstance(module, HierarchicalAttention):
                     module.grid_size, module.pool_size = grid, pool
@@ -295,7 +248,7 @@ class HATNet(nn.Module):
             ValueError: if a side is below 32, or a value of G1 or G2 is not a positive integer.
         """
         sides = img_size if isinstance(img_size, Sequence) else (img_size, img_size)
-        if any(side < MIN_SIZE for side in _positive_ints("img_size", sides, 2)):
+        if any(side < MIN_SIZE for side in positive_ints("img_size", sides, 2)):
             raise ValueError(f"img_size must be at least {MIN_SIZE} pixels, got {sides[0]}×{sides[1]}")
         self.set_grid(grid_sizes, pool_sizes)
 
@@ -313,14 +266,13 @@ class HATNet(nn.Module):
         Raises:
             ValueError: if ``num_classes`` is negative, or ``global_pool`` does not go with it.
         """
-        num_classes = _num_classes(num_classes)
-        global_pool = _global_pool(self.global_pool if global_pool is None else global_pool, num_classes)
+        global_pool = self.global_pool if global_pool is None else global_pool
+        self.config = self.config.replace(num_classes=num_classes, global_pool=global_pool)
+        self.num_classes, self.global_pool = self.config.num_classes, self.config.global_pool
         weight = self.stem.conv1.weight
-        self.head = _classifier(self.num_features, num_classes).to(device=weight.device, dtype=weight.dtype)
+        self.head = _classifier(self.num_features, self.num_classes).to(device=weight.device, dtype=weight.dtype)
         self.head.train(self.training)
         self.head.apply(_init_weights)
-        self.num_classes, self.global_pool = num_classes, global_pool
-        self.config.update(num_classes=num_classes, global_pool=global_pool)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -343,34 +295,56 @@ class HATNet(nn.Module):
             blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return {"stem": r"^stem", "blocks": blocks, "head": r"^head"}
 
-    def _make_stage(self, i: int) -> Stage:
-        config = self.config
-        dim, depth, proj_drop_rate = config["embed_dims"][i], config["depths"][i], config["proj_drop_rate"]
-        downsample = Downsample(config["embed_dims"][i - 1], dim) if i else nn.Identity()
-        first = sum(config["depths"][:i])
-        rates = torch.linspace(0, config["drop_path_rate"], sum(config["depths"]), device="cpu").tolist()
-        blocks = []
-        for j in range(depth):
-            mlp = Mlp(
-                dim,
-                config["mlp_ratios"][i],
-                config["kernel_sizes"][i],
-                proj_drop_rate,
-                config["activation"],
-                config["depthwise"],
-            )
-            blocks.append(Block(self._make_attention(i, j), mlp, rates[first + j]))
-        return Stage(downsample, blocks)
 
-    def _make_attention(self, i: int, j: int) -> nn.Module:
-        config = self.config
-        dim, head_dim, proj_drop_rate = config["embed_dims"][i], config["head_dim"], config["proj_drop_rate"]
-        if i == 3:
-            return Attention(dim, head_dim, proj_drop_rate)
-        if config["attention"][i] == "window":
-            return WindowAttention(dim, head_dim, shifted=j % 2 == 1, proj_drop_rate=proj_drop_rate)
-        grid_size, pool_size = config["grid_sizes"][i], config["pool_sizes"][i]
-        return HierarchicalAttention(dim, head_dim, grid_size, pool_size, proj_drop_rate)
+def _make_stage(config: HATNetConfig, i: int) -> Stage:
+    dim = config.embed_dims[i]
+    downsample = Downsample(config.embed_dims[i - 1], dim) if i else nn.Identity()
+    first = sum(config.depths[:i])
+    rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist()
+    blocks = []
+    for j in range(config.depths[i]):
+        mlp = Mlp(
+            dim,
+            config.mlp_ratios[i],
+            config.kernel_sizes[i],
+            config.proj_drop_rate,
+            config.activation,
+            config.depthwise,
+        )
+        blocks.append(Block(_make_attention(config, i, j), mlp, rates[first + j]))
+    return Stage(downsample, blocks)
+
+
+def _make_attention(config: HATNetConfig, i: int, j: int) -> nn.Module:
+    dim, head_dim, proj_drop_rate = config.embed_dims[i], config.head_dim, config.proj_drop_rate
+    if i == 3:
+        return Attention(dim, head_dim, proj_drop_rate)
+    if config.attention[i] == "window":
+        return WindowAttention(dim, head_dim, shifted=j % 2 == 1, proj_drop_rate=proj_drop_rate)
+    return HierarchicalAttention(dim, head_dim, config.grid_sizes[i], config.pool_sizes[i], proj_drop_rate)
+
+
+def unwrap(model: Any) -> HATNet:
+    """The :class:`HATNet` inside ``torch.compile``, data parallelism, a moving average or DeepSpeed's engine.
+
+    Raises:
+        TypeError: if ``model`` is none of these, or holds other parameters as well; the message names the remedy.
+    """
+    inner = model
+    while not isinstance(inner, HATNet):
+        wrapped = getattr(inner, "_orig_mod", getattr(inner, "module", None))
+        if not isinstance(wrapped, nn.Module) or len(list(wrapped.parameters())) != len(list(inner.parameters())):
+            raise TypeError(f"model must be a HATNet, got {type(model).__name__}{_way_to_hatnet(inner)}")
+        inner = wrapped
+    return inner
+
+
+def _way_to_hatnet(model: Any) -> str:
+    if hasattr(model, "merge_and_unload"):
+        return "; merge_and_unload() of a PEFT model returns one"
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    name = next((name for name, module in modules if isinstance(module, HATNet)), None)
+    return f"; its {name} is one" if name else ""
 
 
 def stage_indices(indices: int | Sequence[int] | None, count: int = 4) -> list[int]:
@@ -421,55 +395,6 @@ def check_images(x: Tensor, in_chans: int) -> Tensor:
     if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
         raise ValueError(f"input height and width must be at least {MIN_SIZE} pixels, got {x.shape[2]}×{x.shape[3]}")
     return x
-
-
-def _attention(values: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 3:
-        raise ValueError(f"attention must hold 3 of {', '.join(ATTENTIONS)}, got {values!r}")
-    return tuple(_one_of("attention", value, ATTENTIONS) for value in values)
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-    return value
-
-
-def _global_pool(value: str, num_classes: int) -> str:
-    if _one_of("global_pool", value, ("avg", "")) == "" and num_classes:
-        raise ValueError(
-            f"global_pool='' leaves maps, which no classifier takes: expected num_classes=0, got {num_classes}"
-        )
-    return value
-
-
-def _positive_ints(name: str, values: Sequence[int], length: int) -> tuple[int, ...]:
-    if not isinstance(values, Sequence) or len(values) != length:
-        got = tuple(values) if isinstance(values, list) else values
-        raise ValueError(f"{name} must hold {length} integers, got {got!r}")
-    return tuple(positive_int(name, value) for value in values)
-
-
-def _num_classes(value: int) -> int:
-    try:
-        count = as_index(value)
-    except TypeError:
-        count = -1
-    if count < 0:
-        raise ValueError(f"num_classes must be a positive integer, or 0 for no classifier, got {value!r}")
-    return count
-
-
-def _rate(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, SupportsFloat) or not 0 <= float(value) < 1:
-        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
-    return float(value)
-
-
-def _flag(name: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return value
 
 
 def _classifier(num_features: int, num_classes: int) -> nn.Module:

@@ -18,9 +18,10 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from hatnet_core.checkpoint import load_checkpoint
-from hatnet_core.model import HATNet
+from hatnet_core.model import HATNet, unwrap
 from hatnet_core.variants import model_arguments
 
 RELEASED_URL = "https://github.com/yun-liu/HAT-Net/releases/download/v2.0"
@@ -40,7 +41,7 @@ RELEASED_CLASSES = 1000
 SUMS_TIMEOUT_S = 30
 
 
-def load_pretrained(model: HATNet, name: str) -> None:
+def load_pretrained(model: nn.Module, name: str) -> None:
     """Load the released weights of ``name`` into ``model``; the head stays as it is if it has not 1000 classes.
 
     Args:
@@ -51,7 +52,8 @@ def load_pretrained(model: HATNet, name: str) -> None:
         ValueError: if nothing was released for ``name``, the download is damaged, or the weights do not fit.
         OSError: if the file cannot be downloaded.
     """
-    load_checkpoint(model, released_file(name), drop_head=model.num_classes != RELEASED_CLASSES)
+    hatnet = unwrap(model)
+    load_checkpoint(hatnet, released_file(name), drop_head=hatnet.num_classes != RELEASED_CLASSES)
 
 
 def released_url(name: str) -> str:
@@ -90,23 +92,26 @@ def released_file(name: str, folder: str | Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{path.name}.") as staging:
         staged = Path(staging) / path.name
-        _download(url, staged)
+        _download(url, staged, folder)
         try:
             load_checkpoint(HATNet(**model_arguments(name)), staged)
             _check_sums_of_archive(staged)
         except ValueError as error:
-            raise ValueError(f"the download of {url} is incomplete or damaged: {error}") from error
+            raise ValueError(f"the download of {url} is incomplete or damaged: {error}") from None
         staged.replace(path)
     return path
 
 
-def _download(url: str, path: Path) -> None:
+def _download(url: str, path: Path, folder: Path) -> None:
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=_published_sha256(url))
     except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"could not download {url}: {error}") from error
-    except RuntimeError as error:  # torch.hub's way to say that the hash is another
-        raise ValueError(f"the download of {url} is not the published file: {error}") from error
+        raise OSError(
+            f"could not download {url}: {error}; without a network, set HATNET_WEIGHTS_URL to a mirror "
+            f"or put the file into {folder}"
+        ) from None  # else pages of tracebacks of urllib
+    except RuntimeError as error:  # torch.hub's way to report another hash
+        raise ValueError(f"the download of {url} is not the published file: {error}") from None
 
 
 def _check_sums_of_archive(path: Path) -> None:

@@ -9,9 +9,11 @@ builds them, loads the released weights (``pretrained=True``) and wraps them as 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partialmethod
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 
@@ -25,7 +27,14 @@ WEIGHT_SOURCES = {"url", "file", "state_dict", "hf_hub_id"}
 
 
 class TimmHATNet(HATNet):
-    """A :class:`HATNet` with timm's default for what ``forward_intermediates`` returns, a pair."""
+    """A :class:`HATNet` with timm's ``device`` and ``dtype``, and its default of ``forward_intermediates``, a pair."""
+
+    def __init__(
+        self, *args: Any, device: str | torch.device | None = None, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
+        with nullcontext() if device is None else torch.device(device):
+            super().__init__(*args, **kwargs)
+        self.to(dtype=dtype)
 
     forward_intermediates = partialmethod(HATNet.forward_intermediates, intermediates_only=False)
 
@@ -52,8 +61,7 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name) for name in lis
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
-    out_indices = kwargs.pop("out_indices", tuple(range(4)))
-    stage_indices(out_indices)  # timm would only assert
+    out_indices = tuple(stage_indices(kwargs.pop("out_indices", None)))  # the order of the maps
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     elsewhere = isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg) or overlay.keys() & WEIGHT_SOURCES
     if pretrained and not elsewhere:  # our download, which leaves nothing damaged in the folder that timm shares

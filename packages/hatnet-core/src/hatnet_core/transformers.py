@@ -13,6 +13,7 @@ the hub for every name first.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -22,12 +23,20 @@ from transformers import initialization as init
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
+from hatnet_core import config
 from hatnet_core.attention import WindowAttention
 from hatnet_core.model import HATNet
 from hatnet_core.variants import VARIANTS
 
+HEAD = ("num_classes", "global_pool", "drop_rate")
+"""Arguments of :class:`hatnet_core.HATNet` that a backbone does without."""
 
-class HATNetConfig(BackboneConfigMixin, PreTrainedConfig):
+_ARGUMENTS = {f.name: f for f in dataclasses.fields(config.HATNetConfig) if f.name not in HEAD}
+_SMALL = {name: f.default for name, f in _ARGUMENTS.items()} | VARIANTS["hatnet_small"]
+_Arguments: Any = dataclasses.make_dataclass("_Arguments", [(name, Any, _SMALL[name]) for name in _ARGUMENTS])
+
+
+class HATNetConfig(BackboneConfigMixin, _Arguments, PreTrainedConfig):  # type: ignore[misc]  # made, not written
     """The arguments of :class:`hatnet_core.HATNet` but those of its head; the defaults are HAT-Net-Small.
 
     Args:
@@ -38,19 +47,6 @@ class HATNetConfig(BackboneConfigMixin, PreTrainedConfig):
     model_type = "hatnet"
     attribute_map = {"num_channels": "in_chans", "hidden_sizes": "embed_dims"}  # noqa: RUF012  transformers' interface
 
-    embed_dims: list[int] | tuple[int, ...] = VARIANTS["hatnet_small"]["embed_dims"]
-    depths: list[int] | tuple[int, ...] = VARIANTS["hatnet_small"]["depths"]
-    head_dim: int = 64
-    kernel_sizes: list[int] | tuple[int, ...] = (3, 3, 3, 3)
-    mlp_ratios: list[int] | tuple[int, ...] = (8, 8, 4, 4)
-    grid_sizes: list[int] | tuple[int, ...] = (8, 7, 7)
-    pool_sizes: list[int] | tuple[int, ...] = (8, 4, 2)
-    attention: list[str] | tuple[str, ...] = ("hierarchical", "hierarchical", "hierarchical")
-    activation: str = "silu"
-    depthwise: bool = True
-    in_chans: int = 3
-    proj_drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -64,8 +60,7 @@ class HATNetConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def hatnet_arguments(self) -> dict[str, Any]:
         """The arguments of :class:`HATNet` for this configuration, without head."""
-        names = [name for name in HATNetConfig.__annotations__ if not name.startswith("_")]
-        return {**{name: getattr(self, name) for name in names}, "num_classes": 0}
+        return {**{name: getattr(self, name) for name in _ARGUMENTS}, "num_classes": 0}
 
 
 class HATNetBackbone(BackboneMixin, PreTrainedModel):
@@ -74,8 +69,12 @@ class HATNetBackbone(BackboneMixin, PreTrainedModel):
     config_class = HATNetConfig
     base_model_prefix = "hatnet"
     main_input_name = "pixel_values"
+    input_modalities = "image"
     has_attentions = False
     supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_context_parallel = False  # the positions of one image attend to each other
+    _no_split_modules = {"Block"}  # noqa: RUF012  transformers' interface
 
     def __init__(self, config: HATNetConfig) -> None:
         super().__init__(config)

@@ -1,8 +1,8 @@
 """Fast paths of the model: which one runs for which input, and the one switch that chooses (:func:`set_kernels`).
 
 ``reference.py`` holds the attention as the equations read, ``mlp.py`` the MLP in slices for CPUs, ``triton_*.py`` the
-kernels for GPUs. Nothing here changes a number beyond rounding. Fast paths are left out while a model is traced or
-exported, under ``torch.func``, and for a layer that somebody listens to or has replaced.
+kernels for GPUs. Nothing here changes a number beyond rounding. Fast paths are skipped while a model is traced or
+exported, under ``torch.func`` and dispatch or function modes, and for a layer that has hooks or was replaced.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from hatnet_core.kernels import mlp, reference
 
@@ -167,26 +168,28 @@ def average_pool(x: Tensor, pool_size: int) -> Tensor | None:
 def inverted_residual(
     x: Tensor,
     expand: nn.Module,
+    act1: nn.Module,
     depthwise: nn.Module | None,
-    project: nn.Module,
-    activation: nn.Module,
+    act2: nn.Module,
     dropout: nn.Module,
+    project: nn.Module,
 ) -> Tensor:
     """Expand → activation → depthwise → activation → dropout → project, layer by layer where no fast path applies.
 
     Args:
         x: [B, C, H, W].
         expand: 1×1 convolution, C to E·C channels.
-        depthwise: K×K convolution of E·C channels; without it, the activation behind it is left out, too.
-        project: 1×1 convolution, E·C to C channels.
-        activation: SiLU or GELU.
+        act1: SiLU or GELU.
+        depthwise: K×K convolution of E·C channels; without it, ``act2`` is skipped, too.
+        act2: SiLU or GELU.
         dropout: before the projection.
+        project: 1×1 convolution, E·C to C channels.
 
     Returns:
         [B, C, H, W], the dtype of ``x``, under autocast that of autocast.
     """
-    path, name = _path(x), _activation_name(activation)
-    if path and name and _is_depthwise(depthwise) and _keeps_all(dropout):
+    path, name = _path(x), _activation_name(act1)
+    if path and name and name == _activation_name(act2) and _is_depthwise(depthwise) and _keeps_all(dropout):
         if path == "slices" and _is_pointwise(expand) and _is_pointwise(project):
             weights = _common_dtype(x, expand.weight, depthwise.weight, project.weight)
             if weights is not None:
@@ -198,9 +201,9 @@ def inverted_residual(
             if torch.is_autocast_enabled(x.device.type):
                 weight = weight.to(hidden.dtype)
             return project(triton_depthwise.activated_depthwise(hidden, weight))
-    x = activation(expand(x))
+    x = act1(expand(x))
     if depthwise is not None:
-        x = activation(depthwise(x))
+        x = act2(depthwise(x))
     return project(dropout(x))
 
 
@@ -219,7 +222,7 @@ def _path(x: Tensor) -> str:
     """
     if _mode in ("reference", "plain") or torch.compiler.is_exporting() or torch._C._get_tracing_state():
         return ""
-    if not _is_plain(x):
+    if not _is_plain(x) or _is_watched():
         return ""
     if x.device.type == "cuda":
         path = "triton" if _runs_on(x.device) else ""
@@ -233,6 +236,19 @@ def _is_plain(x: Tensor) -> bool:
     if type(x) not in (Tensor, nn.Parameter):
         return False
     return torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _is_watched() -> bool:
+    """A transform of torch.func, or a mode other than that of a default device, sees or replaces every operation.
+
+    Parameters may then be of a kind of their own, even where ``x`` is not. torch has no public names for these.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
+        return True
+    modes = (torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack()))
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
 def _keeps_gradients(tensors: Iterable[Tensor]) -> bool:

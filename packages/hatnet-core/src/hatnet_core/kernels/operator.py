@@ -1,8 +1,8 @@
-"""Register a kernel and its gradient with PyTorch, and call them directly where nothing watches.
+"""Register a kernel and its gradient with PyTorch, and call them directly in eager mode.
 
 A call through ``torch.library.custom_op`` costs the host several times the launch of the kernel. Eager mode therefore
-calls the launcher, inside an ``autograd.Function`` if gradients are needed. Compilers and dispatch modes, which have
-to see an operator, get the registered one.
+calls the launcher, inside an ``autograd.Function`` if gradients are needed. Compilers, which have to see an operator,
+get the registered one.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -60,8 +60,7 @@ def register(
             return gradients(backward, ctx, *given)
 
     def call(*arguments: Any) -> Any:
-        # the number of active dispatch modes has no public name
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if torch.compiler.is_compiling():
             return forward_op(*arguments)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
             return Function.apply(*arguments)
