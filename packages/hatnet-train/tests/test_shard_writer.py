@@ -338,7 +338,7 @@ def test_a_worker_that_is_killed_ends_the_work_with_a_reason(many, tmp_path):
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    with pytest.raises(ChildProcessError, match="a process that wrote shards was killed"):
+    with pytest.raises(ChildProcessError, match="a worker was killed"):
         write_shards(many, tmp_path / "out", splits=("train",), resize=64, shard_megabytes=0.1, workers=1)
     killer.join(60)
     assert leftovers(tmp_path / "out") == []

@@ -322,7 +322,7 @@ class Trainer:
     def _report_bad(self, batch: Batch) -> int:
         """Name the images of this rank that could not be read; how many they are."""
         for problem in batch.bad:
-            sys.stderr.write(f"hatnet-train: warning: left out: {problem}\n")
+            sys.stderr.write(f"hatnet-train: warning: skipped: {problem}\n")
         return len(batch.bad)
 
     def _count_bad(self, images: int) -> None:
@@ -428,7 +428,7 @@ class Trainer:
             workers=config.workers,
             rank=self.rank,
             world_size=self.world_size,
-            leave_out_bad=config.on_bad_image == "replace",
+            skip_bad=config.on_bad_image == "replace",
         )
         with contextlib.closing(batches):
             measured, *averaged = evaluate(models, batches, self.engine.device, self.dtype, between=self._between)
