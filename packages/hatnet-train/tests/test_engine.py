@@ -5,6 +5,7 @@ Where the launcher is not what is tested, the processes are forked from one that
 
 import json
 import math
+import shutil
 import subprocess
 
 import pytest
@@ -189,6 +190,32 @@ def test_held_out_images_are_counted_once_on_any_number_of_processes(alone, imag
         assert row["images"] == 40
         assert (row["top1"], row["top5"]) == (pytest.approx(last["top1"]), pytest.approx(last["top5"]))
         assert row["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("on_bad_image", "statuses"), [("strict", [1, 0]), ("replace", [0, 0])])
+def test_images_that_cannot_be_read_are_not_counted_and_decide_on_the_status_after_all_others(
+    on_bad_image, statuses, alone, images, launch, tmp_path
+):
+    """Each of two processes meets one; no held-out image is of class3."""
+    shutil.copytree(images / "val", tmp_path / "images" / "val")
+    shutil.rmtree(tmp_path / "images" / "val" / "class3")
+    bad = [tmp_path / "images" / "val" / name for name in ("class0/0.jpg", "class2/9.jpg")]
+    for path in bad:
+        path.write_bytes(b"no image")
+    flags = ["--checkpoint", alone, "--data", tmp_path / "images", "--workers", "0", "--out", tmp_path / "row.json"]
+    with launch([*flags, "--on-bad-image", on_bad_image], function="evaluate") as started:
+        assert started.wait() == statuses, started.text()
+        assert all(started.text().count(str(path)) == 1 for path in bad)
+        assert "warning: no held-out images of class3\n" in started.log(0)
+    row = json.loads((tmp_path / "row.json").read_text())
+    assert (row["images"], row["bad_images"]) == (28, 2)
+
+
+def test_a_warm_up_that_takes_the_whole_run_is_a_warning(short, train, tmp_path):
+    said = train(*short, "--warmup-epochs", "1.95", "--out", tmp_path / "run", ranks=1)
+    assert "warning" in said
+    assert "--warmup-epochs" in said
+    assert "hatnet-train: 120 training images of 4 classes, 40 held out\n" in said
 
 
 @pytest.mark.parametrize(

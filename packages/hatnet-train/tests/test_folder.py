@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from hatnet_train.data import say_what_is_used
 from hatnet_train.data.folder import Folder
 from hatnet_train.data.images import read_image
 from hatnet_train.recipes import build_config
@@ -40,6 +43,42 @@ def test_classes_are_the_folders_in_order_and_images_all_below_them(imagenet):
     for i, name in enumerate(names):
         assert torch.equal(data.image(i), read_image(name))
         assert SYNSETS[data.labels[i]] in name
+
+
+def test_files_are_images_by_suffix_in_any_case_and_hidden_folders_are_not_read(imagenet):
+    place = imagenet / "train" / SYNSETS[0]
+    for name in ("a.jfif", "b.GIF", "c.avif", "d.apng", ".e.png", "._f.jpg", ".ipynb_checkpoints/g.jpg", ".x/h/i.png"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).touch()
+    (imagenet / "train" / ".ipynb_checkpoints").mkdir()
+    data = Folder(imagenet / "train")
+    assert data.classes == SYNSETS
+    names = {Path(data.name(i)).name for i in np.flatnonzero(data.labels == 0)}
+    assert names - {"n01440764_0.JPEG", "n01440764_10.JPEG"} == {"a.jfif", "b.GIF", "c.avif", "d.apng"}
+    # .e.png, ._f.jpg, three Thumbs.db, README.txt; .ipynb_checkpoints twice and .x
+    assert (data.skipped.files, data.skipped.folders) == (6, 3)
+
+
+def test_the_line_on_what_is_used_counts_images_and_names_the_first_that_was_skipped(imagenet, capsys):
+    training = Folder(imagenet / "train")
+    (imagenet / "val" / SYNSETS[0]).mkdir(parents=True)
+    Image.new("RGB", (5, 4)).save(imagenet / "val" / SYNSETS[0] / "x.png")
+    say_what_is_used("command", Folder(imagenet / "val", SYNSETS), training)
+    line, warning = capsys.readouterr().err.splitlines()
+    assert line == ("command: 9 training images of 3 classes, 1 held out; skipped 4 files, first train/README.txt")
+    assert all(name in warning for name in ("warning", *SYNSETS[1:]))
+
+
+def test_every_problem_of_a_folder_is_reported_where_it_is_not_raised(imagenet):
+    (imagenet / "train" / "n09999999").mkdir()
+    (imagenet / "train" / "N01440764 ").mkdir()
+    (imagenet / "train" / SYNSETS[1] / "loop").symlink_to(imagenet / "train" / SYNSETS[1])
+    problems = []
+    data = Folder(imagenet / "train", SYNSETS, problems.append)
+    assert len(problems) == 3
+    for name in ("'N01440764 '", "n09999999", f"{SYNSETS[1]}/loop"):
+        assert any(name in problem for problem in problems)
+    assert np.bincount(data.labels).tolist() == [2, 3, 4]
 
 
 def test_held_out_images_have_the_labels_of_the_training_classes(imagenet):

@@ -78,6 +78,14 @@ def test_a_folder_without_the_split_is_refused_with_the_way_out(files, way_out, 
         open_split(str(root), train=False, size=32)
 
 
+def test_held_out_images_of_a_folder_have_the_classes_of_its_training_images(tmp_path):
+    for file in ("train/ant/x.jpg", "train/bee/x.jpg", "val/bee/x.jpg"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    held_out = open_split(str(tmp_path), train=False, size=32)
+    assert (held_out.classes, held_out.labels.tolist()) == (("ant", "bee"), [1])
+
+
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data folder .*/nowhere: expected digits, synthetic"):
         open_split(str(tmp_path / "nowhere"), train=True, size=32)

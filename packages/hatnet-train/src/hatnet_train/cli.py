@@ -78,6 +78,7 @@ def train_parser() -> LaunchedParser:
         "  hatnet-train --recipe digits --out runs/digits\n"
         "  hatnet-train --recipe digits --out runs/digits --resume auto\n"
         "  hatnet-train --verify runs/digits\n"
+        "  hatnet-train --check-data --data flowers\n"
         "  deepspeed --num_accelerators 2 --module hatnet_train \\\n"
         "      --recipe digits --out runs/digits\n"
         "  deepspeed --hostfile hosts --module hatnet_train \\\n"
@@ -120,6 +121,12 @@ def train_parser() -> LaunchedParser:
     instead = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
     instead.add_argument("--print-config", action="store_true", help="print the configuration as JSON")
     instead.add_argument("--preflight", action="store_true", help="check the processes and measure their network")
+    instead.add_argument(
+        "--check-data",
+        action="store_true",
+        help="read all images of --data, count those of each class, and print every problem, such as images that "
+        "cannot be read, or are to train with and held out, too",
+    )
     instead.add_argument("--verify", type=Path, metavar="DIR", help="check every file of a run folder's checkpoints")
     instead.add_argument(
         "--check-hostfile", type=Path, metavar="FILE", help="look up every host of DeepSpeed's hostfile"
@@ -242,6 +249,8 @@ def _train(options: Namespace) -> int:
         return _check_hostfile(options.check_hostfile)
     if options.verify is not None:
         return _verify(options.verify)
+    if options.check_data:
+        return _check_data(options)
     needed = ["recipe"] if options.preflight or options.print_config else ["recipe", "out"]
     if missing := [f"--{name}" for name in needed if getattr(options, name) is None]:
         raise UsageError(f"the following arguments are required: {', '.join(missing)}")
@@ -377,6 +386,30 @@ def _check_hostfile(path: Path) -> int:
 
     hosts = check_hostfile(path)
     say(f"{path}: {len(hosts)} hosts, {sum(hosts.values())} processes, all names resolve")
+    return 0
+
+
+def _check_data(options: Namespace) -> int:
+    given = {**RECIPES.get(options.recipe, {}), **vars(options)}
+    if not given.get("data"):
+        raise UsageError("the following arguments are required: --data")
+    from hatnet_train.data.check import check_data
+
+    found = check_data(
+        given["data"],
+        size=given.get("image_size", MIN_SIZE),
+        workers=given.get("workers", TrainConfig.__dataclass_fields__["workers"].default),
+    )
+    width = max(map(len, ("class", *found.counts)))
+    say(f"{'class':<{width}}  {'train':>9}  {'val':>9}")
+    totals = (sum(n for n, _ in found.counts.values()), sum(n for _, n in found.counts.values()))
+    for name, (training, held_out) in {**found.counts, "all": totals}.items():
+        say(f"{name:<{width}}  {training:>9,}  {held_out:>9,}")
+    for line in filter(None, [str(found.skipped), *found.problems]):
+        say(line)
+    if found.problems:
+        raise ValueError(f"{given['data']}: {len(found.problems)} problem(s)")
+    say(f"{given['data']}: no problems")
     return 0
 
 

@@ -19,6 +19,7 @@ from hatnet_train.accuracy import evaluate
 from hatnet_train.classifier import Classifier, load_classifier
 from hatnet_train.config import MAX_SIZE, MAX_WORKERS
 from hatnet_train.data import Source, open_split, say_what_is_used
+from hatnet_train.data.folder import refuse
 from hatnet_train.data.loader import Batch, evaluation_batches
 from hatnet_train.deepspeed_json import AUTOCAST_DTYPES
 from hatnet_train.launch import discover, joined
@@ -83,8 +84,8 @@ def evaluation_run(
         bad = torch.zeros(1, dtype=torch.int64, device=device)
 
         def report(batch: Batch) -> None:
-            for problem in batch.bad if on_bad is not None else ():
-                on_bad(problem)
+            for problem in batch.bad:
+                (on_bad or refuse)(problem)
             bad.add_(len(batch.bad))
 
         start = time.perf_counter()

@@ -119,6 +119,12 @@ class Trainer:
         self.out = Path()
         self._origin = saved.folder if saved is not None else None
         self._failed_saves = self._bad_before = 0
+        warmup, steps = round(config.warmup_epochs * self.order.steps), config.epochs * self.order.steps
+        if warmup >= steps:
+            self._say(
+                f"warning: the warm-up takes all {steps} steps of the run, and the learning rate never falls; "
+                f"use fewer --warmup-epochs than {config.warmup_epochs:g}, or more --epochs"
+            )
         self._begin(saved)
 
     def _begin(self, saved: Saved | None, skipped: Collection[int] = ()) -> None:

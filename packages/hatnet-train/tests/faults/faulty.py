@@ -164,14 +164,14 @@ def failing_images(arguments):
 def few_descriptors(arguments):
     """A command that may open a few files more than it has, when its data workers start."""
     name, more, *arguments = arguments
-    load = loader._load
+    load = loader.load
 
     def limited(*args):
-        count = max(map(int, os.listdir("/proc/self/fd")))
+        count = max(int(entry.name) for entry in checkpoint.Path("/proc/self/fd").iterdir())
         resource.setrlimit(resource.RLIMIT_NOFILE, (count + int(more), count + int(more)))
         return load(*args)
 
-    loader._load = limited
+    loader.load = limited
     return getattr(cli, name)(arguments)
 
 

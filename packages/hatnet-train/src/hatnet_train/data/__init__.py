@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hatnet_train.data.folder import Folder, Report, Skipped, class_folders, refuse
+from hatnet_train.data.folder import Folder, Report, Skipped, class_folders, refuse, some
 from hatnet_train.data.shards import INDEX, Shards
 from hatnet_train.data.source import Digits, Source, Synthetic
 
@@ -76,5 +76,5 @@ def say_what_is_used(command: str, held_out: Source, training: Source | None = N
     sys.stderr.write(f"{command}: {'; '.join(filter(None, [counts, str(skipped)]))}\n")
     missing = sorted(set(range(len(held_out.classes))) - set(held_out.labels.tolist()))
     if missing:
-        names = ", ".join(held_out.classes[place] for place in missing[:5])
-        sys.stderr.write(f"{command}: warning: no held-out images of {len(missing)} classes, such as {names}\n")
+        names = some([held_out.classes[place] for place in missing])
+        sys.stderr.write(f"{command}: warning: no held-out images of {names}\n")

@@ -90,7 +90,7 @@ class Folder:
                 report(f"{root / unknown[0]} holds images of all classes; {UNSORTED}")
             else:
                 report(
-                    f"{root} has class folders that the training data does not have: {_some(unknown)}; "
+                    f"{root} has class folders that the training data does not have: {some(unknown)}; "
                     "expected the same names"
                 )
             folders = [name for name in folders if name not in unknown]
@@ -199,5 +199,6 @@ def images_under(
     return sorted(found)
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Join the first five names, and count the others."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -91,7 +91,7 @@ def train_batches(
                 if step not in skipped:
                     yield from share.split(config.accumulation)
 
-    return _load(_Training(source, config), shares(), config.workers)
+    return load(_Training(source, config), shares(), config.workers)
 
 
 def evaluation_batches(
@@ -128,7 +128,7 @@ def evaluation_batches(
     batches = -(-len(source) // (world_size * batch_size))
     padded = np.concatenate([own, np.full(batches * batch_size - len(own), -1, own.dtype)])
     make = _Evaluation(source, size, crop_fraction, skip_bad)
-    yield from _load(make, iter(padded.reshape(batches, batch_size)), workers)
+    yield from load(make, iter(padded.reshape(batches, batch_size)), workers)
 
 
 class _Training:
@@ -249,7 +249,7 @@ def _failure(error: Exception) -> _Failure:
     return _Failure(reason, "" if of_data else traceback.format_exc(), of_data)
 
 
-def _load(make: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Generator[Any, None, None]:
+def load(make: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Generator[Any, None, None]:
     """Yield ``make`` of every item in order, made by workers that never outlive this generator.
 
     Raises:
