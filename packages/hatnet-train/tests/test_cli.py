@@ -156,7 +156,7 @@ WRONG = [
         predict,
         "image.png --checkpoint w.safetensors --variant hatnet_small",
         1,
-        "holds hatnet_tiny, got hatnet_small: ",
+        "--variant must be hatnet_tiny, as w.safetensors",
     ),
     (
         predict,
@@ -191,8 +191,8 @@ WRONG = [
     (shards, "empty --out made --quality 80", 2, "--quality has an effect only with --resize, got 80"),
     (shards, "empty --out made --resize 32 --quality 101", 2, "'101' is not a whole number from 1 to 100"),
     (shards, "empty --out made --shard-megabytes 0", 2, "'0' is not a number above 0"),
-    (shards, "nowhere --out made", 1, "no folder nowhere/train: expected one folder for every class in it"),
-    (shards, "empty --out made", 1, "no folder empty/train: expected one folder for every class in it"),
+    (shards, "nowhere --out made", 1, "nowhere: train/ is missing; expected train/ and val/ with "),
+    (shards, "empty --out made", 1, "empty: train/ is missing; expected train/ and val/ with "),
     (shards, "empty --out text.png", 1, "--out must be a folder that can be made and written, got 'text.png'"),
     (shards, "empty --verify", 1, "empty"),
 ]

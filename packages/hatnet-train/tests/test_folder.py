@@ -163,7 +163,7 @@ def test_an_image_that_cannot_be_read_is_refused_by_path(content, imagenet):
 
 
 def test_an_empty_or_missing_split_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder .*/train: expected one folder for every class"):
+    with pytest.raises(FileNotFoundError, match=r": train/ is missing; expected train/ and val/"):
         Folder(tmp_path / "train")
     with pytest.raises(ValueError, match="holds no class folders: expected one folder of images for every class"):
         Folder(tmp_path)

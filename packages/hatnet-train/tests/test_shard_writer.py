@@ -265,7 +265,7 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(images, tmp_path):
 
 
 def test_a_folder_without_the_split_or_with_an_empty_class_is_refused_before_any_work(images, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder .*test: expected one folder for every class"):
+    with pytest.raises(FileNotFoundError, match=r": test/ is missing; expected train/ and val/"):
         write_shards(images, tmp_path / "out", splits=("train", "test"))
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "train" / "wasp").mkdir()

@@ -124,8 +124,8 @@ def train_parser() -> LaunchedParser:
     instead.add_argument(
         "--check-data",
         action="store_true",
-        help="read all images of --data, count those of each class, and print every problem, such as images that "
-        "cannot be read, or are to train with and held out, too",
+        help="read all images of --data, count those of each class, and print every problem, such as unreadable "
+        "images and pictures that are in both train/ and val/",
     )
     instead.add_argument("--verify", type=Path, metavar="DIR", help="check every file of a run folder's checkpoints")
     instead.add_argument(

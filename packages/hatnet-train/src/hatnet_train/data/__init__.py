@@ -46,23 +46,9 @@ def open_split(
         raise FileNotFoundError(f"no data folder {data}: expected digits, synthetic, or a folder with train/ and val/")
     if (root / INDEX).is_file():
         return Shards(root, split, classes)
-    if not (root / split).is_dir():
-        raise FileNotFoundError(f"{root}: {split}/ is missing; {_way_out(root, split)}")
     if classes is None and not train and (root / "train").is_dir():
         classes = class_folders(root / "train", report)
     return Folder(root / split, classes, report)
-
-
-def _way_out(root: Path, split: str) -> str:
-    if (root.resolve().parent / split).is_dir():
-        return f"did you mean {root.parent}, which contains it?"
-    if split == "val" and (root / "train").is_dir():
-        return "move some images of every class from train/ to val/, into folders of the same names"
-    found = sorted(entry.name for entry in root.iterdir())[:5]
-    return (
-        f"expected train/ and val/ with a folder of images for every class, or the {INDEX} of hatnet-shards; "
-        f"found {', '.join(found) or 'nothing'}"
-    )
 
 
 def say_what_is_used(command: str, held_out: Source, training: Source | None = None) -> None:

@@ -139,7 +139,7 @@ def class_folders(root: Path, report: Report = refuse, skipped: Skipped | None =
         ValueError: by default, if it holds none, images next to them, or two of one name.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}: expected one folder for every class in it")
+        raise FileNotFoundError(f"{root.parent}: {root.name}/ is missing; {_way_out(root.parent, root.name)}")
     with os.scandir(root) as entries:
         found = sorted((entry.name, entry.is_dir()) for entry in entries)
     folders = [name for name, is_folder in found if is_folder and not name.startswith(".")]
@@ -158,6 +158,19 @@ def class_folders(root: Path, report: Report = refuse, skipped: Skipped | None =
         if other != name:
             report(f"{root} has two classes of one name: {other!r} and {name!r}; expected one folder a class")
     return folders
+
+
+def _way_out(data: Path, split: str) -> str:
+    """What to do where a folder of images lacks a split."""
+    if (data.resolve().parent / split).is_dir():
+        return f"did you mean {data.parent}, which contains it?"
+    if split == "val" and (data / "train").is_dir():
+        return "move some images of every class from train/ to val/, into folders of the same names"
+    found = sorted(entry.name for entry in data.iterdir())[:5] if data.is_dir() else []
+    return (
+        "expected train/ and val/ with a folder of images for every class, or shards of hatnet-shards; "
+        f"found {', '.join(found) or 'nothing'}"
+    )
 
 
 def images_under(
