@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import os
 import re
 import resource
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from hatnet_core.commands import EXPECTED, TRACEBACK, Parser
 from hatnet_train.signals import stop_noticing
+from hatnet_train.workers import OF_THE_MACHINE, WorkerError, kill
 
 GRACE_SECONDS = 10.0
 """How long another process than the first waits before it tells an error, which is mostly the first's, too."""
@@ -34,9 +34,6 @@ LESS = {
 }
 """Options that let a command take less of the machine, where it has them."""
 
-OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
-"""System errors that say nothing of the file or the host at which they happen."""
-
 
 def _no_room(text: str) -> tuple[str, ...]:
     size = ""
@@ -51,17 +48,17 @@ def _too_many_files(text: str) -> tuple[str, ...]:
 
 
 CAUSES: dict[str, Callable[[str], tuple[str, ...]]] = {
-    LOST_CONTACT: lambda text: (f"lost contact with another process, whose own output says why ({text})",),
-    r"Too many open files|ancdata": _too_many_files,
+    r"Too many open files|ancdata|receive a batch: EOFError": _too_many_files,
     r"shared memory|[Bb]us error|data workers: .*No space left": _no_room,
     r"Resource temporarily unavailable|can't start new thread": lambda text: (
         "no more processes or threads can be started (ulimit -u)",
         "--workers",
     ),
-    r"worker.* (is|was) killed|worker.*exited unexpectedly": lambda text: (
+    r"worker.* (is|was) killed|worker.*exited unexpectedly|cannot receive a batch": lambda text: (
         "a worker was killed (out of memory?)",
         "--workers",
     ),
+    LOST_CONTACT: lambda text: (f"lost contact with another process, whose own output says why ({text})",),
     r"out of memory|can't allocate memory|Cannot allocate memory|MemoryError": lambda text: (
         f"not enough memory ({text})",
         *LESS,
@@ -78,8 +75,6 @@ class LaunchedParser(Parser):
         try:
             return super().run(work, arguments)
         finally:
-            from hatnet_train.workers import kill
-
             kill()
 
     def tell(self, message: str, *, kind: str = "error: ") -> None:
@@ -99,11 +94,11 @@ class LaunchedParser(Parser):
         """An error in one line; of one that is a mistake of ours, since a run cannot be repeated for it, the trace."""
         if isinstance(error, RuntimeError | MemoryError | OSError) and (known := self._known_cause(error)):
             return known
+        if isinstance(error, WorkerError):
+            sys.stderr.write(error.trace)
+            return f"a data worker failed: {error}"
         if not isinstance(error, EXPECTED) and not os.environ.get(TRACEBACK):
-            if trace := getattr(error, "trace", ""):  # of a worker
-                sys.stderr.write(trace)
-            else:
-                traceback.print_exception(error)
+            traceback.print_exception(error)
         return self._spelled(super().explain(error))
 
     def _known_cause(self, error: Exception) -> str | None:
@@ -111,7 +106,7 @@ class LaunchedParser(Parser):
             return None
         text = str(error).strip().partition("\n")[0] or type(error).__name__
         for pattern, meaning in CAUSES.items():
-            if re.search(pattern, f"{type(error).__name__}: {text}"):
+            if re.search(pattern, f"{type(error).__name__}: {error}"):
                 cause, *ways = meaning(text)
                 ways = [LESS.get(way, way) for way in ways if way not in LESS or way in self._option_string_actions]
                 *most, last = ways or [""]
@@ -122,7 +117,7 @@ class LaunchedParser(Parser):
         """Spell the names of values as the options of this command: ``--batch-size`` for ``batch_size``."""
         for action in self._actions:
             name, flag = action.dest, next((option for option in action.option_strings if option[:2] == "--"), None)
-            if flag is None or flag == f"--{name}" == "--deepspeed_config":
+            if flag is None or "_" in flag:
                 continue
             where = r"(?<![\w./-])" if "_" in name else "^"
             after = r"(?![\w/-])(?!\.\w)" if "_" in name else r"(?= must be )"

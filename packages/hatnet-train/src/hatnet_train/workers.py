@@ -7,11 +7,15 @@ they are killed, never asked.
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import signal
 import threading
 from collections.abc import Collection, Iterator
 from multiprocessing.process import BaseProcess
+
+OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+"""System errors that say nothing of the file or the host at which they happen."""
 
 
 class WorkerError(RuntimeError):

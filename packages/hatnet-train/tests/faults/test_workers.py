@@ -24,7 +24,7 @@ def commands(images, tmp_path_factory):
 
     def of(name, folder):
         if name == "evaluate":
-            return ["--checkpoint", checkpoint, "--data", images, "--size", "256", "--workers", "2"]
+            return ["--checkpoint", checkpoint, "--data", images, "--size", "256", "--batch", "4", "--workers", "2"]
         run = ["--recipe", "digits", "--data", images, "--image-size", "64", "--epochs", "1", "--batch-size", "24"]
         return [*run, "--workers", "2", "--out", folder / "run"]
 
@@ -91,7 +91,7 @@ def test_a_small_dev_shm_is_named_with_its_size_and_remedies(command, secluded, 
     with Launch(secluded, tmp_path, 1, mount, module="faulty", function="command") as process:
         assert process.wait(30) == [0], process.text()
     with Launch(secluded, tmp_path, 1, commands(command, tmp_path), function=command) as started:
-        until(lambda: ": error: " in started.log(0), 120, started.text)
+        until(lambda: ": error: " in started.log(0) or started.poll(0) is not None, 120, started.text)
         status, said = ended(started)
     assert status == 1
     assert all(part in error_of(said) for part in ("/dev/shm", "(0.25 MB)", "--shm-size", "fewer --workers"))
@@ -103,7 +103,7 @@ def test_too_few_file_descriptors_are_named_with_the_limit_and_remedies(command,
     """At the first worker, at the next one, when a worker sends its first batch."""
     arguments = [command, more, *commands(command, tmp_path)]
     with launch(arguments, ranks=1, module="faulty", function="few_descriptors") as started:
-        until(lambda: ": error: " in started.log(0), 120, started.text)
+        until(lambda: ": error: " in started.log(0) or started.poll(0) is not None, 120, started.text)
         status, said = ended(started)
     assert status == 1
     assert all(part in error_of(said) for part in ("open files", "ulimit -n", "fewer --workers"))

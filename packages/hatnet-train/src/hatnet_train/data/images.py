@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 from pathlib import Path
 
@@ -13,8 +12,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from hatnet_core.images import to_rgb
-
-_OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+from hatnet_train.workers import OF_THE_MACHINE
 
 _JPEG = b"\xff\xd8\xff"
 
@@ -53,7 +51,7 @@ def read_file(path: str | Path) -> bytes:
 
 def unreadable(path: str | Path, error: OSError) -> Exception:
     """The error to raise where a file cannot be read: ``error`` itself if it says nothing of the file."""
-    return error if error.errno in _OF_THE_MACHINE else ValueError(f"cannot read {path}: {error.strerror}")
+    return error if error.errno in OF_THE_MACHINE else ValueError(f"cannot read {path}: {error.strerror}")
 
 
 def decode(encoded: bytes, name: str) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
@@ -25,7 +27,7 @@ from hatnet_train.data.mixing import draw_mixing
 from hatnet_train.data.source import Source
 from hatnet_train.sampler import GlobalOrder, Share, evaluation_share
 from hatnet_train.signals import ignore_in_worker
-from hatnet_train.workers import WorkerError, kill
+from hatnet_train.workers import OF_THE_MACHINE, WorkerError, kill
 
 MIXING = 1
 """Added to the key of an image's generator for the draws of its pair's mixing."""
@@ -213,9 +215,14 @@ class _Parcel:
 
     def __init__(self, content: Any) -> None:
         self.payload = bytes(ForkingPickler.dumps(content))
+        for end in os.pipe():  # or raise: with fewer descriptors left, nobody could fetch the tensors, but would wait
+            os.close(end)
 
     def open(self) -> Any:
-        return ForkingPickler.loads(self.payload)
+        try:
+            return ForkingPickler.loads(self.payload)
+        except (EOFError, OSError, RuntimeError) as error:
+            raise WorkerError(f"cannot receive a batch: {type(error).__name__}: {error}") from error
 
     def pin_memory(self) -> Any:
         """Called in the loader's thread that pins memory."""
@@ -227,26 +234,25 @@ class _Parcel:
 
 
 class _Items(Dataset[Any]):
-    """What the workers run: ``make`` of every item, or the reason why that failed."""
+    """What the loader runs: ``make`` of every item or, in a worker, the reason why that failed."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self.make = make
 
     def __getitems__(self, item: Any) -> Any:
-        try:
-            made = self.make(item)
-            return _Parcel(made) if get_worker_info() else made
-        except Exception as error:
-            failure = _failure(error)
         if get_worker_info() is None:
-            failure.raise_()
-        return _Parcel(failure)
+            return self.make(item)
+        try:
+            return _Parcel(self.make(item))
+        except Exception as error:
+            return _failure(error)
 
 
 def _failure(error: Exception) -> _Failure:
-    of_data = isinstance(error, ValueError)
-    reason = str(error) if of_data else f"{type(error).__name__}: {error}".removesuffix(": ")
-    return _Failure(reason, "" if of_data else traceback.format_exc(), of_data)
+    if isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno not in OF_THE_MACHINE):
+        return _Failure(str(error), "", of_data=True)
+    reason = f"{type(error).__name__}: {error}".removesuffix(": ").partition("\n")[0]
+    return _Failure(reason, traceback.format_exc(), of_data=False)
 
 
 def load(make: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Generator[Any, None, None]:
@@ -296,3 +302,4 @@ def _begin_worker(worker: int) -> None:
     gc.freeze()  # what the process before left to its collector, such as connections with threads, is not to end here
     torch.set_num_threads(1)
     ignore_in_worker()
+    sys.excepthook = lambda *_: None  # of the thread that hands out tensors: the command reports what it lacks
