@@ -64,7 +64,7 @@ CAUSES: dict[str, Callable[[str], tuple[str, ...]]] = {
         *LESS,
     ),
 }
-"""What errors mean that are no fault of the program, by regular expression: the cause, and ways out or options."""
+"""Errors of the machine by regular expression: the cause, then remedies or options of :data:`LESS`."""
 
 
 class LaunchedParser(Parser):

@@ -53,10 +53,10 @@ def predictions(
     """Yield the results of :func:`predict` batch by batch.
 
     Args:
-        classifier: likewise.
+        classifier: of :func:`hatnet_train.classifier.load_classifier`.
         files: image files.
-        top_k: likewise.
-        device: likewise.
+        top_k: how many classes to return an image, best first.
+        device: as for :func:`hatnet_core.commands.pick_device`.
         on_bad: called with the reason for each image that cannot be read and is skipped; by default that is raised.
 
     Raises:

@@ -19,7 +19,7 @@ CHUNK = 64
 
 @dataclass
 class Findings:
-    """What :func:`check_data` found."""
+    """Result of :func:`check_data`."""
 
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Training and held-out images of each class."""
@@ -33,7 +33,7 @@ def check_data(data: str, *, size: int, workers: int) -> Findings:
 
     Args:
         data: as for :func:`hatnet_train.data.open_split`.
-        size: likewise.
+        size: side in pixels of synthetic images.
         workers: processes that read; 0 for this one alone.
     """
     found = Findings()
@@ -70,7 +70,7 @@ def _counts(source: Source | None) -> dict[str, int]:
 def _opened(
     data: str, found: Findings, *, train: bool, size: int, classes: tuple[str, ...] | None = None
 ) -> Source | None:
-    """A split as far as it can be used; None where it cannot."""
+    """Open as much of a split as can be used; None if that is nothing."""
     try:
         source = open_split(data, train=train, size=size, classes=classes, report=found.problems.append)
     except (ValueError, OSError) as error:
@@ -81,7 +81,7 @@ def _opened(
 
 
 def _read(source: Source | None, workers: int) -> Iterator[tuple[int, bytes, str]]:
-    """Of every image its number, the hash of its file, and why it cannot be read; nothing of images without files."""
+    """Yield number, hash and problem of every image; nothing for images without files."""
     if isinstance(source, Folder | Shards):
         for chunk in load(
             _Reader(source), iter(np.split(np.arange(len(source)), range(CHUNK, len(source), CHUNK))), workers

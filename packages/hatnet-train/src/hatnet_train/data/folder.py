@@ -35,7 +35,7 @@ def refuse(problem: str) -> NoReturn:
 
 @dataclass
 class Skipped:
-    """What is in a folder and not read as an image."""
+    """Files and folders that are not read as images."""
 
     files: int = 0
     folders: int = 0
@@ -161,7 +161,7 @@ def class_folders(root: Path, report: Report = refuse, skipped: Skipped | None =
 
 
 def _way_out(data: Path, split: str) -> str:
-    """What to do where a folder of images lacks a split."""
+    """Suggest what to do where a split is missing."""
     if (data.resolve().parent / split).is_dir():
         return f"did you mean {data.parent}, which contains it?"
     if split == "val" and (data / "train").is_dir():

@@ -199,19 +199,22 @@ class _Evaluation:
 
 
 class _Failure(NamedTuple):
-    """An error of a worker as strings: the exception itself might not survive the way."""
+    """An error of a worker as strings: not every exception can be pickled."""
 
     reason: str
     trace: str
     of_data: bool
-    """Whether an image is to blame, which ``reason`` names."""
+    """An image is to blame, which ``reason`` names."""
 
     def raise_(self) -> NoReturn:
         raise ValueError(self.reason) if self.of_data else WorkerError(self.reason, self.trace)
 
 
 class _Parcel:
-    """What a worker sends, pickled there: in the queue's own thread, a failure would lose the batch silently."""
+    """An item on its way from a worker.
+
+    It is pickled when made: in the thread of the queue, a failure would lose the item silently.
+    """
 
     def __init__(self, content: Any) -> None:
         self.payload = bytes(ForkingPickler.dumps(content))
@@ -234,7 +237,7 @@ class _Parcel:
 
 
 class _Items(Dataset[Any]):
-    """What the loader runs: ``make`` of every item or, in a worker, the reason why that failed."""
+    """Dataset of made items; in a worker, an error is an item, too."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self.make = make
