@@ -221,13 +221,13 @@ def test_a_warm_up_that_takes_the_whole_run_is_a_warning(short, train, tmp_path)
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--rand-augment", "bogus"], "rand_augment must be a policy of timm such as rand-m9-mstd0.5, got 'bogus'"),
+        (["--rand-augment", "bogus"], "--rand-augment must be a policy of timm such as rand-m9-mstd0.5, got 'bogus'"),
         (["--init", "{folder}/no.pth"], "no checkpoint at {folder}/no.pth: expected an existing file"),
         (
             ["--deepspeed_config", "{folder}/typo.json"],
             "DeepSpeed refuses its configuration: AdamW.__init__() got an unexpected",
         ),
-        (["--precision", "fp16", "--zero-stage", "1"], "precision fp16 with zero_stage 1 needs a GPU; on a CPU"),
+        (["--precision", "fp16", "--zero-stage", "1"], "precision fp16 with --zero-stage 1 needs a GPU; on a CPU"),
     ],
 )
 def test_what_a_run_cannot_start_with_is_found_before_its_folder_is_made(flags, expected, train, tmp_path, short):
@@ -241,7 +241,7 @@ def test_what_a_run_cannot_start_with_is_found_before_its_folder_is_made(flags, 
 
 def test_a_preflight_finds_what_a_run_cannot_start_with(train, short):
     said = train(*short, "--preflight", "--rand-augment", "bogus", ranks=1, expected=1)
-    assert "hatnet-train: error: rand_augment must be a policy of timm such as rand-m9-mstd0.5" in said
+    assert "hatnet-train: error: --rand-augment must be a policy of timm such as rand-m9-mstd0.5" in said
     assert "bandwidth" not in said
 
 
@@ -313,8 +313,8 @@ def test_a_run_folder_that_cannot_be_made_ends_the_launch_with_one_line(run_comm
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--batch-size", "31"], "batch_size must be a multiple of 2 (a share for each of 2 processes × "),
-        (["--batch-size", "1438"], "batch_size must be at most the 1437 training images, got 1438"),
+        (["--batch-size", "31"], "--batch-size must be a multiple of 2 (a share for each of 2 processes × "),
+        (["--batch-size", "1438"], "--batch-size must be at most the 1437 training images, got 1438"),
     ],
 )
 def test_a_batch_that_cannot_be_ends_the_launch_with_one_line(arguments, expected, refused, tmp_path):
