@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from hatnet_train.cli import (
     train,
     train_parser,
 )
+from hatnet_train.data.folder import Folder
 from hatnet_train.parser import GRACE_SECONDS
 
 
@@ -79,7 +81,7 @@ WRONG = [
         train,
         "--recipe digits --out run --deepspeed_config bad.json",
         1,
-        "bad.json: batch_size must be at least 1, got -",
+        "bad.json: train_batch_size must be at least 1, ",
     ),
     (
         train,
@@ -99,6 +101,8 @@ WRONG = [
         1,
         "neither config.json nor checkpoints in nowhere; expected a run folder of hatnet-tr",
     ),
+    (train, "--check-data", 2, "the following arguments are required: --data"),
+    (train, "--recipe digits --out run --warmup-epochs 9", 2, "--warmup-epochs must be from 0 to below epochs=7, got"),
     (train, "--check-hostfile nowhere", 1, "cannot read hostfile nowhere: No such file or directory"),
     (evaluate, "--data digits", 2, "the following arguments are required: --checkpoint"),
     (evaluate, "--checkpoint w.safetensors", 2, "the following arguments are required: --data"),
@@ -136,18 +140,23 @@ WRONG = [
     ),
     (predict, "--checkpoint w.safetensors", 2, "the following arguments are required: IMAGE"),
     (predict, "image.png --checkpoint w.safetensors --top-k 0", 2, "--top-k: '0' is not a whole number from 1 up"),
-    (predict, "image.png --checkpoint w.safetensors --top-k 11", 1, "top_k must be from 1 to the 10 classes, got 11"),
+    (
+        predict,
+        "image.png --checkpoint w.safetensors --top-k 11",
+        1,
+        "--top-k must be from 1 to the 10 classes, got 11",
+    ),
     (
         predict,
         "image.png --checkpoint w.safetensors --device cuda:77",
         1,
-        "device must be auto, cpu, or a GPU that is t",
+        "--device must be auto, cpu, or a GPU that is ",
     ),
     (
         predict,
         "image.png --checkpoint w.safetensors --variant hatnet_small",
         1,
-        "holds hatnet_tiny, got hatnet_small: ",
+        "--variant must be hatnet_tiny, as w.safetensors",
     ),
     (
         predict,
@@ -174,7 +183,7 @@ WRONG = [
         "cannot read text.png as an image: its 6 bytes are of no known f",
     ),
     (predict, "cut.png --checkpoint w.safetensors", 1, "cannot read cut.png as an image"),
-    (predict, "empty --checkpoint w.safetensors", 1, "folder empty holds no images: expected files that end in .bmp"),
+    (predict, "empty --checkpoint w.safetensors", 1, "folder empty holds no images: expected files that end in .apng"),
     (shards, "empty", 2, "one of the arguments --out --verify is required"),
     (shards, "empty --verify --resize 64", 2, "--resize has an effect only with --out, got 64"),
     (shards, "empty --out made --verify", 2, "argument --verify: not allowed with argument --out"),
@@ -182,8 +191,8 @@ WRONG = [
     (shards, "empty --out made --quality 80", 2, "--quality has an effect only with --resize, got 80"),
     (shards, "empty --out made --resize 32 --quality 101", 2, "'101' is not a whole number from 1 to 100"),
     (shards, "empty --out made --shard-megabytes 0", 2, "'0' is not a number above 0"),
-    (shards, "nowhere --out made", 1, "no folder nowhere/train: expected one folder for every class in it"),
-    (shards, "empty --out made", 1, "no folder empty/train: expected one folder for every class in it"),
+    (shards, "nowhere --out made", 1, "nowhere: train/ is missing; expected train/ and val/ with "),
+    (shards, "empty --out made", 1, "empty: train/ is missing; expected train/ and val/ with "),
     (shards, "empty --out text.png", 1, "--out must be a folder that can be made and written, got 'text.png'"),
     (shards, "empty --verify", 1, "empty"),
 ]
@@ -232,8 +241,8 @@ def test_wrong_input_is_one_line_and_a_status_and_leaves_nothing(
             "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:1",
             "lost contact with another pro",
         ),
-        ("DataLoader worker (pid 23550) is killed by signal: Killed. ", "a data worker was killed from outside"),
-        ("CUDA out of memory. Tried to allocate 2 GiB", "not enough memory; a smaller batch needs less"),
+        ("DataLoader worker (pid 23550) is killed by signal: Killed. ", "a worker was killed (out of memory?)"),
+        ("CUDA out of memory. Tried to allocate 2 GiB", "not enough memory (CUDA out of memory. Tried to "),
     ],
 )
 def test_what_happens_to_a_machine_is_told_in_one_line_and_a_mistake_of_ours_is_shown(text, expected, capsys):
@@ -283,7 +292,7 @@ def test_the_configuration_is_printed_with_every_field_and_what_was_given(capsys
 
 def test_a_configuration_is_printed_only_if_timm_knows_its_policy(capsys):
     assert status(train, ["--recipe", "digits", "--print-config", "--rand-augment", "bogus"]) == 1
-    assert "rand_augment must be a policy of timm such as rand-m9-mstd0.5, got 'bogus'" in one_error_line(capsys)
+    assert "--rand-augment must be a policy of timm such as rand-m9-mstd0.5, got 'bogus'" in one_error_line(capsys)
 
 
 def test_deepspeeds_json_goes_before_the_recipe_and_must_not_contradict_a_flag(tmp_path, capsys):
@@ -317,6 +326,89 @@ def test_predictions_come_as_a_table_or_as_json(checkpoint, tmp_path, capsys):
     (row,) = json.loads(capsys.readouterr().out)
     assert row["image"] == str(image)
     assert len(row["classes"]) == len(row["probabilities"]) == 1
+
+
+@pytest.fixture
+def damaged(files, tmp_path):
+    """An image folder of two classes, in each split of which one image cannot be read."""
+    for split, count in (("train", 3), ("val", 2)):
+        for name, colour in (("0", "red"), ("1", "blue")):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40 + i, 50 + count), colour).save(tmp_path / "data" / split / name / f"{i}.png")
+        (tmp_path / "data" / split / "0" / "bad.png").write_bytes((files / "cut.png").read_bytes())
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(("on_bad_image", "expected", "kind"), [("strict", 1, "error"), ("replace", 0, "warning")])
+def test_an_image_that_cannot_be_read_is_named_and_does_not_cost_the_other_predictions(
+    on_bad_image, expected, kind, checkpoint, damaged, capsys
+):
+    line = ["--checkpoint", checkpoint, damaged / "train", "--on-bad-image", on_bad_image]
+    for output in ("table", "json"):
+        assert status(predict, [*line, "--format", output]) == expected
+        captured = capsys.readouterr()
+        rows = json.loads(captured.out) if output == "json" else captured.out.splitlines()
+        assert len(rows) == 6
+        (problem,) = captured.err.splitlines()
+        assert problem.startswith(f"hatnet-predict: {kind}: ")
+        assert str(damaged / "train" / "0" / "bad.png") in problem
+
+
+@pytest.mark.parametrize(("on_bad_image", "expected", "kind"), [("strict", 1, "error"), ("replace", 0, "warning")])
+def test_an_image_that_cannot_be_read_is_named_and_does_not_cost_the_other_shards(
+    on_bad_image, expected, kind, damaged, tmp_path, capsys
+):
+    line = [damaged, "--out", tmp_path / "shards", "--workers", "0", "--on-bad-image", on_bad_image]
+    assert status(shards, line) == expected
+    captured = capsys.readouterr()
+    assert [text.split()[:2] for text in captured.out.splitlines()] == [["train:", "6"], ["val:", "4"]]
+    assert [text.startswith(f"hatnet-shards: {kind}: ") for text in captured.err.splitlines()] == [True, True]
+    assert status(shards, ["--verify", tmp_path / "shards"]) == 0
+
+
+def test_no_prediction_at_all_is_a_failure_even_where_bad_images_are_only_warnings(checkpoint, damaged):
+    bad = damaged / "train" / "0" / "bad.png"
+    assert status(predict, ["--checkpoint", checkpoint, bad, "--on-bad-image", "replace"]) == 1
+
+
+def test_check_data_counts_the_images_of_each_class_and_prints_every_problem(damaged, capsys):
+    (damaged / "val" / "1" / "twin.png").write_bytes((damaged / "train" / "1" / "2.png").read_bytes())
+    (damaged / "train" / "2").mkdir()
+    (damaged / "val" / "other").mkdir()
+    (damaged / "val" / "other" / "x.png").write_bytes((damaged / "train" / "1" / "2.png").read_bytes())
+    (damaged / "train" / "0" / "notes.txt").touch()
+    for workers in "02":
+        assert status(train, ["--check-data", "--data", damaged, "--workers", workers]) == 1
+        captured = capsys.readouterr()
+        lines = [line.split() for line in captured.out.splitlines()]
+        counts = [["0", "4", "3"], ["1", "3", "3"], ["2", "0", "0"], ["all", "7", "6"]]
+        assert lines[:5] == [["class", "train", "val"], *counts]
+        assert "train/0/notes.txt" in captured.out
+        for named in ("train/2 ", "other", "train/0/bad.png", "val/0/bad.png"):
+            assert sum(named in line for line in captured.out.splitlines()) == 1, named
+        (twins,) = [line for line in captured.out.splitlines() if "twin.png" in line]
+        assert str(damaged / "train" / "1" / "2.png") in twins
+        (error,) = captured.err.splitlines()
+        assert f"error: {damaged}: 5 problem" in error
+
+
+def test_check_data_takes_shards_and_the_data_of_a_recipe(made, capsys):
+    assert status(train, ["--check-data", "--data", made, "--workers", "0"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["all", "20", "14"]
+    assert status(train, ["--check-data", "--recipe", "digits"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["all", "1,437", "360"]
+
+
+def test_a_file_that_cannot_be_opened_for_want_of_descriptors_is_not_taken_for_a_bad_image(damaged, tmp_path):
+    source = Folder(damaged / "train")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            source.image(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_shards_are_written_and_verified(tmp_path, capsys):

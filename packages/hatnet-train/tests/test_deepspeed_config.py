@@ -29,6 +29,7 @@ def test_the_rate_rises_in_equal_steps_to_its_peak_and_falls_along_a_cosine_to_n
 def test_a_run_without_warmup_starts_at_the_peak_and_one_of_a_single_step_has_it():
     assert lr_factor(0, warmup_steps=0, total_steps=10) == 1.0
     assert lr_factor(0, warmup_steps=1, total_steps=1) == 1.0
+    assert lr_factor(5, warmup_steps=5, total_steps=5) == 1.0  # which the scheduler asks for after the last step
 
 
 def test_the_cosine_leads_to_the_floor():

@@ -5,6 +5,7 @@ Where the launcher is not what is tested, the processes are forked from one that
 
 import json
 import math
+import shutil
 import subprocess
 
 import pytest
@@ -191,16 +192,42 @@ def test_held_out_images_are_counted_once_on_any_number_of_processes(alone, imag
         assert row["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(("on_bad_image", "statuses"), [("strict", [1, 0]), ("replace", [0, 0])])
+def test_images_that_cannot_be_read_are_not_counted_and_decide_on_the_status_after_all_others(
+    on_bad_image, statuses, alone, images, launch, tmp_path
+):
+    """Each of two processes meets one; no held-out image is of class3."""
+    shutil.copytree(images / "val", tmp_path / "images" / "val")
+    shutil.rmtree(tmp_path / "images" / "val" / "class3")
+    bad = [tmp_path / "images" / "val" / name for name in ("class0/0.jpg", "class2/9.jpg")]
+    for path in bad:
+        path.write_bytes(b"no image")
+    flags = ["--checkpoint", alone, "--data", tmp_path / "images", "--workers", "0", "--out", tmp_path / "row.json"]
+    with launch([*flags, "--on-bad-image", on_bad_image], function="evaluate") as started:
+        assert started.wait() == statuses, started.text()
+        assert all(started.text().count(str(path)) == 1 for path in bad)
+        assert "warning: no held-out images of class3\n" in started.log(0)
+    row = json.loads((tmp_path / "row.json").read_text())
+    assert (row["images"], row["bad_images"]) == (28, 2)
+
+
+def test_a_warm_up_that_takes_the_whole_run_is_a_warning(short, train, tmp_path):
+    said = train(*short, "--warmup-epochs", "1.95", "--out", tmp_path / "run", ranks=1)
+    assert "warning" in said
+    assert "--warmup-epochs" in said
+    assert "hatnet-train: 120 training images of 4 classes, 40 held out\n" in said
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--rand-augment", "bogus"], "rand_augment must be a policy of timm such as rand-m9-mstd0.5, got 'bogus'"),
+        (["--rand-augment", "bogus"], "--rand-augment must be a policy of timm such as rand-m9-mstd0.5, got 'bogus'"),
         (["--init", "{folder}/no.pth"], "no checkpoint at {folder}/no.pth: expected an existing file"),
         (
             ["--deepspeed_config", "{folder}/typo.json"],
             "DeepSpeed refuses its configuration: AdamW.__init__() got an unexpected",
         ),
-        (["--precision", "fp16", "--zero-stage", "1"], "precision fp16 with zero_stage 1 needs a GPU; on a CPU"),
+        (["--precision", "fp16", "--zero-stage", "1"], "precision fp16 with --zero-stage 1 needs a GPU; on a CPU"),
     ],
 )
 def test_what_a_run_cannot_start_with_is_found_before_its_folder_is_made(flags, expected, train, tmp_path, short):
@@ -214,7 +241,7 @@ def test_what_a_run_cannot_start_with_is_found_before_its_folder_is_made(flags, 
 
 def test_a_preflight_finds_what_a_run_cannot_start_with(train, short):
     said = train(*short, "--preflight", "--rand-augment", "bogus", ranks=1, expected=1)
-    assert "hatnet-train: error: rand_augment must be a policy of timm such as rand-m9-mstd0.5" in said
+    assert "hatnet-train: error: --rand-augment must be a policy of timm such as rand-m9-mstd0.5" in said
     assert "bandwidth" not in said
 
 
@@ -286,8 +313,8 @@ def test_a_run_folder_that_cannot_be_made_ends_the_launch_with_one_line(run_comm
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--batch-size", "31"], "batch_size must be a multiple of 2 (a share for each of 2 processes × "),
-        (["--batch-size", "1438"], "batch_size must be at most the 1437 training images, got 1438"),
+        (["--batch-size", "31"], "--batch-size must be a multiple of 2 (a share for each of 2 processes × "),
+        (["--batch-size", "1438"], "--batch-size must be at most the 1437 training images, got 1438"),
     ],
 )
 def test_a_batch_that_cannot_be_ends_the_launch_with_one_line(arguments, expected, refused, tmp_path):

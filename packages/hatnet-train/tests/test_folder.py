@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from hatnet_train.data import say_what_is_used
 from hatnet_train.data.folder import Folder
 from hatnet_train.data.images import read_image
 from hatnet_train.recipes import build_config
@@ -42,6 +45,42 @@ def test_classes_are_the_folders_in_order_and_images_all_below_them(imagenet):
         assert SYNSETS[data.labels[i]] in name
 
 
+def test_files_are_images_by_suffix_in_any_case_and_hidden_folders_are_not_read(imagenet):
+    place = imagenet / "train" / SYNSETS[0]
+    for name in ("a.jfif", "b.GIF", "c.avif", "d.apng", ".e.png", "._f.jpg", ".ipynb_checkpoints/g.jpg", ".x/h/i.png"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).touch()
+    (imagenet / "train" / ".ipynb_checkpoints").mkdir()
+    data = Folder(imagenet / "train")
+    assert data.classes == SYNSETS
+    names = {Path(data.name(i)).name for i in np.flatnonzero(data.labels == 0)}
+    assert names - {"n01440764_0.JPEG", "n01440764_10.JPEG"} == {"a.jfif", "b.GIF", "c.avif", "d.apng"}
+    # .e.png, ._f.jpg, three Thumbs.db, README.txt; .ipynb_checkpoints twice and .x
+    assert (data.skipped.files, data.skipped.folders) == (6, 3)
+
+
+def test_the_line_on_what_is_used_counts_images_and_names_the_first_that_was_skipped(imagenet, capsys):
+    training = Folder(imagenet / "train")
+    (imagenet / "val" / SYNSETS[0]).mkdir(parents=True)
+    Image.new("RGB", (5, 4)).save(imagenet / "val" / SYNSETS[0] / "x.png")
+    say_what_is_used("command", Folder(imagenet / "val", SYNSETS), training)
+    line, warning = capsys.readouterr().err.splitlines()
+    assert line == ("command: 9 training images of 3 classes, 1 held out; skipped 4 files, first train/README.txt")
+    assert all(name in warning for name in ("warning", *SYNSETS[1:]))
+
+
+def test_every_problem_of_a_folder_is_reported_where_it_is_not_raised(imagenet):
+    (imagenet / "train" / "n09999999").mkdir()
+    (imagenet / "train" / "N01440764 ").mkdir()
+    (imagenet / "train" / SYNSETS[1] / "loop").symlink_to(imagenet / "train" / SYNSETS[1])
+    problems = []
+    data = Folder(imagenet / "train", SYNSETS, problems.append)
+    assert len(problems) == 3
+    for name in ("'N01440764 '", "n09999999", f"{SYNSETS[1]}/loop"):
+        assert any(name in problem for problem in problems)
+    assert np.bincount(data.labels).tolist() == [2, 3, 4]
+
+
 def test_held_out_images_have_the_labels_of_the_training_classes(imagenet):
     for synset in SYNSETS[1:]:
         (imagenet / "val" / synset).mkdir(parents=True)
@@ -50,7 +89,9 @@ def test_held_out_images_have_the_labels_of_the_training_classes(imagenet):
 
 
 def test_a_class_that_training_has_not_is_refused(imagenet):
-    with pytest.raises(ValueError, match="has class folders that the training data has not: n02105855; expected"):
+    with pytest.raises(
+        ValueError, match="has class folders that the training data does not have: n02105855; expected"
+    ):
         Folder(imagenet / "train", SYNSETS[:2])
 
 
@@ -98,7 +139,7 @@ def test_links_are_followed_but_not_in_circles(imagenet):
 def test_an_empty_class_folder_is_refused_by_path(imagenet):
     (imagenet / "train" / "n09999999").mkdir()
     with pytest.raises(
-        ValueError, match=r"class folder .*/n09999999 holds no images \(\.bmp, .*\); expected at least"
+        ValueError, match=r"class folder .*/n09999999 holds no images \(\.apng, .*\); expected at least"
     ):
         Folder(imagenet / "train")
 
@@ -122,7 +163,7 @@ def test_an_image_that_cannot_be_read_is_refused_by_path(content, imagenet):
 
 
 def test_an_empty_or_missing_split_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder .*/train: expected one folder for every class"):
+    with pytest.raises(FileNotFoundError, match=r": train/ is missing; expected train/ and val/"):
         Folder(tmp_path / "train")
     with pytest.raises(ValueError, match="holds no class folders: expected one folder of images for every class"):
         Folder(tmp_path)

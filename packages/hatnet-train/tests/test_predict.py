@@ -6,7 +6,7 @@ from hatnet_core import HATNet, load_checkpoint, read_metadata
 from hatnet_train.classifier import load_classifier
 from hatnet_train.data.augment import centre_crop, normalise
 from hatnet_train.data.source import Digits
-from hatnet_train.predict import predict
+from hatnet_train.predict import find_images, predict, predictions
 
 
 @pytest.fixture
@@ -44,6 +44,25 @@ def test_a_folder_stands_for_the_images_in_it_and_below(checkpoint, scans):
         str(file) for file in folder.rglob("*") if file.suffix in (".png", ".PNG")
     )
     assert len(rows) == 35
+
+
+def test_hidden_folders_and_what_is_no_image_are_skipped_and_counted(scans):
+    folder = scans[0].parent
+    for name in (".ipynb_checkpoints", "below/.cache"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "hidden.png").write_bytes(scans[0].read_bytes())
+    (folder / "notes.txt").write_text("no image")
+    files, skipped = find_images([folder, scans[3]])
+    assert files == sorted(scans)
+    assert (skipped.files, skipped.folders) == (1, 2)
+
+
+def test_images_that_cannot_be_read_do_not_cost_the_results_of_others(checkpoint, scans):
+    (scans[1]).write_bytes(b"no image")
+    missing, bad = scans[0].with_name("missing.png"), []
+    rows = predictions(load_classifier(checkpoint), [*scans[:3], missing, *scans[3:]], on_bad=bad.append)
+    assert [row["image"] for row in rows] == [str(path) for path in (scans[0], *scans[2:])]
+    assert [str(path) in problem for path, problem in zip((scans[1], missing), bad, strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize("top_k", [0, 11])

@@ -265,7 +265,7 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(images, tmp_path):
 
 
 def test_a_folder_without_the_split_or_with_an_empty_class_is_refused_before_any_work(images, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder .*test: expected one folder for every class"):
+    with pytest.raises(FileNotFoundError, match=r": test/ is missing; expected train/ and val/"):
         write_shards(images, tmp_path / "out", splits=("train", "test"))
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "train" / "wasp").mkdir()
@@ -294,6 +294,42 @@ def test_an_image_that_cannot_be_read_stops_the_work_and_is_named(tmp_path, kind
     (tmp_path / "train" / "class" / "bad.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=rf"cannot read .*train/class/bad.jpg as an image.*{message}"):
         write_shards(tmp_path, tmp_path / "out", splits=("train",), resize=resize)
+    assert leftovers(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_cannot_be_read_are_skipped_and_reported_if_asked_for(images, tmp_path, workers):
+    shutil.copytree(images, tmp_path / "images")
+    bad = [tmp_path / "images" / name for name in ("train/ant/ant_2.JPEG", "val/odd/palette.png", "val/odd/new.jpg")]
+    for path in bad:
+        path.write_bytes(b"no image")
+    problems = []
+    out = tmp_path / "out"
+    index = write_shards(tmp_path / "images", out, shard_megabytes=0.03, workers=workers, on_bad=problems.append)
+    assert sorted(str(path) for path in bad) == sorted(problem.split()[2] for problem in problems)
+    for split in ("train", "val"):
+        shards = Shards(out, split)
+        assert len(shards) == index["splits"][split]["images"] == {"train": 19, "val": 13}[split]
+        assert [image_of(sample) for sample in read_with_webdataset(out, split)] == [
+            shards.encoded(i) for i in range(len(shards))
+        ]
+        assert all(shards.image(i).shape[0] == 3 for i in range(len(shards)))
+
+
+def test_a_split_none_of_whose_images_can_be_read_is_refused(tmp_path):
+    (tmp_path / "train" / "class").mkdir(parents=True)
+    (tmp_path / "train" / "class" / "bad.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="train"):
+        write_shards(tmp_path, tmp_path / "out", splits=("train",), on_bad=lambda problem: None)
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_too_few_file_descriptors_end_the_command_with_remedies(images, run_command, tmp_path):
+    line = f"ulimit -n 12; exec {BIN / 'hatnet-shards'} {images} --out {tmp_path / 'out'} --workers 4"
+    done = run_command("bash", "-c", line)
+    assert done.returncode == 1
+    (error,) = done.stderr.splitlines()
+    assert all(part in error for part in ("open files", "limit 12", "ulimit -n", "fewer --workers"))
     assert leftovers(tmp_path / "out") == []
 
 
@@ -338,7 +374,7 @@ def test_a_worker_that_is_killed_ends_the_work_with_a_reason(many, tmp_path):
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    with pytest.raises(ChildProcessError, match="a process that wrote shards was killed"):
+    with pytest.raises(ChildProcessError, match="a worker was killed"):
         write_shards(many, tmp_path / "out", splits=("train",), resize=64, shard_megabytes=0.1, workers=1)
     killer.join(60)
     assert leftovers(tmp_path / "out") == []

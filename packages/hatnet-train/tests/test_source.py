@@ -59,14 +59,31 @@ def test_synthetic_data_have_the_sizes_of_imagenet_and_images_of_the_size_asked_
     assert training.labels[1_281_166] == 166
 
 
-@pytest.mark.parametrize("files", [(), ("train/a/x.jpg",), ("n01440764/x.jpg",)])
-def test_a_folder_without_the_split_is_refused_with_what_is_in_it(files, tmp_path):
+@pytest.mark.parametrize(
+    ("files", "way_out"),
+    [
+        ((), "found nothing$"),
+        (("n01440764/x.jpg",), "found n01440764$"),
+        (("train/a/x.jpg",), "move some images of every class from train/ to val/"),
+        (("../val/a/x.jpg",), "did you mean {parent}, which contains it"),
+    ],
+)
+def test_a_folder_without_the_split_is_refused_with_the_way_out(files, way_out, tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
     for file in files:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    with pytest.raises(FileNotFoundError, match=f"^{root}: val/ is missing; .*{way_out.format(parent=tmp_path)}"):
+        open_split(str(root), train=False, size=32)
+
+
+def test_held_out_images_of_a_folder_have_the_classes_of_its_training_images(tmp_path):
+    for file in ("train/ant/x.jpg", "train/bee/x.jpg", "val/bee/x.jpg"):
+        (tmp_path / file).parent.mkdir(parents=True)
         (tmp_path / file).touch()
-    found = files[0].split("/")[0] if files else "nothing"
-    with pytest.raises(FileNotFoundError, match=rf"has no val/: expected train/ and val/ .*; found {found}$"):
-        open_split(str(tmp_path), train=False, size=32)
+    held_out = open_split(str(tmp_path), train=False, size=32)
+    assert (held_out.classes, held_out.labels.tolist()) == (("ant", "bee"), [1])
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):

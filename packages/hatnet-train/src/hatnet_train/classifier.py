@@ -60,7 +60,9 @@ def load_classifier(checkpoint: Path, variant: str | None = None) -> Classifier:
     record = find_metadata(checkpoint)
     if variant is not None and "image_size" in record:
         if record.get("variant") != variant:
-            raise ValueError(f"{checkpoint} holds {record.get('variant')}, got {variant}: leave the variant out")
+            raise ValueError(
+                f"variant must be {record.get('variant')}, as {checkpoint} says, or omitted, got {variant}"
+            )
         variant = None
     model = load_model(checkpoint, variant)
     if model.in_chans != 3:

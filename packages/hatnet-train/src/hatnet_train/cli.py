@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hatnet_core.commands import (
+    FAILED,
     SHARED,
     STATUSES,
     UsageError,
@@ -34,7 +35,7 @@ from hatnet_core.commands import (
 )
 from hatnet_core.variants import MIN_SIZE
 from hatnet_train.__about__ import __version__
-from hatnet_train.config import MAX_SIZE, MAX_WORKERS, PRECISIONS, QUALITY, SHARD_MEGABYTES, TrainConfig
+from hatnet_train.config import BAD_IMAGE, MAX_SIZE, MAX_WORKERS, PRECISIONS, QUALITY, SHARD_MEGABYTES, TrainConfig
 from hatnet_train.parser import LaunchedParser
 from hatnet_train.recipes import RECIPES, build_config
 from hatnet_train.signals import REQUEUE, Preempted, Signals
@@ -77,6 +78,7 @@ def train_parser() -> LaunchedParser:
         "  hatnet-train --recipe digits --out runs/digits\n"
         "  hatnet-train --recipe digits --out runs/digits --resume auto\n"
         "  hatnet-train --verify runs/digits\n"
+        "  hatnet-train --check-data --data flowers\n"
         "  deepspeed --num_accelerators 2 --module hatnet_train \\\n"
         "      --recipe digits --out runs/digits\n"
         "  deepspeed --hostfile hosts --module hatnet_train \\\n"
@@ -119,6 +121,12 @@ def train_parser() -> LaunchedParser:
     instead = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
     instead.add_argument("--print-config", action="store_true", help="print the configuration as JSON")
     instead.add_argument("--preflight", action="store_true", help="check the processes and measure their network")
+    instead.add_argument(
+        "--check-data",
+        action="store_true",
+        help="read all images of --data, count those of each class, and print every problem, such as unreadable "
+        "images and pictures that are in both train/ and val/",
+    )
     instead.add_argument("--verify", type=Path, metavar="DIR", help="check every file of a run folder's checkpoints")
     instead.add_argument(
         "--check-hostfile", type=Path, metavar="FILE", help="look up every host of DeepSpeed's hostfile"
@@ -155,6 +163,7 @@ def evaluate_parser() -> LaunchedParser:
         "--workers", type=whole(0, MAX_WORKERS), default=4, metavar="N", help="data workers a process (default 4)"
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="computed in (default fp32)")
+    _add_on_bad_image(parser, "is not counted")
     _add_timeout(parser)
     _add_local_rank(parser)
     add_format(parser)
@@ -180,6 +189,7 @@ def predict_parser() -> LaunchedParser:
     parser.add_argument(
         "--top-k", type=whole(1), default=1, metavar="K", help="classes to show of each image (default 1)"
     )
+    _add_on_bad_image(parser, "is skipped")
     add_device(parser)
     add_format(parser)
     return parser
@@ -230,6 +240,7 @@ def shards_parser() -> LaunchedParser:
         metavar="N",
         help="processes that write (default: as many as cores)",
     )
+    _add_on_bad_image(parser, "is skipped")
     return parser
 
 
@@ -238,6 +249,8 @@ def _train(options: Namespace) -> int:
         return _check_hostfile(options.check_hostfile)
     if options.verify is not None:
         return _verify(options.verify)
+    if options.check_data:
+        return _check_data(options)
     needed = ["recipe"] if options.preflight or options.print_config else ["recipe", "out"]
     if missing := [f"--{name}" for name in needed if getattr(options, name) is None]:
         raise UsageError(f"the following arguments are required: {', '.join(missing)}")
@@ -263,13 +276,14 @@ def _train(options: Namespace) -> int:
     return 0
 
 
-def _evaluate(options: Namespace) -> None:
+def _evaluate(options: Namespace) -> int:
     if options.out is not None:
         writable_file(options.out)
     _import_deepspeed()
     from hatnet_train.checkpoint import write_file
     from hatnet_train.evaluation import evaluation_run
 
+    bad = _BadImages(options)
     row = evaluation_run(
         options.checkpoint,
         options.data,
@@ -279,35 +293,47 @@ def _evaluate(options: Namespace) -> None:
         workers=options.workers,
         precision=options.precision,
         timeout=options.timeout,
+        on_bad=bad,
     )
     if row is None:  # rank 0 speaks
-        return
+        return 0
+    status = bad.status(row["bad_images"])
     if options.out is not None:
         write_file(options.out, (json.dumps(row, indent=2) + "\n").encode())
     if options.format == "json":
         say(json.dumps(row, indent=2))
-        return
+        return status
+    not_counted = f" ({row['bad_images']} cannot be read)" if row["bad_images"] else ""
     say(
         f"{row['checkpoint']}: top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %, loss {row['loss']:.4f} over "
-        f"{row['images']} images at {row['size']} pixels, {row['images_per_second']:.0f} images/s"
+        f"{row['images']} images{not_counted} at {row['size']} pixels, {row['images_per_second']:.0f} images/s"
     )
+    return status
 
 
-def _predict(options: Namespace) -> None:
+def _predict(options: Namespace) -> int:
     from hatnet_train.classifier import load_classifier
-    from hatnet_train.predict import predict as predict_images
+    from hatnet_train.predict import find_images, predictions
 
+    bad = _BadImages(options)
     classifier = load_classifier(options.checkpoint, options.variant)
-    rows = predict_images(classifier, options.images, options.top_k, options.device)
-    if options.format == "json":
-        say(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        ranked = zip(row["classes"], row["probabilities"], strict=True)
-        say(f"{row['image']}  " + "  ".join(f"{name} {100 * p:.1f} %" for name, p in ranked))
+    files, skipped = find_images(options.images, bad)
+    if text := str(skipped):
+        sys.stderr.write(f"{options.parser.prog}: {text}\n")
+    rows = []
+    try:
+        for row in predictions(classifier, files, options.top_k, options.device, bad):
+            rows.append(row)
+            if options.format == "table":
+                ranked = zip(row["classes"], row["probabilities"], strict=True)
+                say(f"{row['image']}  " + "  ".join(f"{name} {100 * p:.1f} %" for name, p in ranked))
+    finally:
+        if rows and options.format == "json":  # of the images so far, whatever stopped the rest
+            say(json.dumps(rows, indent=2))
+    return bad.status() if rows else FAILED
 
 
-def _shards(options: Namespace) -> None:
+def _shards(options: Namespace) -> int:
     if options.quality is not None and options.resize is None:
         raise UsageError(f"--quality has an effect only with --resize, got {options.quality}")
     if options.verify and options.resize is not None:
@@ -317,9 +343,10 @@ def _shards(options: Namespace) -> None:
 
         verify(options.data)
         say(f"{options.data}: all shards are as they were written")
-        return
+        return 0
     from hatnet_train.data.shard_writer import write_shards
 
+    bad = _BadImages(options)
     index = write_shards(
         options.data,
         writable_folder(options.out),
@@ -328,12 +355,30 @@ def _shards(options: Namespace) -> None:
         quality=options.quality or QUALITY,
         seed=options.seed,
         workers=options.workers,
+        on_bad=bad,
     )
     for name, split in index["splits"].items():
         written = split["shards"]
         size = sum(shard["bytes"] for shard in written)
         number = "1 shard" if len(written) == 1 else f"{len(written)} shards"
         say(f"{name}: {split['images']} images in {number}, {size / 1e6:.1f} MB")
+    return bad.status()
+
+
+class _BadImages:
+    """Names images that cannot be read as they are met; ``--on-bad-image`` says whether they fail the command."""
+
+    def __init__(self, options: Namespace) -> None:
+        self.prog, self.strict = options.parser.prog, options.on_bad_image == "strict"
+        self.count = 0
+
+    def __call__(self, problem: str) -> None:
+        self.count += 1
+        sys.stderr.write(f"{self.prog}: {'error' if self.strict else 'warning: skipped'}: {problem}\n")
+
+    def status(self, count: int | None = None) -> int:
+        """Exit status after all images, of which ``count`` cannot be read: by default those of this process."""
+        return FAILED if self.strict and (self.count if count is None else count) else 0
 
 
 def _check_hostfile(path: Path) -> int:
@@ -341,6 +386,30 @@ def _check_hostfile(path: Path) -> int:
 
     hosts = check_hostfile(path)
     say(f"{path}: {len(hosts)} hosts, {sum(hosts.values())} processes, all names resolve")
+    return 0
+
+
+def _check_data(options: Namespace) -> int:
+    given = {**RECIPES.get(options.recipe, {}), **vars(options)}
+    if not given.get("data"):
+        raise UsageError("the following arguments are required: --data")
+    from hatnet_train.data.check import check_data
+
+    found = check_data(
+        given["data"],
+        size=given.get("image_size", MIN_SIZE),
+        workers=given.get("workers", TrainConfig.__dataclass_fields__["workers"].default),
+    )
+    width = max(map(len, ("class", *found.counts)))
+    say(f"{'class':<{width}}  {'train':>9}  {'val':>9}")
+    totals = (sum(n for n, _ in found.counts.values()), sum(n for _, n in found.counts.values()))
+    for name, (training, held_out) in {**found.counts, "all": totals}.items():
+        say(f"{name:<{width}}  {training:>9,}  {held_out:>9,}")
+    for line in filter(None, [str(found.skipped), *found.problems]):
+        say(line)
+    if found.problems:
+        raise ValueError(f"{given['data']}: {len(found.problems)} problem(s)")
+    say(f"{given['data']}: no problems")
     return 0
 
 
@@ -371,7 +440,7 @@ def _user_config(path: Path | None) -> dict[str, Any]:
 
 def _config(options: Namespace, user: dict[str, Any]) -> TrainConfig:
     """The run that was asked for: by the command line, the DeepSpeed JSON, the recipe, in this order."""
-    from hatnet_train.deepspeed_json import fields_of
+    from hatnet_train.deepspeed_json import fields_of, key_of
 
     path, fields = options.deepspeed_config, fields_of(user)
     given = {name: value for name, value in vars(options).items() if name in TrainConfig.__dataclass_fields__}
@@ -387,7 +456,7 @@ def _config(options: Namespace, user: dict[str, Any]) -> TrainConfig:
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         if name in fields and name not in given:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {key_of(name)} {rest}") from error
         raise UsageError(f"{_flag(name)} {rest}" if name in TrainConfig.__dataclass_fields__ else error) from error
 
 
@@ -449,6 +518,16 @@ def _values(field: dataclasses.Field[Any]) -> str:
         values["default"] = field.default
     shown = ", ".join(f"{name}: {value}" for name, value in values.items())
     return f" ({shown})" if shown else ""
+
+
+def _add_on_bad_image(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--on-bad-image",
+        choices=BAD_IMAGE,
+        default=BAD_IMAGE[0],
+        help=f"an image that cannot be read is named and {what}; strict: the exit status is 1 after all others; "
+        f"replace: that is only a warning (default {BAD_IMAGE[0]})",
+    )
 
 
 def _add_timeout(parser: argparse.ArgumentParser) -> None:

@@ -79,12 +79,12 @@ def lr_factor(step: int, *, warmup_steps: int, total_steps: int, floor: float = 
     Args:
         step: counted from 0.
         warmup_steps: steps of the warm-up; the last of them has the peak rate. 0 starts at the peak.
-        total_steps: steps of the whole run, more than ``warmup_steps``.
+        total_steps: steps of the whole run, at least ``warmup_steps``.
         floor: what the cosine leads to, as a share of the peak.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
     return floor + (1 - floor) * cosine
 
 

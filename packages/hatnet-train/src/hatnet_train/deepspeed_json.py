@@ -121,6 +121,11 @@ def fields_of(user: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def key_of(field: str) -> str:
+    """Where the file gives a field of :class:`TrainConfig`: ``train_batch_size`` for ``batch_size``."""
+    return next((".".join(path) for path, (name, _) in FIELDS.items() if name == field), field)
+
+
 def enabled(user: Mapping[str, Any], section: str) -> bool:
     """Whether a section of the file is switched on."""
     return bool(value_at(user, (section, "enabled")))

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from hatnet_core.variants import MIN_SIZE
 from hatnet_train.accuracy import evaluate
 from hatnet_train.classifier import Classifier, load_classifier
 from hatnet_train.config import MAX_SIZE, MAX_WORKERS
-from hatnet_train.data import Source, open_split
-from hatnet_train.data.loader import evaluation_batches
+from hatnet_train.data import Source, open_split, say_what_is_used
+from hatnet_train.data.folder import refuse
+from hatnet_train.data.loader import Batch, evaluation_batches
 from hatnet_train.deepspeed_json import AUTOCAST_DTYPES
 from hatnet_train.launch import discover, joined
 from hatnet_train.preflight import code_digest, compare, raise_together
@@ -34,6 +36,7 @@ def evaluation_run(
     workers: int,
     precision: str,
     timeout: float,
+    on_bad: Callable[[str], object] | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a checkpoint; in every process of a launch.
 
@@ -46,10 +49,12 @@ def evaluation_run(
         workers: data workers a process.
         precision: bf16 or fp16 through autocast, or fp32.
         timeout: seconds to wait for other processes.
+        on_bad: called with the reason for each image of this process that cannot be read and is not counted; by
+            default that is raised.
 
     Returns:
-        On rank 0: ``checkpoint``, ``data``, ``size``, ``images``, ``top1`` and ``top5`` (percent), ``loss`` (cross
-        entropy), ``images_per_second``, ``world_size``, ``precision``; None on the others.
+        On rank 0: ``checkpoint``, ``data``, ``size``, ``images``, ``bad_images`` (not counted), ``top1`` and ``top5``
+        (percent), ``loss`` (cross entropy), ``images_per_second``, ``world_size``, ``precision``; None on the others.
 
     Raises:
         FileNotFoundError: if checkpoint or data is not there.
@@ -74,13 +79,22 @@ def evaluation_run(
             workers=workers,
             rank=rank,
             world_size=world_size,
+            skip_bad=on_bad is not None,
         )
+        bad = torch.zeros(1, dtype=torch.int64, device=device)
+
+        def report(batch: Batch) -> None:
+            for problem in batch.bad:
+                (on_bad or refuse)(problem)
+            bad.add_(len(batch.bad))
+
         start = time.perf_counter()
         precise = torch.autocast(device.type, getattr(torch, dtype or "bfloat16"), enabled=dtype is not None)
         with precise, contextlib.closing(batches):
             models = [classifier.model.to(device)]
-            (metrics,) = evaluate(models, batches, device, mean=classifier.mean, std=classifier.std)
+            (metrics,) = evaluate(models, batches, device, mean=classifier.mean, std=classifier.std, between=report)
         seconds = time.perf_counter() - start
+        dist.all_reduce(bad)
     if rank:
         return None
     return {
@@ -88,6 +102,7 @@ def evaluation_run(
         "data": data,
         "size": size,
         "images": metrics["eval_images"],
+        "bad_images": int(bad),
         "top1": metrics["top1"],
         "top5": metrics["top5"],
         "loss": metrics["eval_loss"],
@@ -103,7 +118,8 @@ def _open_together(checkpoint: Path, data: str, variant: str | None, size: int |
     problem = None
     try:
         classifier = load_classifier(checkpoint, variant)
-        held_out = open_split(data, train=False, size=size or classifier.image_size)
+        names = classifier.classes if classifier.named else None
+        held_out = open_split(data, train=False, size=size or classifier.image_size, classes=names)
         _check_classes(classifier, held_out, checkpoint, data)
         opened.append((classifier, held_out))
     except (ValueError, OSError, ImportError) as error:
@@ -114,18 +130,19 @@ def _open_together(checkpoint: Path, data: str, variant: str | None, size: int |
         weights.update(tensor.numpy().tobytes())
     digests = {"weights": weights.hexdigest()[:16], "held-out data": opened[0][1].digest()[:16]}
     compare({"code": code_digest()[:16], **digests})
+    if dist.get_rank() == 0:
+        say_what_is_used("hatnet-eval", opened[0][1])
     return opened[0]
 
 
 def _check_classes(classifier: Classifier, held_out: Source, checkpoint: Path, data: str) -> None:
-    if len(classifier.classes) != len(held_out.classes):
+    ours, theirs = classifier.classes, held_out.classes
+    if len(ours) != len(theirs):
         raise ValueError(
-            f"{checkpoint} knows {len(classifier.classes)} classes, {data} has {len(held_out.classes)}; expected the "
-            "data it was trained for"
+            f"{data} must have the {len(ours)} classes of {checkpoint}, got {len(theirs)}: evaluate on the data it "
+            f"was trained for, or train for this data: hatnet-train --init {checkpoint}"
         )
-    different = [pair for pair in zip(classifier.classes, held_out.classes, strict=True) if pair[0] != pair[1]]
-    if classifier.named and different:
-        ours, theirs = different[0]
+    if classifier.named and (different := [pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]]):
         raise ValueError(
-            f"{checkpoint} and {data} name {len(different)} classes differently, first {ours} and {theirs}"
+            f"{checkpoint} and {data} name {len(different)} classes differently, first {' and '.join(different[0])}"
         )

@@ -16,7 +16,7 @@ from deepspeed import comm as dist
 
 from hatnet_train import checkpoint
 from hatnet_train.config import TrainConfig
-from hatnet_train.data import Source, open_split
+from hatnet_train.data import Source, open_split, say_what_is_used
 from hatnet_train.engine import build_model
 from hatnet_train.launch import discover, joined
 from hatnet_train.preflight import code_digest, compare, format_report, preflight, raise_together
@@ -164,10 +164,8 @@ def _open_together(config: TrainConfig) -> tuple[Source, Source]:
         problem = str(error)
     raise_together(problem)
     training, held_out = opened
-    missing = sorted(set(range(len(training.classes))) - set(held_out.labels.tolist()))
-    if missing and dist.get_rank() == 0:
-        names = ", ".join(training.classes[place] for place in missing[:5])
-        sys.stderr.write(f"hatnet-train: warning: no held-out images of {len(missing)} classes, such as {names}\n")
+    if dist.get_rank() == 0:
+        say_what_is_used("hatnet-train", held_out, training)
     return training, held_out
 
 

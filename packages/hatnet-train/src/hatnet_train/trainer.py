@@ -119,6 +119,12 @@ class Trainer:
         self.out = Path()
         self._origin = saved.folder if saved is not None else None
         self._failed_saves = self._bad_before = 0
+        warmup, steps = round(config.warmup_epochs * self.order.steps), config.epochs * self.order.steps
+        if warmup >= steps:
+            self._say(
+                f"warning: the warm-up takes all {steps} steps of the run, and the learning rate never falls; "
+                f"use fewer --warmup-epochs than {config.warmup_epochs:g}, or more --epochs"
+            )
         self._begin(saved)
 
     def _begin(self, saved: Saved | None, skipped: Collection[int] = ()) -> None:
@@ -322,7 +328,7 @@ class Trainer:
     def _report_bad(self, batch: Batch) -> int:
         """Name the images of this rank that could not be read; how many they are."""
         for problem in batch.bad:
-            sys.stderr.write(f"hatnet-train: warning: left out: {problem}\n")
+            sys.stderr.write(f"hatnet-train: warning: skipped: {problem}\n")
         return len(batch.bad)
 
     def _count_bad(self, images: int) -> None:
@@ -428,7 +434,7 @@ class Trainer:
             workers=config.workers,
             rank=self.rank,
             world_size=self.world_size,
-            leave_out_bad=config.on_bad_image == "replace",
+            skip_bad=config.on_bad_image == "replace",
         )
         with contextlib.closing(batches):
             measured, *averaged = evaluate(models, batches, self.engine.device, self.dtype, between=self._between)

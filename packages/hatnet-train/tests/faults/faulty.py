@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -9,8 +10,9 @@ from itertools import islice
 
 import torch
 
-from hatnet_train import checkpoint, state, trainer
+from hatnet_train import checkpoint, cli, state, trainer
 from hatnet_train.cli import train
+from hatnet_train.data import folder, loader
 from hatnet_train.sharding import gradients
 
 NOT_A_NUMBER, INFINITE = 4, 7
@@ -124,6 +126,53 @@ def full_at_the_end(arguments):
 
     trainer.Trainer.finish = without_space
     return train(arguments)
+
+
+class OddError(Exception):
+    """An error that cannot be made again from its message alone, as unpickling would."""
+
+    def __init__(self, one, two):
+        super().__init__(f"{one} {two}")
+
+
+def _raise(error):
+    raise error
+
+
+FAULTS = {
+    "memory": lambda: _raise(MemoryError()),
+    "odd": lambda: _raise(OddError("odd", "error")),
+    "interrupted": lambda: _raise(KeyboardInterrupt()),
+    "exit": lambda: os._exit(3),
+    "killed": lambda: os.kill(os.getpid(), 9),
+}
+"""What happens in a data worker that reads an image."""
+
+
+def failing_images(arguments):
+    """A command in whose data workers a fault happens, and then is marked by a file."""
+    name, fault, mark, *arguments = arguments
+
+    def image(self, i):
+        checkpoint.Path(mark).touch()
+        FAULTS[fault]()
+
+    folder.Folder.image = image
+    return getattr(cli, name)(arguments)
+
+
+def few_descriptors(arguments):
+    """A command that may open a few files more than it has, when its data workers start."""
+    name, more, *arguments = arguments
+    load = loader.load
+
+    def limited(*args):
+        count = max(int(entry.name) for entry in checkpoint.Path("/proc/self/fd").iterdir())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count + int(more), count + int(more)))
+        return load(*args)
+
+    loader.load = limited
+    return getattr(cli, name)(arguments)
 
 
 def command(arguments):

@@ -59,7 +59,7 @@ def test_damaged_images_are_replaced_and_counted_alike_on_any_number_of_processe
         out = tmp_path / str(ranks)
         said = train(*flags, "--on-bad-image", "replace", "--workers", 2 - ranks, "--out", out, ranks=ranks)
         for name in ("train/class1/3.jpg", "train/class2/7.jpg", "val/class2/1.jpg"):
-            assert said.count(f"hatnet-train: warning: left out: cannot read {damaged / name}") == 1
+            assert said.count(f"hatnet-train: warning: skipped: cannot read {damaged / name}") == 1
     (one,), (two,) = rows(tmp_path / "1"), rows(tmp_path / "2")
     assert one["bad_images"] == two["bad_images"] == 3
     assert one["eval_images"] == two["eval_images"] == 11
@@ -70,5 +70,5 @@ def test_damaged_images_are_replaced_and_counted_alike_on_any_number_of_processe
 def test_more_damaged_images_than_allowed_end_the_run(train, flags, tmp_path):
     bound = ["--on-bad-image", "replace", "--max-bad-images", "2", "--out", tmp_path / "run"]
     said = train(*flags, *bound, expected=1)
-    assert "error: 3 images of epoch 1 could not be read by step 3; max_bad_images is 2" in said
+    assert "error: 3 images of epoch 1 could not be read by step 3; --max-bad-images is 2" in said
     assert "Traceback" not in said

@@ -48,6 +48,6 @@ def test_steps_that_are_not_finite_are_written_down_and_left_out(stage, launch, 
 def test_a_run_that_diverges_stops_when_the_limit_is_reached(train, everything, tmp_path):
     flags = ["--lr", "1e30", "--clip-grad", "0", "--max-skipped-steps", "1"]
     said = train(*everything, *flags, "--out", tmp_path / "run", expected=1)
-    assert "1 steps were skipped before, max_skipped_steps is 1; a lower --lr may help" in said
+    assert "1 steps were skipped before, --max-skipped-steps is 1; a lower --lr may help" in said
     assert said.count("hatnet-train: error: ") <= 2
     assert "Traceback" not in said

@@ -97,7 +97,7 @@ def test_what_a_run_cannot_go_on_with_is_refused_with_the_reason(train, everythi
         (["--lr", "1e-3"], f"cannot go on from {older}: --lr was 0.0003 and is 0.001; expected what it was", 1),
         (
             [],
-            "batch_size must be a multiple of 20 (an even share for each of 5 processes × accumulation 2), got 24",
+            "--batch-size must be a multiple of 20 (an even share for each of 5 processes × accumulation 2), got 24",
             5,
         ),
         (["--data", "digits"], f"cannot go on from {older}: training data was 72 images, ", 1),

@@ -6,14 +6,16 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import NoReturn
 
 import numpy as np
 from torch import Tensor
 
-from hatnet_train.data.images import SUFFIXES, decode
+from hatnet_core.images import IMAGE_SUFFIXES, is_image_file
+from hatnet_train.data.images import decode, read_file
 
 UNSORTED = (
     "the ILSVRC validation images come unsorted: move each into the folder of its class, as train/ has them "
@@ -22,14 +24,54 @@ UNSORTED = (
 )
 
 
+Report = Callable[[str], object]
+"""Called with a problem; raises, or collects and lets the work continue with the rest."""
+
+
+def refuse(problem: str) -> NoReturn:
+    """Raise a problem as ValueError."""
+    raise ValueError(problem)
+
+
+@dataclass
+class Skipped:
+    """Files and folders that are not read as images."""
+
+    files: int = 0
+    folders: int = 0
+    """Hidden ones, with all in them."""
+
+    first: str = ""
+    """Path of the first."""
+
+    def add(self, path: PurePath, *, folder: bool = False) -> None:
+        """Count a file or a hidden folder."""
+        self.first = self.first or f"{path}{'/' if folder else ''}"
+        self.files += not folder
+        self.folders += folder
+
+    def __str__(self) -> str:
+        counts = ((self.files, "file"), (self.folders, "hidden folder"))
+        shown = " and ".join(f"{n:,} {what}{'s' if n > 1 else ''}" for n, what in counts if n)
+        return f"skipped {shown}, first {self.first}" if shown else ""
+
+    def __add__(self, other: Skipped) -> Skipped:
+        return Skipped(self.files + other.files, self.folders + other.folders, self.first or other.first)
+
+
 class Folder:
     """One split of an image folder: every class folder below ``root``, with all images in and under it.
 
-    Reads nothing but names when made. The names take as many bytes an image as the longest of them has.
+    Reads nothing but names when made. The names take as many bytes an image as the longest of them has. What is an
+    image, :func:`hatnet_core.images.is_image_file` decides.
 
     Args:
         root: the folder with the class folders, such as ``imagenet/train``.
         classes: names of the classes, if they are known; else those of the class folders in order.
+        report: called with each problem; by default the first is raised.
+
+    Attributes:
+        skipped: what is below ``root`` and not used; paths begin with the name of ``root``.
 
     Raises:
         FileNotFoundError: if ``root`` is not there.
@@ -37,27 +79,32 @@ class Folder:
             ``classes``.
     """
 
-    def __init__(self, root: Path, classes: Sequence[str] | None = None) -> None:
+    def __init__(self, root: Path, classes: Sequence[str] | None = None, report: Report = refuse) -> None:
         self.root = root
-        folders = _class_folders(root)
+        self.skipped = Skipped()
+        folders = class_folders(root, report, self.skipped)
         self.classes = tuple(folders if classes is None else classes)
         unknown = sorted(set(folders) - set(self.classes))
         if unknown:
             if any(re.match("ILSVRC2012_val_", entry.name) for entry in (root / unknown[0]).iterdir()):
-                raise ValueError(f"{root / unknown[0]} holds images of all classes; {UNSORTED}")
-            raise ValueError(
-                f"{root} has class folders that the training data has not: {_some(unknown)}; expected the same names"
-            )
-        images = [sorted(_images_under(root / name)) for name in folders]
+                report(f"{root / unknown[0]} holds images of all classes; {UNSORTED}")
+            else:
+                report(
+                    f"{root} has class folders that the training data does not have: {some(unknown)}; "
+                    "expected the same names"
+                )
+            folders = [name for name in folders if name not in unknown]
+        images = [images_under(root / name, self.skipped, report, Path(root.name, name)) for name in folders]
         for name, found in zip(folders, images, strict=True):
             if not found:
-                raise ValueError(
-                    f"class folder {root / name} holds no images ({', '.join(sorted(SUFFIXES))}); "
+                report(
+                    f"class folder {root / name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); "
                     "expected at least one, or no such folder"
                 )
         places = {name: place for place, name in enumerate(self.classes)}
         self.labels = np.repeat([places[name] for name in folders], [len(found) for found in images]).astype(np.int64)
-        self._names = np.array([path for found in images for path in found])  # not a list: workers would copy it
+        # not a list, which workers would copy
+        self._names = np.array([path for found in images for path in found], dtype=np.bytes_)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -65,7 +112,7 @@ class Folder:
 
     def encoded(self, i: int) -> bytes:
         """The file of image ``i``."""
-        return Path(self.name(i)).read_bytes()
+        return read_file(self.name(i))
 
     def image(self, i: int) -> Tensor:
         """Image ``i`` decoded, [3, H, W] uint8.
@@ -73,10 +120,7 @@ class Folder:
         Raises:
             ValueError: if the file cannot be read or is no image.
         """
-        try:
-            return decode(self.encoded(i), self.name(i))
-        except OSError as error:
-            raise ValueError(f"cannot read {self.name(i)}: {error.strerror}") from error
+        return decode(self.encoded(i), self.name(i))
 
     def name(self, i: int) -> str:
         """Path of image ``i``."""
@@ -87,46 +131,87 @@ class Folder:
         return hashlib.sha256(repr(self.classes).encode() + self._names.tobytes() + self.labels.tobytes()).hexdigest()
 
 
-def _class_folders(root: Path) -> list[str]:
-    """Names of the class folders in order."""
+def class_folders(root: Path, report: Report = refuse, skipped: Skipped | None = None) -> list[str]:
+    """Names of the class folders in order; hidden ones are none.
+
+    Raises:
+        FileNotFoundError: if ``root`` is not there.
+        ValueError: by default, if it holds none, images next to them, or two of one name.
+    """
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}: expected one folder for every class in it")
+        raise FileNotFoundError(f"{root.parent}: {root.name}/ is missing; {_way_out(root.parent, root.name)}")
     with os.scandir(root) as entries:
-        found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    folders = [name for name, is_folder in found if is_folder]
-    loose = [name for name, is_folder in found if not is_folder and Path(name).suffix.lower() in SUFFIXES]
+        found = sorted((entry.name, entry.is_dir()) for entry in entries)
+    folders = [name for name, is_folder in found if is_folder and not name.startswith(".")]
+    loose = [name for name, is_folder in found if not is_folder and is_image_file(name)]
+    for name, is_folder in found:
+        if skipped is not None and name not in folders and name not in loose:
+            skipped.add(Path(root.name, name), folder=is_folder)
     if loose:
         how_many = f"{len(folders)} class folders and" if folders else "no class folders and"
-        raise ValueError(f"{root} holds {how_many} {len(loose)} images beside them, first {loose[0]}; {UNSORTED}")
-    if not folders:
-        raise ValueError(f"{root} holds no class folders: expected one folder of images for every class")
+        report(f"{root} holds {how_many} {len(loose)} images beside them, first {loose[0]}; {UNSORTED}")
+    elif not folders:
+        report(f"{root} holds no class folders: expected one folder of images for every class")
     same: dict[str, str] = {}
     for name in folders:
         other = same.setdefault(unicodedata.normalize("NFC", name).strip().casefold(), name)
         if other != name:
-            raise ValueError(
-                f"{root} has two classes of one name: {other!r} and {name!r}; expected one folder a class"
-            )
+            report(f"{root} has two classes of one name: {other!r} and {name!r}; expected one folder a class")
     return folders
 
 
-def _images_under(folder: Path) -> Iterator[bytes]:
-    """Paths of the images below ``folder``, relative to it; links are followed, but not in circles."""
+def _way_out(data: Path, split: str) -> str:
+    """Suggest what to do where a split is missing."""
+    if (data.resolve().parent / split).is_dir():
+        return f"did you mean {data.parent}, which contains it?"
+    if split == "val" and (data / "train").is_dir():
+        return "move some images of every class from train/ to val/, into folders of the same names"
+    found = sorted(entry.name for entry in data.iterdir())[:5] if data.is_dir() else []
+    return (
+        "expected train/ and val/ with a folder of images for every class, or shards of hatnet-shards; "
+        f"found {', '.join(found) or 'nothing'}"
+    )
+
+
+def images_under(
+    folder: Path, skipped: Skipped, report: Report = refuse, shown: PurePath | None = None
+) -> list[bytes]:
+    """Paths of the images below a folder, relative to it, in order.
+
+    Links are followed, but not in circles. Hidden folders are not read.
+
+    Args:
+        folder: where to look.
+        skipped: gets what is no image.
+        report: called with the circles and the folders that cannot be read.
+        shown: how the folder is called in ``skipped``; by default by its path.
+    """
+    shown = folder if shown is None else shown
+    found = []
     seen = set()
-    for parent, _, names in os.walk(folder, followlinks=True, onerror=_raise_unreadable):
+
+    def unreadable(error: OSError) -> None:
+        report(f"cannot read folder {error.filename}: {error.strerror}")
+
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
         status = Path(parent).stat()
         if (status.st_dev, status.st_ino) in seen:
-            raise ValueError(f"{parent} is a link to a folder that was read already; expected no circles")
+            report(f"{parent} is a link to a folder that was read already; expected no circles")
+            folders.clear()
+            continue
         seen.add((status.st_dev, status.st_ino))
         inner = Path(parent).relative_to(folder)
-        for name in names:
-            if name[name.rfind(".") :].lower() in SUFFIXES and not name.startswith("."):
-                yield os.fsencode(inner / name)
+        for name in sorted(name for name in folders if name.startswith(".")):
+            skipped.add(shown / inner / name, folder=True)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if is_image_file(name):
+                found.append(os.fsencode(inner / name))
+            else:
+                skipped.add(shown / inner / name)
+    return sorted(found)
 
 
-def _raise_unreadable(error: OSError) -> NoReturn:
-    raise ValueError(f"cannot read folder {error.filename}: {error.strerror}") from error
-
-
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Join the first five names, and count the others."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -12,9 +12,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from hatnet_core.images import to_rgb
-
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""Endings of image files, in lower case."""
+from hatnet_train.workers import OF_THE_MACHINE
 
 _JPEG = b"\xff\xd8\xff"
 
@@ -35,7 +33,25 @@ def read_image(path: str | Path) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}: expected an existing file")
-    return decode(path.read_bytes(), str(path))
+    return decode(read_file(path), str(path))
+
+
+def read_file(path: str | Path) -> bytes:
+    """Read an image file.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read.
+        OSError: if that is for want of file descriptors or memory, which is not the file's fault.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str | Path, error: OSError) -> Exception:
+    """The error to raise where a file cannot be read: ``error`` itself if it says nothing of the file."""
+    return error if error.errno in OF_THE_MACHINE else ValueError(f"cannot read {path}: {error.strerror}")
 
 
 def decode(encoded: bytes, name: str) -> Tensor:

@@ -7,14 +7,19 @@ from the seed, the epoch and the place of the image in the global order (``sampl
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
-from typing import Any, NamedTuple
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from hatnet_train.config import TrainConfig
 from hatnet_train.data.augment import TrainTransform, centre_crop, own_generators, seed_generators
@@ -22,12 +27,16 @@ from hatnet_train.data.mixing import draw_mixing
 from hatnet_train.data.source import Source
 from hatnet_train.sampler import GlobalOrder, Share, evaluation_share
 from hatnet_train.signals import ignore_in_worker
+from hatnet_train.workers import OF_THE_MACHINE, WorkerError, kill
 
 MIXING = 1
 """Added to the key of an image's generator for the draws of its pair's mixing."""
 
 TRIES = 16
 """Images in a row that may be bad where the next one takes the place of a bad one."""
+
+_ABANDONED: list[Any] = []
+"""Iterators of torch whose workers were killed: their destructor might wait for a lock that a worker held."""
 
 
 class Batch(NamedTuple):
@@ -84,7 +93,7 @@ def train_batches(
                 if step not in skipped:
                     yield from share.split(config.accumulation)
 
-    return _load(_Training(source, config), shares(), config.workers)
+    return load(_Training(source, config), shares(), config.workers)
 
 
 def evaluation_batches(
@@ -96,7 +105,7 @@ def evaluation_batches(
     workers: int,
     rank: int,
     world_size: int,
-    leave_out_bad: bool = False,
+    skip_bad: bool = False,
 ) -> Generator[Batch, None, None]:
     """This rank's part of the held-out images in batches; over all ranks every image comes exactly once.
 
@@ -111,7 +120,7 @@ def evaluation_batches(
         workers: data workers; 0 for this process itself.
         rank: this process.
         world_size: number of processes.
-        leave_out_bad: do not count images that cannot be read.
+        skip_bad: do not count images that cannot be read.
 
     Raises:
         ValueError: naming the image, if one cannot be read and is not to be left out.
@@ -120,8 +129,8 @@ def evaluation_batches(
     batch_size = min(batch_size, -(-len(source) // world_size))
     batches = -(-len(source) // (world_size * batch_size))
     padded = np.concatenate([own, np.full(batches * batch_size - len(own), -1, own.dtype)])
-    make = _Evaluation(source, size, crop_fraction, leave_out_bad)
-    yield from _load(make, iter(padded.reshape(batches, batch_size)), workers)
+    make = _Evaluation(source, size, crop_fraction, skip_bad)
+    yield from load(make, iter(padded.reshape(batches, batch_size)), workers)
 
 
 class _Training:
@@ -168,11 +177,11 @@ class _Training:
 class _Evaluation:
     """Makes a batch of centre crops of image numbers."""
 
-    def __init__(self, source: Source, size: int, crop_fraction: float, leave_out_bad: bool) -> None:
+    def __init__(self, source: Source, size: int, crop_fraction: float, skip_bad: bool) -> None:
         self.source = source
         self.size = size
         self.crop_fraction = crop_fraction
-        self.leave_out_bad = leave_out_bad
+        self.skip_bad = skip_bad
 
     def __call__(self, numbers: np.ndarray) -> Batch:
         images = torch.zeros(len(numbers), 3, self.size, self.size, dtype=torch.uint8)
@@ -183,30 +192,83 @@ class _Evaluation:
                 images[place] = centre_crop(self.source.image(i), self.size, self.crop_fraction)
                 labels[place] = int(self.source.labels[i])
             except ValueError as error:
-                if not self.leave_out_bad:
+                if not self.skip_bad:
                     raise
                 bad.append(str(error))
         return Batch(images, labels, torch.empty(0, 5), tuple(bad))
 
 
-class _Batches(Dataset[Any]):
-    """What the workers run. Errors of images are handed over as messages: raised, they would carry a traceback."""
+class _Failure(NamedTuple):
+    """An error of a worker as strings: not every exception can be pickled."""
 
-    def __init__(self, make: Callable[[Any], Batch]) -> None:
+    reason: str
+    trace: str
+    of_data: bool
+    """An image is to blame, which ``reason`` names."""
+
+    def raise_(self) -> NoReturn:
+        raise ValueError(self.reason) if self.of_data else WorkerError(self.reason, self.trace)
+
+
+class _Parcel:
+    """An item on its way from a worker.
+
+    It is pickled when made: in the thread of the queue, a failure would lose the item silently.
+    """
+
+    def __init__(self, content: Any) -> None:
+        self.payload = bytes(ForkingPickler.dumps(content))
+        for end in os.pipe():  # or raise: with fewer descriptors left, nobody could fetch the tensors, but would wait
+            os.close(end)
+
+    def open(self) -> Any:
+        try:
+            return ForkingPickler.loads(self.payload)
+        except (EOFError, OSError, RuntimeError) as error:
+            raise WorkerError(f"cannot receive a batch: {type(error).__name__}: {error}") from error
+
+    def pin_memory(self) -> Any:
+        """Called in the loader's thread that pins memory."""
+        content = self.open()
+        if isinstance(content, Batch):
+            images, labels, mixing, bad = content
+            return Batch(images.pin_memory(), labels.pin_memory(), mixing.pin_memory(), bad)
+        return content
+
+
+class _Items(Dataset[Any]):
+    """Dataset of made items; in a worker, an error is an item, too."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
         self.make = make
 
-    def __getitems__(self, item: Any) -> Batch | str:
-        try:
+    def __getitems__(self, item: Any) -> Any:
+        if get_worker_info() is None:
             return self.make(item)
-        except (ValueError, OSError) as error:
-            return str(error)
+        try:
+            return _Parcel(self.make(item))
+        except Exception as error:
+            return _failure(error)
 
 
-def _load(make: Callable[[Any], Batch], items: Iterable[Any], workers: int) -> Generator[Batch, None, None]:
+def _failure(error: Exception) -> _Failure:
+    if isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno not in OF_THE_MACHINE):
+        return _Failure(str(error), "", of_data=True)
+    reason = f"{type(error).__name__}: {error}".removesuffix(": ").partition("\n")[0]
+    return _Failure(reason, traceback.format_exc(), of_data=False)
+
+
+def load(make: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Generator[Any, None, None]:
+    """Yield ``make`` of every item in order, made by workers that never outlive this generator.
+
+    Raises:
+        ValueError: naming the image that ``make`` cannot read.
+        WorkerError: if a worker fails in another way, is killed, or cannot be started.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more than there are cores: as asked for
         loader = DataLoader(
-            _Batches(make),
+            _Items(make),
             batch_sampler=items,
             num_workers=workers,
             collate_fn=_unchanged,
@@ -214,11 +276,25 @@ def _load(make: Callable[[Any], Batch], items: Iterable[Any], workers: int) -> G
             worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else it would draw from the generator of dropout and stochastic depth
         )
-        batches = iter(loader)  # warns once more
-    for batch in batches:
-        if isinstance(batch, str):
-            raise ValueError(batch)
-        yield batch
+        others = set(multiprocessing.active_children())
+        try:
+            batches = iter(loader)  # warns once more
+        except Exception as error:
+            _ABANDONED.append(error)  # which refers to what the loader had made by then
+            kill(set(multiprocessing.active_children()) - others)
+            raise WorkerError(f"cannot start data workers: {type(error).__name__}: {error}") from error
+    own = set(multiprocessing.active_children()) - others
+    try:
+        for batch in batches:
+            content = batch.open() if isinstance(batch, _Parcel) else batch
+            if isinstance(content, _Failure):
+                content.raise_()
+            yield content
+    except BaseException:
+        _ABANDONED.append(batches)
+        raise
+    finally:
+        kill(own)
 
 
 def _unchanged(batch: Any) -> Any:
@@ -229,3 +305,4 @@ def _begin_worker(worker: int) -> None:
     gc.freeze()  # what the process before left to its collector, such as connections with threads, is not to end here
     torch.set_num_threads(1)
     ignore_in_worker()
+    sys.excepthook = lambda *_: None  # of the thread that hands out tensors: the command reports what it lacks

@@ -7,6 +7,7 @@ work fails. Only a run that is killed outright leaves such a folder behind.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -17,17 +18,17 @@ import re
 import secrets
 import shutil
 import signal
+import sys
 import tarfile
 import threading
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -40,8 +41,8 @@ from tqdm import tqdm
 
 from hatnet_train.checkpoint import sync_folder
 from hatnet_train.config import QUALITY, SHARD_MEGABYTES
-from hatnet_train.data.folder import Folder
-from hatnet_train.data.images import decode, to_pillow
+from hatnet_train.data.folder import Folder, Skipped, refuse
+from hatnet_train.data.images import decode, read_file, to_pillow
 from hatnet_train.data.shards import (
     FORMAT,
     INDEX,
@@ -54,6 +55,7 @@ from hatnet_train.data.shards import (
     progress_bar,
     records_path,
 )
+from hatnet_train.workers import WorkerError, kill
 
 _SAMPLE = 64
 """Images that are measured to find out how many make a shard."""
@@ -62,9 +64,6 @@ _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
 """By Pillow's name of the format; of the others it is the name itself. MPO is what telephones make: JPEG and more."""
 
 _JPEG_END = b"\xff\xd9"
-
-_stop: Event | None = None
-"""In a worker: set when the work is called off."""
 
 
 def write_shards(
@@ -77,6 +76,7 @@ def write_shards(
     quality: int = QUALITY,
     seed: int = 0,
     workers: int = 0,
+    on_bad: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
     """Write the images of a folder as shards, and show progress.
 
@@ -94,13 +94,15 @@ def write_shards(
         quality: of the JPEG files that resizing makes, 1 to 100.
         seed: of the order of the training images.
         workers: processes that write at the same time; 0 for this one alone.
+        on_bad: called with the reason for each image that cannot be read and is skipped; by default that is raised.
 
     Returns:
         What ``index.json`` holds.
 
     Raises:
         FileNotFoundError: if ``data`` is not there or has not all splits.
-        ValueError: if an argument is out of range, ``out`` is taken, or an image cannot be read.
+        ValueError: if an argument is out of range, ``out`` is taken, or an image, or every image of a split, cannot be
+            read.
         OSError: if writing fails, such as for want of space, or a process that wrote was killed.
     """
     _check_arguments(splits, shard_megabytes, resize, quality, seed, workers)
@@ -108,12 +110,14 @@ def write_shards(
     folders: dict[str, Folder] = {}
     for split in splits:
         folders[split] = Folder(data / split, folders[splits[0]].classes if folders else None)
+    if skipped := str(sum((folder.skipped for folder in folders.values()), Skipped())):
+        sys.stderr.write(f"hatnet-shards: {skipped}\n")
     staging = out.with_name(f"{out.name}.tmp-{secrets.token_hex(4)}")
     staging.mkdir(parents=True)
     try:
-        jobs = _jobs(folders, staging, shard_megabytes * 1e6, Conversion(resize, quality), seed)
+        jobs = _jobs(folders, staging, shard_megabytes * 1e6, Conversion(resize, quality), seed, on_bad is None)
         with progress_bar(sum(map(len, folders.values())), "shards", "image") as bar:
-            written = _write_all(jobs, workers, bar)
+            written = _write_all(jobs, workers, bar, on_bad or refuse)
         made = {"resize": resize, "quality": None if resize is None else quality, "seed": seed}
         index = _write_index(staging, Index(folders[splits[0]].classes, made, _write_records(staging, written)))
         sync_folder(staging)
@@ -177,6 +181,8 @@ class _Job:
     file: Path
     images: list[tuple[str, str, int]]
     conversion: Conversion
+    strict: bool
+    """Fail at an image that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -186,10 +192,12 @@ class _Written:
     split: str
     shard: Shard
     records: np.ndarray
+    bad: tuple[str, ...]
+    """Reasons of the images that were skipped."""
 
 
 def _jobs(
-    folders: dict[str, Folder], staging: Path, shard_bytes: float, conversion: Conversion, seed: int
+    folders: dict[str, Folder], staging: Path, shard_bytes: float, conversion: Conversion, seed: int, strict: bool
 ) -> Iterator[_Job]:
     """The shards of all splits; those of a split have the same number of images, but for one."""
     for split, folder in folders.items():
@@ -200,15 +208,18 @@ def _jobs(
         fitting = max(1, int(shard_bytes / _mean_bytes(folder, order, conversion)))
         for number, part in enumerate(np.array_split(order, -(-len(order) // fitting))):
             images = [(folder.name(i), keys[i], int(folder.labels[i])) for i in part]
-            yield _Job(split, staging / f"{split}-{number:06d}.tar", images, conversion)
+            yield _Job(split, staging / f"{split}-{number:06d}.tar", images, conversion, strict)
 
 
 def _mean_bytes(folder: Folder, order: np.ndarray, conversion: Conversion) -> float:
     """Bytes that an image takes in a shard, measured on a sample."""
     sample = order[np.linspace(0, len(order) - 1, min(_SAMPLE, len(order))).astype(int)]
-    sizes = [len(conversion(_read(folder.name(i)), folder.name(i))[0]) for i in sample]
+    sizes = [0]
+    for i in sample:
+        with contextlib.suppress(ValueError):  # the job meets the image again, and reports it
+            sizes.append(len(conversion(folder.encoded(i), folder.name(i))[0]))
     headers_and_label = 3 * tarfile.BLOCKSIZE
-    return float(np.mean(sizes)) + headers_and_label + tarfile.BLOCKSIZE / 2
+    return sum(sizes) / max(1, len(sizes) - 1) + headers_and_label + tarfile.BLOCKSIZE / 2
 
 
 def _keys(folder: Folder) -> list[str]:
@@ -247,22 +258,29 @@ def _unique(names: Iterable[str]) -> list[str]:
     return unique
 
 
-def _write_all(jobs: Iterator[_Job], workers: int, bar: tqdm[NoReturn]) -> list[_Written]:
+def _write_all(
+    jobs: Iterator[_Job], workers: int, bar: tqdm[NoReturn], on_bad: Callable[[str], object]
+) -> list[_Written]:
     """Write the shards, in this process or on ``workers`` others; results are in the order of the jobs."""
     written: list[_Written] = []
 
     def done(result: _Written) -> None:
         written.append(result)
-        bar.update(len(result.records))
+        bar.update(len(result.records) + len(result.bad))
+        for problem in result.bad:
+            on_bad(problem)
 
     if not workers:
         for job in jobs:
             done(_write_shard(job))
         return written
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("forkserver")  # a plain fork would copy locks that torch's threads may hold
     context.set_forkserver_preload([__name__])  # torch is imported once, and its memory shared
-    stop = context.Event()  # starts Python's tracker of semaphores, which would unblock SIGINT later
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (stop,))
+    try:  # this makes semaphores, and so starts Python's tracker of them, which would unblock SIGINT later
+        pool = ProcessPoolExecutor(workers, context, _start_worker)
+    except OSError as error:
+        raise WorkerError(f"cannot start data workers: {error}") from error
     waiting: deque[Future[_Written]] = deque()
     try:
         for job in jobs:
@@ -273,12 +291,11 @@ def _write_all(jobs: Iterator[_Job], workers: int, bar: tqdm[NoReturn]) -> list[
         while waiting:
             done(waiting.popleft().result())
     except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "a process that wrote shards was killed, perhaps for want of memory: expected it to end by itself; "
-            f"{workers} workers may be too many"
-        ) from error
+        raise ChildProcessError(f"a worker was killed (out of memory?); use fewer than {workers} workers") from error
+    except BaseException:
+        kill(set(multiprocessing.active_children()) - others)
+        raise
     finally:
-        stop.set()
         pool.shutdown(cancel_futures=True)
     return written
 
@@ -305,10 +322,8 @@ def _interrupts_held() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-def _start_worker(stop: Event) -> None:
+def _start_worker() -> None:
     """Prepare a worker: the parent alone answers Ctrl-C, and no worker outlives it."""
-    global _stop
-    _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
@@ -328,30 +343,28 @@ def _write_shard(job: _Job) -> _Written:
     Raises:
         ValueError: naming the first image that cannot be read.
         OSError: naming the shard, if it cannot be written.
-        InterruptedError: if the work is called off meanwhile.
     """
-    records = np.zeros(len(job.images), RECORD)
+    records: list[tuple[int, int, int, int]] = []
+    bad = []
     with (
         _durable(job.file) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT, encoding="utf-8") as tar,
     ):
-        for i, (path, key, label) in enumerate(job.images):
-            if _stop is not None and _stop.is_set():
-                raise InterruptedError("called off")
-            content, ending = job.conversion(_read(path), path)
-            records[i] = 0, file.tell() + tarfile.BLOCKSIZE, len(content), label
+        for path, key, label in job.images:
+            try:
+                content, ending = job.conversion(read_file(path), path)
+            except ValueError as error:
+                if job.strict:
+                    raise
+                bad.append(str(error))
+                continue
+            records.append((0, file.tell() + tarfile.BLOCKSIZE, len(content), label))
             _add(tar, f"{key}.{ending}", content)
             _add(tar, f"{key}.cls", str(label).encode())
     with job.file.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return _Written(job.split, Shard(job.file.name, job.file.stat().st_size, sha256, len(records)), records)
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    shard = Shard(job.file.name, job.file.stat().st_size, sha256, len(records))
+    return _Written(job.split, shard, np.array(records, RECORD), tuple(bad))
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -368,6 +381,8 @@ def _write_records(staging: Path, written: Sequence[_Written]) -> dict[str, Spli
     for split in dict.fromkeys(part.split for part in written):
         parts = [part for part in written if part.split == split]
         records = np.concatenate([part.records for part in parts])
+        if not len(records):
+            raise ValueError(f"none of the {split} images can be read; expected at least one")
         records["shard"] = np.repeat(np.arange(len(parts)), [len(part.records) for part in parts])
         buffer = io.BytesIO()
         np.save(buffer, records, allow_pickle=False)

@@ -30,7 +30,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from hatnet_train.data.images import decode
+from hatnet_train.data.images import decode, unreadable
 
 INDEX = "index.json"
 """Name of the file that makes a folder one of shards."""
@@ -186,7 +186,7 @@ class Shards:
             file = self._open(path)  # held while it is read, lest another thread's reading closes it
             return os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from error
+            raise unreadable(path, error) from error
 
 
 class _OpenFile(io.FileIO):
