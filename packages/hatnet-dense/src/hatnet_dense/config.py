@@ -20,6 +20,7 @@ from hatnet_core import create_model
 from hatnet_dense.backbone import check_out_indices
 from hatnet_dense.compat import require
 from hatnet_dense.errors import said
+from hatnet_dense.options import check_option, check_variables
 
 CONFIGS = Path(__file__).parent / "configs"
 """Where the configs of this package lie."""
@@ -96,7 +97,6 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
         raise
     except Exception as error:  # a config is Python, and may raise anything
         raise ValueError(f"cannot read config {path}: {type(error).__name__}: {error}") from error
-    _merge(config, options)
     library = config.get("default_scope")
     if library not in LIBRARIES or not isinstance(config.get("model"), dict):
         raise ValueError(
@@ -104,6 +104,8 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
             f"got {library!r} and a model of type {type(config.get('model')).__name__}"
         )
     require(library)
+    check_variables(config, path)
+    _merge(config, options)
     hooks = config.get("custom_hooks") or []
     if not isinstance(hooks, list | tuple) or not all(isinstance(hook, dict) and "type" in hook for hook in hooks):
         raise ValueError(f"custom_hooks must be a list of dicts with a type, got {hooks!r}")
@@ -166,6 +168,7 @@ def _merge(config: Config, options: Sequence[str]) -> None:
         key, equals, value = option.partition("=")
         if not key or not equals:
             raise ValueError(f"--cfg-options must be KEY=VALUE, got {option!r}")
+        check_option(config, key)
         try:
             parsed = DictAction._parse_iterable(value)
         except AssertionError as error:  # brackets that do not match
