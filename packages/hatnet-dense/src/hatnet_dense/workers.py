@@ -12,8 +12,9 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue, SimpleQueue
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +44,7 @@ class Workers:
     def __init__(self, loader: str) -> None:
         self._loader = loader
         self._reports: SimpleQueue[str] = multiprocessing.SimpleQueue()
+        self._others = set(multiprocessing.active_children())
 
     def reporting(self, build: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a runner's ``build_dataloader``, so that workers report what they cannot hand over."""
@@ -60,7 +62,7 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _kill()
+        _kill(set(multiprocessing.active_children()) - self._others)
         if not isinstance(error, Exception):
             return
         reported = "" if self._reports.empty() else self._reports.get()
@@ -98,9 +100,8 @@ def _start(reports: SimpleQueue[str], init: Callable[[int], None] | None, worker
         init(worker)
 
 
-def _kill() -> None:
-    """End all workers without asking them: one that hangs ignores a request."""
-    children = multiprocessing.active_children()
+def _kill(children: Iterable[BaseProcess]) -> None:
+    """End workers without asking them: one that hangs ignores a request."""
     in_main = threading.current_thread() is threading.main_thread()
     # torch's handler would take the end of a worker for a new error
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
