@@ -97,6 +97,7 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
         raise
     except Exception as error:  # a config is Python, and may raise anything
         raise ValueError(f"cannot read config {path}: {type(error).__name__}: {error}") from error
+    _merge(config, options)
     library = config.get("default_scope")
     if library not in LIBRARIES or not isinstance(config.get("model"), dict):
         raise ValueError(
@@ -106,7 +107,6 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
     require(library)
     if "::" not in str(name):  # some of the libraries' own have leftovers
         check_variables(config, path)
-    _merge(config, options)
     hooks = config.get("custom_hooks") or []
     if not isinstance(hooks, list | tuple) or not all(isinstance(hook, dict) and "type" in hook for hook in hooks):
         raise ValueError(f"custom_hooks must be a list of dicts with a type, got {hooks!r}")
@@ -169,11 +169,11 @@ def _merge(config: Config, options: Sequence[str]) -> None:
         key, equals, value = option.partition("=")
         if not key or not equals:
             raise ValueError(f"--cfg-options must be KEY=VALUE, got {option!r}")
-        check_option(config, key)
         try:
             parsed = DictAction._parse_iterable(value)
         except AssertionError as error:  # brackets that do not match
             raise ValueError(f"--cfg-options must be KEY=VALUE, got {option!r}: {error}") from error
+        check_option(config, key)
         try:
             config.merge_from_dict({key: parsed})
         except Exception as error:  # a list that is too short, a value that is no dict

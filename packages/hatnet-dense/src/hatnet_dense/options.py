@@ -68,7 +68,7 @@ def check_option(config: Mapping[str, Any], key: str) -> None:
         ValueError: naming the keys that work.
     """
     root, _, rest = key.partition(".")
-    if root == "data_preprocessor" and "data_preprocessor" in config["model"]:
+    if root == "data_preprocessor" and "data_preprocessor" in (config.get("model") or {}):
         raise _unread(key, [f"model.{key}"])
     if root not in read_keys():
         raise _unread(key, suggestions(config, key))
