@@ -48,7 +48,7 @@ def parser() -> Parser:
         version=importlib.metadata.version("hatnet-dense"),
     )
     commands = made.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_train, _add_test, _add_predict, _add_flops, _add_configs, _add_doctor):
+    for add in (_add_check, _add_train, _add_test, _add_predict, _add_flops, _add_configs, _add_doctor):
         add(commands)
     return made
 
@@ -100,6 +100,18 @@ def _add_train(commands: Commands) -> None:
     _add_run(train)
 
 
+def _add_check(commands: Commands) -> None:
+    check = _command(
+        commands,
+        "check",
+        "check the data of a config without training",
+        "Prints the images and objects of each class, what is skipped, and all problems: annotations that cannot be "
+        "used, missing and unreadable files, pictures that training and validation share. Status 1 if there are any.",
+        "hatnet-dense check retinanet_hatnet-t_fpn_1x_coco",
+    )
+    _add_config(check)
+
+
 def _add_test(commands: Commands) -> None:
     test = _command(
         commands,
@@ -124,7 +136,9 @@ def _add_predict(commands: Commands) -> None:
     )
     _add_config(predict)
     _add_checkpoint(predict)
-    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of images")
+    predict.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder, searched recursively"
+    )
     predict.add_argument(
         "--score-threshold", type=real(0, 1), default=0.3, metavar="SCORE", help="of the boxes drawn (default 0.3)"
     )

@@ -1,4 +1,4 @@
-"""COCO files: what is wrong with one is a line that names the file and the record."""
+"""COCO files: what MMDetection would drop or misread is a line that names the file, the record and the value."""
 
 import copy
 import json
@@ -6,12 +6,15 @@ import json
 import pytest
 from mmengine.config import Config
 
-from hatnet_dense.annotations import annotation_problem, problem_of_coco
+from hatnet_dense.annotations import annotation_problems, coco_problems, leaving, skipped_of
 
 CLASSES = ["disk", "square"]
 GOOD = {
     "images": [{"id": 7, "file_name": "a.jpg", "height": 30, "width": 40}],
-    "annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "area": 12}],
+    "annotations": [
+        {"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "area": 12},
+        {"id": 2, "image_id": 7, "category_id": 2, "bbox": [20, 10, 5, 5], "area": 25},
+    ],
     "categories": [{"id": 1, "name": "disk"}, {"id": 2, "name": "square"}],
 }
 
@@ -23,38 +26,120 @@ def written(path, change):
     return path
 
 
+def each(key, values):
+    """Give every annotation its value, one of a list or made from its own."""
+
+    def change(content):
+        for i, annotation in enumerate(content["annotations"]):
+            annotation[key] = values(annotation[key]) if callable(values) else values[i]
+
+    return change
+
+
+def corners(box):
+    x, y, width, height = box
+    return [x + 12, y, x + 12 + width, y + height]
+
+
 def test_a_good_file_has_no_problem(tmp_path):
-    assert problem_of_coco(written(tmp_path / "a.json", lambda _: None), CLASSES) is None
+    assert coco_problems(written(tmp_path / "a.json", lambda _: None), CLASSES) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
-        (lambda c: c.pop("images"), "expected a list under 'images'"),
-        (lambda c: c["images"][0].pop("file_name"), "images[0] has no file_name: {'id': 7"),
-        (lambda c: c["annotations"][0].pop("bbox"), "annotations[0] has no bbox: {'id': 1"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2]), "annotations[0].bbox must be [x, y, width, height]"),
-        (lambda c: c["annotations"][0].update(image_id=8), "annotations[0] is of image_id 8, which is none of"),
+        (lambda c: c.pop("images"), ["images", "NoneType"]),
+        (lambda c: c["images"][0].pop("file_name"), ["images[0]", "file_name"]),
+        (lambda c: c["images"][0].update(width="40"), ["images[0].width", "'40'"]),
+        (lambda c: c["annotations"][0].pop("bbox"), ["annotations[0]", "bbox"]),
+        (lambda c: c["annotations"][0].pop("area"), ["annotations[0]", "area"]),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2]), ["annotations[0].bbox", "[1, 2]"]),
+        (lambda c: c["annotations"][0].update(bbox=[9, 9, -3, -4]), ["annotations[0].bbox", "[9, 9, -3, -4]"]),
+        (lambda c: c["annotations"][0].update(image_id=8), ["annotations[0].image_id", "images", "8"]),
+        (lambda c: c["annotations"][1].update(category_id=3), ["annotations[1].category_id", "categories", "3"]),
+        (lambda c: c["annotations"][0].update(category_id="1"), ["annotations[0].category_id", "'1'"]),
+        (lambda c: c["images"][0].update(id="7"), ["images[0].id", "'7'"]),
+        (lambda c: c["annotations"][0].update(id=0), ["annotations[0].id", "0"]),
+        (lambda c: c["annotations"][1].update(id=1), ["annotations[1]", "annotations[0]", "1"]),
+        (lambda c: c["images"].append({**c["images"][0], "file_name": "b.jpg"}), ["images[1]", "images[0]", "7"]),
+        (each("bbox", lambda box: [v / 40 for v in box]), ["annotations[0].bbox", "pixels", "0.025"]),
+        (each("bbox", corners), ["annotations[1].bbox", "[32, 10, 37, 15]", "40×30", "[x1, y1, x2, y2]"]),
+        (lambda c: c["annotations"][0].update(bbox=[50, 2, 3, 4]), ["annotations[0].bbox", "[50, 2, 3, 4]", "40×30"]),
         (
             lambda c: c["annotations"][0].update(segmentation={"size": None, "counts": "x"}),
-            "annotations[0].segmentation must have counts and size, got {'size': None",
+            ["[0].segmentation", "None"],
         ),
-        (lambda c: c["categories"].reverse(), "its categories are in the order ['square', 'disk']"),
         (
-            lambda c: c["categories"].pop(),
-            "it has 1 of the 2 classes of the config: expected metainfo.classes=['disk']",
+            lambda c: c["annotations"][0].update(segmentation=[1, 2, 3, 4, 5, 6]),
+            ["annotations[0].segmentation", "[1, 2"],
         ),
+        (lambda c: c["categories"].reverse(), ["categories", "order", "square, disk"]),
+        (lambda c: c["annotations"].clear() or c["categories"].pop(), ["categories", "without square"]),
     ],
 )
-def test_a_defect_is_named_with_the_file_and_the_record(change, message, tmp_path):
+def test_a_problem_names_the_file_the_record_and_the_value(change, named, tmp_path):
     path = written(tmp_path / "a.json", change)
-    found = problem_of_coco(path, CLASSES)
-    assert found.startswith(f"{path}: {message}")
+    found = coco_problems(path, CLASSES)
+    assert len(found) == 1
+    assert found[0].startswith(f"{path}: ")
+    for text in named:
+        assert text in found[0]
 
 
-def test_a_file_that_is_no_json_is_named(tmp_path):
+def test_problems_of_one_kind_are_one_line_with_their_number_and_other_kinds_follow(tmp_path):
+    def change(content):
+        for annotation in content["annotations"]:
+            annotation["image_id"] = 9
+        content["annotations"][1]["id"] = 0
+
+    images, zero = coco_problems(written(tmp_path / "a.json", change), CLASSES)
+    assert "annotations[0].image_id" in images
+    assert "1 more" in images
+    assert "annotations[1].id" in zero
+
+
+def test_an_object_without_a_mask_is_named_where_masks_are_needed(tmp_path):
+    path = written(tmp_path / "a.json", lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4, 5, 6]]))
+    assert coco_problems(path, CLASSES) == []
+    (found,) = coco_problems(path, CLASSES, masks=True)
+    assert "annotations[1]" in found
+    assert "segmentation" in found
+
+
+def test_a_box_that_leaves_its_image_among_others_that_cannot_be_corners_is_counted(tmp_path):
+    content = copy.deepcopy(GOOD)
+    content["annotations"][0]["bbox"] = [30, 2, 20, 4]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert coco_problems(tmp_path / "a.json", CLASSES) == []
+    assert leaving(content) == 1
+
+
+def test_what_is_skipped_is_counted_by_its_reason():
+    content = copy.deepcopy(GOOD)
+    content["images"] += [{"id": i, "file_name": f"{i}.jpg", "height": 30, "width": 40} for i in (8, 9)]
+    content["images"].append({"id": 10, "file_name": "10.jpg", "height": 3, "width": 4})
+    box = {"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "area": 12}
+    content["annotations"] += [
+        {**box, "id": 3, "bbox": [1, 2, 0, 0], "area": 0},
+        {**box, "id": 4, "category_id": 2},
+        {**box, "id": 5, "iscrowd": 1},
+        {**box, "id": 6, "image_id": 10, "bbox": [0, 0, 2, 2]},
+        {**box, "id": 7, "ignore": 1},
+    ]
+    assert set(skipped_of(content, {7}, ["disk"], min_size=32)) == {
+        "2 images without objects (filter_cfg.filter_empty_gt)",
+        "1 image below 32 pixels (filter_cfg.min_size)",
+        "1 box without area",
+        "2 boxes of other categories (square)",
+        "1 crowd region",
+        "1 box marked as ignored",
+    }
+
+
+def test_a_file_that_is_not_json_is_named(tmp_path):
     (tmp_path / "a.json").write_text("<html>")
-    assert problem_of_coco(tmp_path / "a.json").startswith(f"{tmp_path / 'a.json'} is no JSON")
+    (found,) = coco_problems(tmp_path / "a.json")
+    assert found.startswith(f"{tmp_path / 'a.json'}: ")
 
 
 @pytest.mark.parametrize(
@@ -72,4 +157,5 @@ def test_a_file_that_is_no_json_is_named(tmp_path):
 def test_every_file_that_a_config_names_is_found(config, tmp_path):
     (tmp_path / "a.json").write_text("{}")
     placed = json.loads(json.dumps(config).replace("ROOT", str(tmp_path)))
-    assert annotation_problem(Config(placed)).startswith(f"{tmp_path / 'a.json'}: ")
+    assert all(problem.startswith(f"{tmp_path / 'a.json'}: ") for problem in annotation_problems(Config(placed)))
+    assert len(annotation_problems(Config(placed))) == 3

@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
-from hatnet_dense.compat import MMCV, OPENCV, SETUPTOOLS, examine, require, usable
+from hatnet_dense.compat import BEYOND, LOWEST, MMCV, OPENCV, SETUPTOOLS, TORCH, examine, require, usable
 
 OFFICIAL = {found.metadata["Name"] for found in importlib.metadata.distributions()}
 
@@ -60,6 +61,23 @@ def test_a_setuptools_without_pkg_resources_and_a_torchvision_of_another_torch_a
     assert found["pkg_resources"]["command"] == SETUPTOOLS
     assert found["torchvision"]["reason"] == "operator torchvision::nms does not exist"
     assert "torchvision" in found["torchvision"]["command"]
+
+
+@pytest.mark.parametrize(("version", "state"), [("2.9.1", "broken"), ("2.10.0+cpu", "ok"), ("2.14.0+cu130", "broken")])
+def test_a_torch_that_mmcv_does_not_compile_with_is_named_with_the_command_that_fits(version, state, tmp_path):
+    (tmp_path / "torch.py").write_text(f"__version__ = {version!r}")
+    _, found = findings(tmp_path)
+    assert found["torch"]["state"] == state
+    if state == "broken":
+        assert version in found["torch"]["reason"]
+        assert found["torch"]["command"] == TORCH
+
+
+def test_the_doctor_and_the_requirements_name_the_same_torch():
+    needed = map(Requirement, importlib.metadata.requires("hatnet-dense"))
+    (torch,) = [one for one in needed if one.name == "torch"]
+    low, high = (".".join(map(str, bound)) for bound in (LOWEST, BEYOND))
+    assert {str(bound) for bound in torch.specifier} == {f">={low}", f"<{high}"}
 
 
 def test_an_mmcv_without_its_operators_is_named_with_the_command_that_compiles_them(tmp_path):

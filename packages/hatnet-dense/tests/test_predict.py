@@ -1,5 +1,6 @@
-"""Images that cannot be predicted: one line with the file, and nothing of the results is there."""
+"""Image files to predict: which are found, where their results are, and what a bad one costs."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -48,28 +49,62 @@ def error(capsys):
     return capsys.readouterr().err.splitlines()[-1]
 
 
+def files_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
 @pytest.mark.parametrize("head", ["retinanet", "semfpn"])
-def test_an_image_that_is_too_thin_is_named_with_its_size(head, checkpoint_of, folder, capsys):
-    thin = picture(folder / "b.png", width=400, height=1)
+def test_bad_images_are_named_and_all_others_are_predicted(head, checkpoint_of, folder, capsys):
     picture(folder / "a.png")
+    thin = picture(folder / "b.png", width=400, height=1)
+    torn = picture(folder / "c.tif")
+    torn.write_bytes(torn.read_bytes()[:400])
+    (folder / "d.jpg").write_text("<html>")
+    picture(folder / "e.png")
     out = folder.parent / "new" / "out"
     assert predict(head, checkpoint_of(head), folder, out) == 1
-    assert f"cannot predict {thin}, an image of 400×1 pixels: " in error(capsys)
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["images"]
+    lines = capsys.readouterr().err.splitlines()
+    assert "3 of 5 images" in lines[-1]
+    for path in (thin, torn, folder / "d.jpg"):
+        assert any(line.startswith(f"{path}: ") for line in lines)
+    labels = [] if head == "retinanet" else ["labels/a.png", "labels/e.png"]
+    assert files_in(out) == ["a.png", "e.png", *labels, "predictions.json"]
+    record = json.loads((out / "predictions.json").read_text())
+    assert [image["file_name"] for image in record["images"]] == ["a.png", "e.png"]
 
 
-@pytest.mark.parametrize("name", ["a.tif", "a.ico"])
-def test_an_image_that_the_loader_cannot_read_is_named_before_the_model_is_built(name, shapes, folder, capsys):
-    path = picture(folder / name)
-    if name == "a.tif":
-        path.write_bytes(path.read_bytes()[:400])
+def test_a_single_bad_image_leaves_nothing(checkpoint_of, folder, capsys):
+    path = picture(folder / "a.ico")
+    assert predict("retinanet", checkpoint_of("retinanet"), path, folder.parent / "out") == 1
+    assert str(path) in error(capsys)
+    assert [path.name for path in folder.parent.iterdir()] == ["images"]
+
+
+def test_folders_are_searched_with_all_below_them_and_results_keep_their_places(checkpoint_of, folder):
+    for name in ("x/a.png", "y/a.png", "y/a.JPG", ".ipynb_checkpoints/a.png", "y/._a.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        picture(folder / name.replace("JPG", "jpg")).rename(folder / name)
     out = folder.parent / "out"
-    assert predict("retinanet", "absent.pth", path, out) == 1
-    assert f"cannot read {path}: expected an image" in error(capsys)
-    assert not out.exists()
+    assert predict("semfpn", checkpoint_of("semfpn"), folder, out) == 0
+    results = ["x/a.png", "y/a.JPG.png", "y/a.png.png"]
+    assert files_in(out) == sorted([*(f"labels/{name}" for name in results), *results, "predictions.json"])
+    record = json.loads((out / "predictions.json").read_text())
+    assert [image["file_name"] for image in record["images"]] == ["x/a.png", "y/a.JPG", "y/a.png"]
+    assert [image["labels"] for image in record["images"]] == [f"labels/{name}" for name in results]
 
 
-@pytest.mark.parametrize("place", [".", "labels"])
+@pytest.mark.parametrize("names", [("x/a.png", "y/a.png"), ("a.png", "labels/a.png")])
+def test_images_whose_results_would_overwrite_each_other_are_refused(names, shapes, folder, capsys):
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        picture(folder / name)
+    given = [folder] if "a.png" in names else [folder / "x", folder / "y"]
+    command = ["predict", str(SHAPES / "semfpn.py"), "absent.pth", *map(str, given)]
+    assert main([*command, "--out", str(folder.parent / "out")]) == 1
+    assert "a.png" in error(capsys)
+
+
+@pytest.mark.parametrize("place", [".", "labels", "below"])
 def test_results_do_not_overwrite_their_images(place, shapes, tmp_path, capsys):
     out = tmp_path / "out"
     (out / place).mkdir(parents=True, exist_ok=True)
@@ -78,7 +113,7 @@ def test_results_do_not_overwrite_their_images(place, shapes, tmp_path, capsys):
     (tmp_path / "link.png").symlink_to(path)
     for image in (path, tmp_path / "link.png"):
         assert predict("semfpn", "absent.pth", image, out) == 1
-        assert f"{out} holds images to predict: expected another folder" in error(capsys)
+        assert f"{out} contains images to predict" in error(capsys)
     assert path.read_bytes() == before
 
 

@@ -10,6 +10,7 @@ from mmengine.optim import AmpOptimWrapper, build_optim_wrapper
 
 from hatnet_dense import runs
 from hatnet_dense.config import load_config
+from hatnet_dense.workers import Workers
 
 NAME = "retinanet_hatnet-t_fpn_1x_coco"
 WHOLE = {
@@ -109,4 +110,20 @@ def test_a_file_whose_writing_fails_is_not_there_and_leaves_the_old_one(tmp_path
 def test_a_message_of_the_libraries_is_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.Runner, "from_cfg", lambda _: (_ for _ in ()).throw(ValueError("x" * 5000)))
     with pytest.raises(ValueError, match=r"cannot test with this config: x{300}…$"):
-        runs._runner(Config({"test_dataloader": {}}), "none", "test")
+        runs._runner(Config({"test_dataloader": {}}), "none", "test", Workers("test_dataloader"))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "warned"),
+    [
+        ({"type": "LinearLR", "by_epoch": False, "end": 500}, True),
+        ({"type": "LinearLR", "by_epoch": False, "end": 16}, False),
+        ({"type": "LinearLR", "end": 5}, True),
+        ({"type": "LinearLR", "end": 4}, False),
+        ({"type": "MultiStepLR", "end": 12, "milestones": [8, 11]}, False),
+    ],
+)
+def test_a_warmup_that_is_longer_than_the_run_is_named_with_both_lengths(scheduler, warned):
+    lines = list(runs._long_warmups([scheduler], iterations=16, per_epoch=4))
+    assert len(lines) == warned
+    assert all("param_scheduler.0.end" in line and "16" in line for line in lines)

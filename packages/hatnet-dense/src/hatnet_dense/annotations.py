@@ -1,13 +1,15 @@
-"""What is wrong with an annotation file in COCO's format, in one line that names the file and the record.
+"""Check COCO annotation files, and count what MMDetection skips of them.
 
-MMDetection reads such a file as it is: what is missing is a KeyError without a name, an annotation of an image that is
-not listed is left out silently, and classes are numbered in the order in which the file lists them.
+MMDetection reads such a file without a look: a missing key is a KeyError without a name, an annotation of an unlisted
+image or category is skipped silently, and classes are numbered in the order in which the file lists them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,88 +20,296 @@ NEEDED = {
     "annotations": ("id", "image_id", "category_id", "bbox", "area"),
     "categories": ("id", "name"),
 }
-"""The lists of a file, and what each of their records has to say."""
+"""The lists of a file, and the keys that each of their records needs."""
+
+NUMBERS = ("height", "width", "area")
+"""Keys whose value is a number."""
+
+SLACK = 1.0
+"""Pixels that a box may reach beyond its image: some tools count pixels from 1, others round up."""
+
+Problem = tuple[str, str]
+"""A kind of problem, and the message about one record."""
 
 
-def problem_of_coco(path: str | Path, classes: Sequence[str] | None = None) -> str | None:
-    """The first thing in a file that MMDetection cannot use.
+def coco_problems(path: str | Path, classes: Sequence[str] | None = None, masks: bool = False) -> list[str]:
+    """List what MMDetection cannot use of a file, or would misread: one line per kind of problem.
 
     Args:
-        path: the file; one behind an address (``s3://``, …) is not looked at.
+        path: the file; one behind an address (``s3://``, …) is not read.
         classes: those of the dataset, in order, to be found among the categories; None for any.
+        masks: whether every object needs a mask.
     """
     if "://" in str(path):
-        return None
+        return []
     try:
-        content = json.loads(Path(path).read_bytes())
-    except OSError:  # whoever opens it says so
-        return None
+        content = read_coco(path)
+    except OSError:  # whoever opens it reports it
+        return []
     except ValueError as error:
-        return f"{path} is no JSON ({error})"
-    defect = _record_problem(content) or _unknown_image(content)
-    if defect is None and classes is not None:
-        defect = _class_problem([category["name"] for category in content["categories"]], list(classes))
-    return None if defect is None else f"{path}: {defect}"
+        return [str(error)]
+    return content_problems(content, path, classes, masks)
 
 
-def annotation_problem(config: Config) -> str | None:
-    """The first problem of all the COCO files that a config names for its data and evaluators."""
-    for path in dict.fromkeys(_annotation_files(config)):
-        found = problem_of_coco(path)
-        if found is not None:
-            return found
-    return None
+def content_problems(
+    content: Any, path: str | Path, classes: Sequence[str] | None = None, masks: bool = False
+) -> list[str]:
+    """List the problems of a file that is read; arguments as for :func:`coco_problems`."""
+    found = list(_incomplete(content)) or [*_inconsistent(content), *_box_problems(content)]
+    if classes is not None and not found:
+        found += _class_problems([category["name"] for category in content["categories"]], list(classes))
+    if masks and not found:
+        found += _without_mask(content, classes)
+    firsts: dict[str, str] = {}
+    for kind, message in found:
+        firsts.setdefault(kind, message)
+    counts = Counter(kind for kind, _ in found)
+    more = {kind: f" (and {count - 1:,} more)" if count > 1 else "" for kind, count in counts.items()}
+    return [f"{path}: {message}{more[kind]}" for kind, message in firsts.items()]
 
 
-def _record_problem(content: Any) -> str | None:
+def annotation_problems(config: Config) -> list[str]:
+    """List the problems of all COCO files that a config names for its data and evaluators."""
+    problems = [problem for path, masks in _annotation_files(config) for problem in coco_problems(path, masks=masks)]
+    return list(dict.fromkeys(problems))
+
+
+def read_coco(path: str | Path) -> Any:
+    """Read an annotation file.
+
+    Raises:
+        OSError: if it cannot be opened.
+        ValueError: if it is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def skipped_of(content: Mapping[str, Any], used: Container[Any], classes: Sequence[str], min_size: int) -> list[str]:
+    """Count what MMDetection skips of a file that has no problems, such as "2 boxes without area".
+
+    Args:
+        content: of the file.
+        used: ids of the images in the dataset.
+        classes: of the dataset.
+        min_size: ``filter_cfg.min_size``, in pixels.
+    """
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    with_objects = {a["image_id"] for a in content["annotations"] if names[a["category_id"]] in classes}
+    images = {image["id"]: image for image in content["images"]}
+    found: Counter[tuple[str, str, str]] = Counter()
+    for key, image in images.items():
+        if key in used:
+            continue
+        if key not in with_objects:
+            found["image", "images", "without objects (filter_cfg.filter_empty_gt)"] += 1
+        elif min(image["width"], image["height"]) < min_size:
+            found["image", "images", f"below {min_size} pixels (filter_cfg.min_size)"] += 1
+        else:
+            found["image", "images", "not among dataset.indices"] += 1
+    others: set[str] = set()
+    for annotation in content["annotations"]:
+        if annotation["image_id"] not in used:
+            continue
+        if annotation.get("ignore"):
+            found["box", "boxes", "marked as ignored"] += 1
+        elif _without_area(annotation, images[annotation["image_id"]]):
+            found["box", "boxes", "without area"] += 1
+        elif names[annotation["category_id"]] not in classes:
+            found["box", "boxes", "of other categories"] += 1
+            others.add(str(names[annotation["category_id"]]))
+        elif annotation.get("iscrowd"):
+            found["crowd region", "crowd regions", ""] += 1
+    texts = []
+    for (one, many, why), count in found.items():
+        named = f" ({listed(sorted(others))})" if why == "of other categories" else ""
+        texts.append(f"{counted(count, one, many)} {why}".rstrip() + named)
+    return texts
+
+
+def leaving(content: Mapping[str, Any]) -> int:
+    """Count the boxes that leave their image."""
+    images = {image["id"]: image for image in content["images"]}
+    return sum(_leaves(a["bbox"], images[a["image_id"]]) for a in content["annotations"])
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """A number with its noun, such as "1 box" or "2,804 boxes"."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def listed(names: Sequence[Any], most: int = 5) -> str:
+    """Join names, those beyond the first few as an ellipsis."""
+    return ", ".join([*map(str, names[:most]), *(["…"] if len(names) > most else [])])
+
+
+def _incomplete(content: Any) -> Iterator[Problem]:
+    """Lists, keys and values without which nothing else can be judged."""
     for name, keys in NEEDED.items():
         records = content.get(name) if isinstance(content, Mapping) else None
         if not isinstance(records, list):
-            return f"expected a list under {name!r}, as in COCO's format"
+            yield name, f"{name} must be a list, as in COCO's format, got {type(records).__name__}"
+            continue
         for i, record in enumerate(records):
             missing = [key for key in keys if not isinstance(record, Mapping) or record.get(key) is None]
             if missing:
-                return f"{name}[{i}] has no {missing[0]}: {str(record)[:80]}"
-    for i, annotation in enumerate(content["annotations"]):
-        if not isinstance(annotation["bbox"], list) or len(annotation["bbox"]) != 4:
-            return f"annotations[{i}].bbox must be [x, y, width, height], got {annotation['bbox']!r}"
-        mask = annotation.get("segmentation")
-        if isinstance(mask, Mapping) and (not mask.get("counts") or not mask.get("size")):
-            return f"annotations[{i}].segmentation must have counts and size, got {str(mask)[:80]}"
+                yield f"{name} {missing[0]}", f"{name}[{i}] has no {missing[0]}: {str(record)[:80]}"
+                continue
+            for key in keys:
+                expected = _expected(key, record[key])
+                if expected:
+                    yield f"{name} {key}", f"{name}[{i}].{key} must be {expected}, got {str(record[key])[:80]!r}"
+            expected = _expected_mask(record.get("segmentation"))
+            if expected:
+                shown = str(record["segmentation"])[:80]
+                yield f"{name} segmentation", f"{name}[{i}].segmentation must be {expected}, got {shown}"
+
+
+def _expected(key: str, value: Any) -> str | None:
+    if key == "bbox":
+        right = isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+        return None if right and min(value[2:]) >= 0 else "[x, y, width, height]"
+    if key == "id" or key.endswith("_id"):
+        return None if _is_number(value) and value == int(value) else "a whole number"
+    if key in NUMBERS:
+        return None if _is_number(value) and value >= 0 else "a number from 0"
+    return None if isinstance(value, str) else "a string"
+
+
+def _expected_mask(mask: Any) -> str | None:
+    if isinstance(mask, Mapping) and not (mask.get("counts") and mask.get("size")):
+        return "run lengths with counts and size"
+    if isinstance(mask, list) and not all(isinstance(polygon, list) for polygon in mask):
+        return "a list of polygons [[x1, y1, x2, y2, …], …]"
     return None
 
 
-def _unknown_image(content: Mapping[str, Any]) -> str | None:
-    known = {image["id"] for image in content["images"]}
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _inconsistent(content: Mapping[str, Any]) -> Iterator[Problem]:
+    """Ids that are repeated, unknown, or what the evaluation of COCO takes for "not found"."""
+    known = {}
+    for name in NEEDED:
+        known[name] = seen = dict[Any, int]()
+        for i, record in enumerate(content[name]):
+            first = seen.setdefault(record["id"], i)
+            if first != i:
+                yield (
+                    f"repeated {name}",
+                    f"{name}[{i}] must have an id of its own, got {record['id']} as {name}[{first}]",
+                )
     for i, annotation in enumerate(content["annotations"]):
-        if annotation["image_id"] not in known:
-            return f"annotations[{i}] is of image_id {annotation['image_id']!r}, which is none of the images"
-    return None
+        for key, name in (("image_id", "images"), ("category_id", "categories")):
+            if annotation[key] not in known[name]:
+                yield (
+                    f"unknown {key}",
+                    f"annotations[{i}].{key} must be the id of one of {name}, got {annotation[key]}",
+                )
+        if annotation["id"] == 0:
+            # pycocotools marks a matched box with the id, and an unmatched one with 0
+            yield (
+                "zero",
+                f"annotations[{i}].id must not be 0, which pycocotools counts as a false detection: use ids from 1",
+            )
 
 
-def _class_problem(categories: list[str], classes: list[str]) -> str | None:
+def _box_problems(content: Mapping[str, Any]) -> Iterator[Problem]:
+    """Boxes in another form than [x, y, width, height] in pixels; one alone may be unusual, all of them are not."""
+    images = {image["id"]: image for image in content["images"]}
+    boxes = [
+        (i, annotation["bbox"], images[annotation["image_id"]])
+        for i, annotation in enumerate(content["annotations"])
+        if annotation["image_id"] in images
+    ]
+    if boxes and all(max(box) <= 1 for _, box, _ in boxes) and any(max(box) > 0 for _, box, _ in boxes):
+        i, box, _ = boxes[0]
+        yield "relative", f"annotations[{i}].bbox must be in pixels, got {box}: all boxes of the file are from 0 to 1"
+        return
+    beyond = [place for place in boxes if _leaves(place[1], place[2])]
+    if beyond and all(_fits_as_corners(box, image) for _, box, image in boxes):
+        i, box, image = beyond[0]
+        yield (
+            "corners",
+            f"annotations[{i}].bbox must be [x, y, width, height], got {box}, which leaves its image of "
+            f"{image['width']}×{image['height']}: all boxes of the file fit as [x1, y1, x2, y2]",
+        )
+        return
+    for i, box, image in beyond:
+        if min(box[2:]) < 1:
+            continue
+        if box[0] >= image["width"] or box[1] >= image["height"] or box[0] + box[2] <= 0 or box[1] + box[3] <= 0:
+            size = f"{image['width']}×{image['height']}"
+            yield "outside", f"annotations[{i}].bbox must overlap its image of {size}, got {box}"
+
+
+def _leaves(box: Sequence[float], image: Mapping[str, Any]) -> bool:
+    x, y, width, height = box
+    return min(x, y) < -SLACK or x + width > image["width"] + SLACK or y + height > image["height"] + SLACK
+
+
+def _fits_as_corners(box: Sequence[float], image: Mapping[str, Any]) -> bool:
+    x1, y1, x2, y2 = box
+    return min(x1, y1) >= -SLACK and x1 <= x2 <= image["width"] + SLACK and y1 <= y2 <= image["height"] + SLACK
+
+
+def _without_area(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> bool:
+    """Return whether MMDetection's CocoDataset skips a box for its size."""
+    x, y, width, height = annotation["bbox"]
+    visible_width = min(x + width, image["width"]) - max(x, 0)
+    visible_height = min(y + height, image["height"]) - max(y, 0)
+    return bool(annotation["area"] <= 0 or min(width, height) < 1 or min(visible_width, visible_height) <= 0)
+
+
+def _class_problems(categories: list[str], classes: list[str]) -> Iterator[Problem]:
     """MMDetection gives the classes that it finds the numbers 0, 1, … in the order of the file."""
     found = [name for name in categories if name in classes]
     if found == classes:
-        return None
+        return
     if set(found) == set(classes):
-        return f"its categories are in the order {found}: expected that of the config's metainfo.classes, {classes}"
-    return f"it has {len(found)} of the {len(classes)} classes of the config: expected metainfo.classes={categories}"
+        yield (
+            "classes",
+            f"categories must be in the order of metainfo.classes, {listed(classes)}, got {listed(found)}",
+        )
+        return
+    missing = [name for name in classes if name not in found]
+    yield (
+        "classes",
+        f"categories must include the {len(classes)} classes of metainfo.classes, got "
+        f"{listed(categories)} without {listed(missing)}",
+    )
 
 
-def _annotation_files(config: Config) -> Iterator[str]:
+def _without_mask(content: Mapping[str, Any], classes: Sequence[str] | None) -> Iterator[Problem]:
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    images = {image["id"]: image for image in content["images"]}
+    for i, annotation in enumerate(content["annotations"]):
+        if annotation.get("segmentation") or annotation.get("ignore"):
+            continue
+        if _without_area(annotation, images[annotation["image_id"]]):
+            continue
+        if classes is None or names[annotation["category_id"]] in classes:
+            yield "mask", f"annotations[{i}] has no segmentation, which this config needs: {str(annotation)[:80]}"
+
+
+def _annotation_files(config: Config) -> Iterator[tuple[str, bool]]:
+    """Paths, each with whether it needs masks."""
     for phase in ("train", "val", "test"):
         yield from _dataset_files((config.get(f"{phase}_dataloader") or {}).get("dataset"))
         evaluators = config.get(f"{phase}_evaluator") or []
         for evaluator in [evaluators] if isinstance(evaluators, Mapping) else evaluators:
             if evaluator.get("type") == "CocoMetric" and evaluator.get("ann_file"):
-                yield evaluator["ann_file"]
+                yield evaluator["ann_file"], "segm" in (evaluator.get("metric") or "")
 
 
-def _dataset_files(dataset: Any) -> Iterator[str]:
+def _dataset_files(dataset: Any) -> Iterator[tuple[str, bool]]:
     if not isinstance(dataset, Mapping):
         return
     for part in [dataset.get("dataset"), *(dataset.get("datasets") or [])]:
         yield from _dataset_files(part)
     if dataset.get("type") == "CocoDataset" and dataset.get("ann_file"):
-        yield str(Path(dataset.get("data_root") or "") / dataset["ann_file"])
+        masks = any(step.get("with_mask") for step in dataset.get("pipeline") or [] if isinstance(step, Mapping))
+        yield str(Path(dataset.get("data_root") or "") / dataset["ann_file"]), masks

@@ -16,6 +16,9 @@ from hatnet_core.commands import say, writable_file, writable_folder
 from hatnet_dense.__about__ import __version__
 from hatnet_dense.compat import examine, usable
 
+SHOWN = 50
+"""Problems that ``check`` prints."""
+
 MARKS = {"ok": "ok", "absent": "-", "broken": "BROKEN"}
 """How the states of a finding are shown."""
 
@@ -63,6 +66,25 @@ def predict(options: argparse.Namespace) -> None:
 
     record = predict_images(config, options.checkpoint, options.images, out, options.score_threshold, options.device)
     say(f"predictions of {len(record['images'])} images: {out / 'predictions.json'}")
+
+
+def check(options: argparse.Namespace) -> int:
+    """``hatnet-dense check``."""
+    from hatnet_dense.config import load_config
+    from hatnet_dense.data_check import survey_config
+
+    surveys = survey_config(load_config(options.config, options.cfg_options))
+    problems = [f"{found.name}: {problem}" for found in surveys for problem in found.problems]
+    for found in surveys:
+        say(str(found))
+        for name in found.shares():
+            say(f"  {name}")
+    for problem in problems[:SHOWN]:
+        say(f"problem: {problem}")
+    if len(problems) > SHOWN:
+        say(f"… and {len(problems) - SHOWN:,} more")
+    say(f"{len(problems):,} problems" if problems else "no problems")
+    return 1 if problems else 0
 
 
 def flops(options: argparse.Namespace) -> None:

@@ -16,8 +16,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-TORCH = 'pip install "torch>=2.10,<2.14"'
-"""MMCV 2.1 is C++17; the headers of torch 2.14 want C++20."""
+LOWEST, BEYOND = (2, 10), (2, 14)
+"""Versions of torch: the first that runs, and the first whose headers want C++20; MMCV 2.1 is C++17."""
+
+TORCH = 'pip install "torch>={}.{},<{}.{}"'.format(*LOWEST, *BEYOND)
 
 SETUPTOOLS = 'pip install "setuptools<81"'
 """MMEngine imports pkg_resources, which setuptools dropped with version 81."""
@@ -146,6 +148,15 @@ def _command(error: Exception, command: str) -> str:
     return command
 
 
+def _torch() -> None:
+    """ImportError unless MMCV 2.1 can be compiled with this torch, as the requirements of this package say."""
+    version = importlib.import_module("torch").__version__
+    major, minor = version.split(".")[:2]
+    if not LOWEST <= (int(major), int(minor)) < BEYOND:
+        low, high = (".".join(map(str, bound)) for bound in (LOWEST, BEYOND))
+        raise ImportError(f"torch must be from {low} to below {high}, got {version}")
+
+
 def _mmcv_operators() -> None:
     """ImportError unless the compiled operators are there and are those of this torch and device."""
     try:
@@ -188,7 +199,7 @@ def _module(name: str) -> Callable[[], None]:
 
 
 PARTS = [
-    Part("torch", TORCH, needed=True),
+    Part("torch", TORCH, needed=True, attempt=_torch),
     Part(
         "torchvision",
         # both from one index: CPU-only and CUDA do not mix

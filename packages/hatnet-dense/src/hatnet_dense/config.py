@@ -20,6 +20,7 @@ from hatnet_core import create_model
 from hatnet_dense.backbone import check_out_indices
 from hatnet_dense.compat import require
 from hatnet_dense.errors import said
+from hatnet_dense.options import check_option, check_variables
 
 CONFIGS = Path(__file__).parent / "configs"
 """Where the configs of this package lie."""
@@ -104,6 +105,8 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
             f"got {library!r} and a model of type {type(config.get('model')).__name__}"
         )
     require(library)
+    if "::" not in str(name):  # some of the libraries' own have leftovers
+        check_variables(config, path)
     hooks = config.get("custom_hooks") or []
     if not isinstance(hooks, list | tuple) or not all(isinstance(hook, dict) and "type" in hook for hook in hooks):
         raise ValueError(f"custom_hooks must be a list of dicts with a type, got {hooks!r}")
@@ -170,6 +173,7 @@ def _merge(config: Config, options: Sequence[str]) -> None:
             parsed = DictAction._parse_iterable(value)
         except AssertionError as error:  # brackets that do not match
             raise ValueError(f"--cfg-options must be KEY=VALUE, got {option!r}: {error}") from error
+        check_option(config, key)
         try:
             config.merge_from_dict({key: parsed})
         except Exception as error:  # a list that is too short, a value that is no dict

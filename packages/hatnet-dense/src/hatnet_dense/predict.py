@@ -1,4 +1,4 @@
-"""Predictions on image files: pictures to look at, and JSON and label images for programs.
+"""Predict image files: pictures to look at, and JSON and label images for programs.
 
 Detectors give ``predictions.json`` in COCO's format, and a picture of boxes and masks for each image. Categories and
 images are numbered from 1 in the order of the config's classes and of the files, and listed with their names.
@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from hatnet_core.commands import pick_device
+from hatnet_core.images import IMAGE_SUFFIXES, is_image_file
 from hatnet_dense.config import demand, innermost
 from hatnet_dense.data_check import check_classes
 from hatnet_dense.errors import cut, said
 from hatnet_dense.flops import build_model
 from hatnet_dense.plain_checkpoint import check_weights, read_checkpoint
-
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Files of a folder that are taken for images."""
+from hatnet_dense.runs import staged
 
 MAX_CLASSES = 256
 """Values of an indexed PNG."""
@@ -55,18 +56,18 @@ def predict(
     Args:
         config: of :func:`hatnet_dense.config.load_config`; changed in place.
         checkpoint: a file of MMEngine.
-        images: files, and folders whose images are taken, not those of folders inside.
-        out: folder for the results, made if need be; it must not be the one of an image, nor its ``labels``.
-        score_threshold: of the boxes in the pictures; the JSON holds all that the config keeps.
+        images: files, and folders whose images are taken, those of folders inside too.
+        out: folder for the results, made if need be; it must not contain an image to predict.
+        score_threshold: of the boxes in the pictures; the JSON contains all that the config keeps.
         device: as for :func:`hatnet_core.commands.pick_device`.
 
     Returns:
-        What stands in ``predictions.json``.
+        The content of ``predictions.json``.
 
     Raises:
-        FileNotFoundError: if an image or the checkpoint is not there.
-        ValueError: if an image cannot be read, two have the same name, the device is not there, or the checkpoint is
-            of another model. Nothing is written then.
+        FileNotFoundError: if an image or the checkpoint is not there. Nothing is written then.
+        ValueError: if two images have the same name, the device is not there, or the checkpoint is of another model;
+            nothing is written then. If some images cannot be predicted; the results of all others are written then.
     """
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"the score threshold must be from 0 to 1, got {score_threshold}")
@@ -74,21 +75,29 @@ def predict(
     files = _files(images, out)
     model = load_model(config, checkpoint, device)
     draws = _Detections(model, score_threshold) if config.default_scope == "mmdet" else _Labels(model)
-    with _staged(out) as place:
+    bad: list[str] = []
+    try:
         for file in tqdm(files, desc="predicting", unit="image", delay=2, disable=None):
-            image = _read(file)
             try:
-                draws.add(file, image, place)
-            except (ValueError, RuntimeError, cv2.error) as error:  # such as an image that is thinner than a layer
-                size = f"{image.shape[1]}×{image.shape[0]}"
-                raise ValueError(f"cannot predict {file}, an image of {size} pixels: {cut(said(error))}") from error
-        (place / "predictions.json").write_text(json.dumps(draws.record, indent=1) + "\n")
+                with _written_whole(out) as place:
+                    draws.add(file, _read(file.path), place)
+            except (ValueError, RuntimeError, cv2.error) as error:  # RuntimeError: an image thinner than a layer
+                bad.append(f"{file.path}: cannot be predicted ({cut(said(error))})")
+                tqdm.write(bad[-1], file=sys.stderr)
+    finally:  # after Ctrl-C, too
+        if draws.record["images"]:
+            with staged(out / "predictions.json") as place:
+                place.write_text(json.dumps(draws.record, indent=1) + "\n")
+    if bad:
+        written = f"the others are in {out}" if draws.record["images"] else "nothing is written"
+        shown = "; ".join(bad[:3]) + ("; …" if len(bad) > 3 else "")
+        raise ValueError(f"{len(bad)} of {len(files)} images cannot be predicted, {written}: {shown}")
     return draws.record
 
 
 @contextlib.contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A folder whose files lie in ``out`` when all are written; an error leaves nothing behind."""
+def _written_whole(out: Path) -> Iterator[Path]:
+    """A folder whose files are moved to ``out`` when all are written; an error leaves nothing behind."""
     nearest = next(place for place in (out, *out.absolute().parents) if place.exists())
     with tempfile.TemporaryDirectory(prefix=".hatnet-", dir=nearest) as name:
         yield Path(name)
@@ -96,6 +105,21 @@ def _staged(out: Path) -> Iterator[Path]:
             target = out / path.relative_to(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
+
+
+@dataclass(frozen=True)
+class _File:
+    """An image to predict.
+
+    Attributes:
+        path: of the image.
+        name: relative to the folder that was searched, with its suffix.
+        stem: of its results, relative to their folder and without suffix.
+    """
+
+    path: Path
+    name: str
+    stem: str
 
 
 def load_model(config: Config, checkpoint: Path, device: str = "auto") -> Any:
@@ -140,8 +164,16 @@ class _Detections:
             "annotations": [],
         }
 
-    def add(self, file: Path, image: np.ndarray[Any, Any], out: Path) -> None:
+    def add(self, file: _File, image: np.ndarray[Any, Any], out: Path) -> None:
         sample = self._infer(self._model, image)
+        self._visualizer.add_datasample(
+            file.name,
+            image[..., ::-1],
+            sample,
+            draw_gt=False,
+            pred_score_thr=self._threshold,
+            out_file=str(out / f"{file.stem}.png"),
+        )
         image_id = len(self.record["images"]) + 1
         height, width = image.shape[:2]
         self.record["images"].append({"id": image_id, "file_name": file.name, "height": height, "width": width})
@@ -162,14 +194,6 @@ class _Detections:
                 annotation["segmentation"] = {"size": [height, width], "counts": run_lengths["counts"].decode()}
                 annotation["area"] = int(self._coco.area(run_lengths))
             self.record["annotations"].append(annotation)
-        self._visualizer.add_datasample(
-            file.name,
-            image[..., ::-1],
-            sample,
-            draw_gt=False,
-            pred_score_thr=self._threshold,
-            out_file=str(out / f"{file.stem}.png"),
-        )
 
 
 class _Labels:
@@ -192,14 +216,15 @@ class _Labels:
         ]
         self.record: dict[str, Any] = {"classes": classes, "images": []}
 
-    def add(self, file: Path, image: np.ndarray[Any, Any], out: Path) -> None:
+    def add(self, file: _File, image: np.ndarray[Any, Any], out: Path) -> None:
         labels = self._infer(self._model, image).pred_sem_seg.data[0].cpu().numpy().astype(np.uint8)
         picture = Image.fromarray(labels, mode="P")
         picture.putpalette(self._palette.tobytes())
-        (out / "labels").mkdir(exist_ok=True)
-        picture.save(out / "labels" / f"{file.stem}.png")
         overlay = (1 - OPACITY) * image[..., ::-1] + OPACITY * self._palette[labels]
-        Image.fromarray(overlay.astype(np.uint8)).save(out / f"{file.stem}.png")
+        for place, drawn in ((out / "labels", picture), (out, Image.fromarray(overlay.astype(np.uint8)))):
+            path = place / f"{file.stem}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drawn.save(path)
         values, counts = np.unique(labels, return_counts=True)
         self.record["images"].append(
             {
@@ -212,23 +237,29 @@ class _Labels:
         )
 
 
-def _files(images: Sequence[Path], out: Path) -> list[Path]:
-    files: list[Path] = []
+def _files(images: Sequence[Path], out: Path) -> list[_File]:
+    """The images of files and folders; results of the same stem keep the suffix of their image."""
+    found: list[tuple[Path, Path]] = []
     for path in images:
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        if not inside:
-            raise ValueError(f"no images in {path}: expected files that end in {', '.join(SUFFIXES)}")
-        files += inside
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"no image at {file}: expected a file or a folder of images")
-        _read(file)
-    (stem, count), *_ = Counter(file.stem for file in files).most_common(1)
-    if count > 1:
-        raise ValueError(f"{count} images are called {stem}, and would overwrite each other's results")
-    places = {out.resolve(), (out / "labels").resolve()}
-    if any(places & {file.parent.resolve(), file.resolve().parent} for file in files):
-        raise ValueError(f"{out} holds images to predict: expected another folder for the results")
+        inside = sorted(p.relative_to(path) for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+        names = [name for name in inside if is_image_file(name)]
+        if path.is_dir() and not names:
+            raise ValueError(f"{path}: no images, expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        if not path.is_dir() and not path.is_file():
+            raise FileNotFoundError(f"no image at {path}: expected a file or a folder of images")
+        found += [(path / name, name) for name in names] if path.is_dir() else [(path, Path(path.name))]
+    places = out.resolve()
+    if any(place.is_relative_to(places) for path, _ in found for place in (path.resolve(), path.parent.resolve())):
+        raise ValueError(f"{out} contains images to predict: expected another folder for the results")
+    stems = Counter(name.with_suffix("") for _, name in found)
+    files = [
+        _File(path, name.as_posix(), (name if stems[name.with_suffix("")] > 1 else name.with_suffix("")).as_posix())
+        for path, name in found
+    ]
+    written = Counter(place for file in files for place in (file.stem, f"labels/{file.stem}"))
+    twice = next((file for file in files if written[file.stem] > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice.path}: {twice.stem}.png would be the result of another image, too")
     return files
 
 
@@ -237,7 +268,7 @@ def _read(file: Path) -> np.ndarray[Any, Any]:
     try:
         image = mmcv.imread(str(file), channel_order="bgr")
     except Exception as error:  # OpenCV raises whatever a broken file leads to
-        raise ValueError(f"cannot read {file}: expected an image ({cut(said(error))})") from error
+        raise ValueError(cut(said(error))) from error
     if image is None:
-        raise ValueError(f"cannot read {file}: expected an image that OpenCV reads")
+        raise ValueError("not an image that OpenCV reads")
     return np.asarray(image)

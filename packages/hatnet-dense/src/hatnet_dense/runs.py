@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
+from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from hatnet_core.zero import read_zero
-from hatnet_dense.annotations import annotation_problem
+from hatnet_dense.annotations import annotation_problems
 from hatnet_dense.config import demand, innermost
-from hatnet_dense.data_check import naming_files
+from hatnet_dense.data_check import is_empty, naming_files, no_record, shortened
 from hatnet_dense.errors import cut, said
 from hatnet_dense.plain_checkpoint import plain, read_checkpoint, read_training_run
+from hatnet_dense.workers import Workers
+
+COCO_METRICS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
+"""What CocoMetric measures of boxes and masks by default."""
+
+WARMUPS = ("LinearLR", "ConstantLR", "QuadraticWarmupLR")
+"""Schedulers with which a learning rate begins below its own value."""
 
 
 def train(
@@ -76,8 +86,11 @@ def train(
     if auto_scale_lr:
         demand(config, "--auto-scale-lr", "auto_scale_lr.base_batch_size")
         config.auto_scale_lr.enable = True
-    with _processes(config, launcher):
-        runner = _runner(config, launcher, "train")
+    with Workers("train_dataloader") as workers, _processes(config, launcher):
+        runner = _runner(config, launcher, "train", workers)
+        schedulers = config.get("param_scheduler") or []
+        for text in _long_warmups(schedulers, runner.train_loop.max_iters, len(runner.train_dataloader)):
+            print_log(text, "current", level=logging.WARNING)
         runner.train()
         if not is_main_process() or not (work_dir / "last_checkpoint").is_file():
             return None
@@ -120,9 +133,11 @@ def evaluate(
         else:
             config.default_hooks.visualization.interval = 1
             config.visualizer.save_dir = str(show_dir.absolute())
-    with _processes(config, launcher):
-        metrics = _runner(config, launcher, "test").test()
-        return {name: float(value) for name, value in metrics.items()} if is_main_process() else None
+    with Workers("test_dataloader") as workers, _processes(config, launcher):
+        metrics = _runner(config, launcher, "test", workers).test()
+        if not is_main_process():
+            return None
+        return {name: float(value) for name, value in metrics.items()} or _no_metrics(config.test_evaluator)
 
 
 def write_metrics(metrics: dict[str, float], path: Path) -> None:
@@ -162,7 +177,41 @@ def _write_whole(folder: Path, dataset_meta: Mapping[str, Any], path: Path) -> N
         torch.save(content, place)
 
 
-def _runner(config: Config, launcher: str, phase: str) -> Any:
+def _no_metrics(evaluators: Any) -> dict[str, float]:
+    """The metrics of a model that finds nothing: 0, which CocoMetric leaves to its caller.
+
+    Raises:
+        ValueError: if no evaluator that measures is known here.
+    """
+    evaluators = [evaluators] if isinstance(evaluators, Mapping) else evaluators
+    if any(evaluator.get("format_only") for evaluator in evaluators):
+        return {}  # it writes a file instead
+    coco = [evaluator for evaluator in evaluators if evaluator.get("type") == "CocoMetric"]
+    if not coco:
+        raise ValueError("the evaluators of the config measured nothing")
+    print_log("metrics are 0: the model found nothing in the test data", "current", level=logging.WARNING)
+    return {
+        f"{evaluator.get('prefix') or 'coco'}/{kind}_{item}": 0.0
+        for evaluator in coco
+        for kind in np.atleast_1d(evaluator.get("metric", "bbox")).tolist()
+        for item in evaluator.get("metric_items") or COCO_METRICS
+    }
+
+
+def _long_warmups(schedulers: Any, iterations: int, per_epoch: int) -> Iterator[str]:
+    """Name the schedulers with which the learning rate is still rising when a run of so many iterations ends."""
+    for i, scheduler in enumerate([schedulers] if isinstance(schedulers, Mapping) else schedulers):
+        if scheduler.get("type") not in WARMUPS or scheduler.get("end") is None:
+            continue
+        end = scheduler["end"] * (per_epoch if scheduler.get("by_epoch", True) else 1)
+        if end > iterations > scheduler.get("begin", 0):
+            yield (
+                f"param_scheduler.{i}.end must be at most the {iterations:,} iterations of the run, got {end:,}: the "
+                "learning rate does not reach optim_wrapper.optimizer.lr"
+            )
+
+
+def _runner(config: Config, launcher: str, phase: str, workers: Workers) -> Any:
     """The runner of a config, its data and evaluators built.
 
     Raises:
@@ -174,24 +223,18 @@ def _runner(config: Config, launcher: str, phase: str) -> Any:
     config.get("visualizer", {}).pop("name", None)  # by it, a second run would find that of the first
     try:
         runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
-        runner.build_dataloader = naming_files(runner.build_dataloader)
+        runner.build_dataloader = workers.reporting(naming_files(runner.build_dataloader))
         for loop in ("train_loop", "val_loop") if phase == "train" else ("test_loop",):
             getattr(runner, loop)
     except FileNotFoundError:
         raise
     except Exception as error:  # datasets are of the libraries, or of the user
-        found = annotation_problem(config) if "Coco" in str(error) else None  # MMEngine names the class
-        reason = found or cut(said(error))
-        if "need at least one array" in reason:  # how MMEngine's datasets say that they are empty
-            reason = _no_record(innermost(config[f"{phase}_dataloader"].dataset))
+        if problems := annotation_problems(config):  # whatever the libraries made of them
+            raise ValueError(shortened(problems)) from error
+        empty = is_empty(error)
+        reason = no_record(innermost(config[f"{phase}_dataloader"].dataset)) if empty else cut(said(error))
         raise ValueError(f"cannot {phase} with this config: {reason}") from error
     return runner
-
-
-def _no_record(dataset: Mapping[str, Any]) -> str:
-    where = [dataset.get(key) for key in ("data_root", "ann_file", "data_prefix", "img_suffix") if dataset.get(key)]
-    classes = dataset.get("metainfo", {}).get("classes", f"those of {dataset.get('type')}")
-    return f"no record of {where} can be used; expected images of that name, and categories among {classes}"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,150 @@
+"""Refuse keys that neither MMEngine nor this package reads, and name those that work.
+
+A config is a Python file: its variables, such as ``data_root``, are put in where the file is read, and are nothing but
+unread keys afterwards. Configs for MMDetection 2 and MMSegmentation 0 have other keys than those of today.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RENAMED = {
+    "optimizer": "optim_wrapper.optimizer",
+    "optimizer_config.grad_clip": "optim_wrapper.clip_grad",
+    "optimizer_config": "optim_wrapper",
+    "lr_config": "param_scheduler",
+    "runner": "train_cfg",
+    "total_epochs": "train_cfg.max_epochs",
+    "epochs": "train_cfg.max_epochs",
+    "max_epochs": "train_cfg.max_epochs",
+    "max_iters": "train_cfg.max_iters",
+    "evaluation.interval": "train_cfg.val_interval",
+    "evaluation": "val_evaluator",
+    "checkpoint_config": "default_hooks.checkpoint",
+    "log_config": "default_hooks.logger",
+    "data.samples_per_gpu": "train_dataloader.batch_size",
+    "data.workers_per_gpu": "train_dataloader.num_workers",
+    "data.train": "train_dataloader.dataset",
+    "data.val": "val_dataloader.dataset",
+    "data.test": "test_dataloader.dataset",
+    "batch_size": "train_dataloader.batch_size",
+    "num_workers": "train_dataloader.num_workers",
+    "data": "train_dataloader",
+    "resume_from": "load_from",
+    "lr": "optim_wrapper.optimizer.lr",
+    "seed": "randomness.seed",
+    "cudnn_benchmark": "env_cfg.cudnn_benchmark",
+    "dist_params": "env_cfg.dist_cfg",
+    "launcher": "--launcher",
+    "fp16": "--amp",
+    "custom_imports": "custom_imports in a config file",
+}
+"""What others call a key, and its name; the first that fits counts."""
+
+MORE = {"runner_type", "model_wrapper_cfg", "compile", "sync_bn", "find_unused_parameters", "activation_checkpointing"}
+MORE |= {"efficient_conv_bn_eval", "init_weights_for_test_or_val"}
+"""Keys that are read without being an argument of a runner."""
+
+FIXED = {"cfg", "launcher"}
+"""Arguments of a runner that are not taken from the config."""
+
+ALIKE = 0.8
+"""Similarity from which a new key is taken for a mistyped one."""
+
+
+def check_option(config: Mapping[str, Any], key: str) -> None:
+    """Refuse a key of ``--cfg-options`` that changes nothing.
+
+    Args:
+        config: before the option is merged.
+        key: such as ``train_cfg.max_epochs``.
+
+    Raises:
+        ValueError: naming the keys that work.
+    """
+    root, _, rest = key.partition(".")
+    if root == "data_preprocessor" and "data_preprocessor" in (config.get("model") or {}):
+        raise _unread(key, [f"model.{key}"])
+    if root not in read_keys():
+        raise _unread(key, suggestions(config, key))
+    parent: Any = config.get(root)
+    path = root
+    for part in rest.split(".") if rest else []:
+        if not isinstance(parent, Mapping) or path.endswith("custom_keys"):
+            return
+        if part not in parent:
+            alike = [] if "type" in parent else difflib.get_close_matches(part, list(map(str, parent)), 1, ALIKE)
+            if alike:
+                raise _unread(key, [f"{path}.{alike[0]}{key[len(path) + 1 + len(part) :]}"])
+            return
+        parent, path = parent[part], f"{path}.{part}"
+
+
+def check_variables(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse variables of a config file that look like settings and change nothing.
+
+    Args:
+        config: the content of the file and of those that it inherits from.
+        path: the file; only one in Python has variables.
+
+    Raises:
+        ValueError: naming the keys that work.
+    """
+    try:
+        tree = ast.parse(path.read_text() if path.suffix == ".py" else "")
+    except SyntaxError:  # MMEngine's own {{ }} outside of a string
+        return
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    assigned = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    for target in assigned:
+        if isinstance(target, ast.Name) and target.id not in {"custom_imports", *used, *read_keys()}:
+            names = suggestions(config, target.id)
+            if names:
+                raise ValueError(f"{path}: {target.id} must be a key that is read, expected {_joined(names)}")
+
+
+def suggestions(config: Mapping[str, Any], key: str) -> list[str]:
+    """Keys that may be meant by one that nothing reads, the most likely first."""
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return [new + key[len(old) :]]
+    root, _, rest = key.partition(".")
+    mistyped = difflib.get_close_matches(root, read_keys(), 1, ALIKE)
+    if mistyped:
+        return [f"{mistyped[0]}.{rest}".rstrip(".")]
+    parts = key.split(".")
+    read = list(_paths({key: value for key, value in config.items() if key in read_keys()}))
+    for start in range(len(parts)):
+        found = [".".join(path) for path in read if path[-len(parts[start:]) :] == parts[start:]]
+        if found:
+            return sorted(found, key=lambda path: path.count("."))[:3]
+    return []
+
+
+def read_keys() -> list[str]:
+    """The top-level keys of a config that MMEngine or this package reads."""
+    from mmengine.runner import FlexibleRunner, Runner  # takes seconds
+
+    arguments = {name for runner in (Runner, FlexibleRunner) for name in inspect.signature(runner).parameters}
+    return sorted((arguments | MORE) - FIXED)
+
+
+def _unread(key: str, names: Sequence[str]) -> ValueError:
+    return ValueError(f"--cfg-options must name keys that are read, got {key}: expected {_joined(names)}")
+
+
+def _joined(names: Sequence[str]) -> str:
+    return " or ".join(names) or f"one below {', '.join(read_keys())}"
+
+
+def _paths(value: Any) -> Iterator[list[str]]:
+    items: Any = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for key, item in items:
+        yield [str(key)]
+        if isinstance(item, Mapping | list | tuple):
+            yield from ([str(key), *path] for path in _paths(item))

@@ -1,0 +1,113 @@
+"""End a run whose data workers fail: at once, with the cause and the remedy in one line, and without leftovers.
+
+A worker hands a batch over in a thread of its queue. What fails there, such as shared memory that is full, is printed
+and dropped, and the run waits for that batch for ever. Here the worker reports the error and exits, which the run
+notices.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue, SimpleQueue
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hatnet_dense.errors import cut, said
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # no file of ours: where torch keeps the batches
+
+FULL = ("No space left on device", "Bus error", "shared memory", "unable to write to file", "unable to mmap")
+FILES = ("Too many open files", "ancdata")
+MEMORY = ("MemoryError", "Cannot allocate memory", "not enough memory")
+DIED = ("signal: Killed", "exited unexpectedly")
+"""Parts of the messages of torch and Python about what is used up."""
+
+
+class Workers:
+    """The data workers of one run, as a context: on leaving it none is left.
+
+    Args:
+        loader: key of the data loader in the config, such as ``train_dataloader``, for the remedy.
+
+    Raises:
+        ValueError: on leaving, if the workers failed for want of memory, shared memory or file descriptors.
+    """
+
+    def __init__(self, loader: str) -> None:
+        self._loader = loader
+        self._reports: SimpleQueue[str] = multiprocessing.SimpleQueue()
+        self._others = set(multiprocessing.active_children())
+
+    def reporting(self, build: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a runner's ``build_dataloader``, so that workers report what they cannot hand over."""
+
+        def built(*arguments: Any, **options: Any) -> Any:
+            loader = build(*arguments, **options)
+            loader.worker_init_fn = partial(_start, self._reports, loader.worker_init_fn)
+            return loader
+
+        return built
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _kill(set(multiprocessing.active_children()) - self._others)
+        if not isinstance(error, Exception):
+            return
+        reported = "" if self._reports.empty() else self._reports.get()
+        if not reported and not any(part in str(error) for part in ("DataLoader worker", *FILES)):
+            return
+        cause = cut(reported or said(error))
+        remedy = self._remedy(f"{reported} {error}")
+        if reported or remedy:
+            raise ValueError(f"{remedy} ({cause})" if remedy else f"a data worker failed: {cause}") from error
+
+    def _remedy(self, text: str) -> str:
+        fewer = f"fewer {self._loader}.num_workers"
+        if any(part in text for part in FILES):
+            return f"too many open files: ulimit -n 65536, or {fewer}"
+        if any(part in text for part in FULL) and SHARED_MEMORY.is_dir():
+            size = shutil.disk_usage(SHARED_MEMORY).total / 1e6
+            return f"no room in {SHARED_MEMORY} ({size:,.1f} MB): docker run --shm-size=8g, or {fewer}"
+        if any(part in text for part in MEMORY):
+            return f"out of memory: {fewer}, or a smaller {self._loader}.batch_size"
+        if any(part in text for part in DIED):
+            return f"a data worker was killed (out of memory?): {fewer}"
+        return ""
+
+
+def _start(reports: SimpleQueue[str], init: Callable[[int], None] | None, worker: int) -> None:
+    """Begin a worker: MMEngine's own ``worker_init_fn``, and the report of what the queue cannot hand over."""
+
+    def report(error: Exception, _: Any) -> None:
+        reports.put(f"{type(error).__name__}: {error}")
+        os._exit(1)
+
+    # The documented class has no public hook for errors of its thread; test_workers.py fails if this one changes.
+    Queue._on_queue_feeder_error = staticmethod(report)  # type: ignore[attr-defined]
+    if init is not None:
+        init(worker)
+
+
+def _kill(children: Iterable[BaseProcess]) -> None:
+    """End workers without asking them: one that hangs ignores a request."""
+    in_main = threading.current_thread() is threading.main_thread()
+    # torch's handler would take the end of a worker for a new error
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join()
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)

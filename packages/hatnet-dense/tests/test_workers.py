@@ -1,0 +1,127 @@
+"""Data workers that fail for real: the command ends with status 1, at once, with the cause, and leaves no process."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import SHAPES
+
+STEPS = """
+import os, signal, time
+from mmcv.transforms import BaseTransform
+from mmengine.registry import TRANSFORMS
+
+
+@TRANSFORMS.register_module()
+class Failing(BaseTransform):
+    def __init__(self, how, prob):
+        self.how = how
+
+    def transform(self, results):
+        if results["sample_idx"] % 2 and self.how == "deaf":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            while True:
+                time.sleep(1)
+        if self.how in ("memory", "deaf"):
+            raise MemoryError("no room for the pixels")
+        if self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return results
+"""
+FEW_DESCRIPTORS = "ulimit -n 40"
+SMALL = "mount -t tmpfs -o size=256k tmpfs /dev/shm"
+
+
+def unshared():
+    """The words that begin a command with a /dev/shm of its own, none where that is not allowed."""
+    words = ["unshare", "--map-root-user", "--mount", "bash", "-c"]
+    allowed = subprocess.run([*words, SMALL], capture_output=True, check=False).returncode == 0
+    return words if allowed else []
+
+
+def train(folder, how, shapes, words=("bash", "-c"), before="true"):
+    """Train with two workers until the failure; the status, the last line of stderr, and the seconds it took.
+
+    Counted from when the data is checked and the workers begin.
+    """
+    (folder / "failing.py").write_text(STEPS)
+    (folder / "config.py").write_text(
+        f"_base_ = {str(SHAPES / 'retinanet.py')!r}\ncustom_imports = dict(imports=['hatnet_dense', 'failing'])\n"
+    )
+    options = ["train_dataloader.num_workers=2", "val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
+    options += ["train_dataloader.dataset.pipeline.3.type=Failing", f"train_dataloader.dataset.pipeline.3.how={how}"]
+    command = [sys.executable, "-m", "hatnet_dense", "train", "config.py", "--work-dir", "run"]
+    out, errors = folder / "stdout", folder / "stderr"
+    with out.open("w") as stdout, errors.open("w") as stderr:
+        run = subprocess.Popen(
+            [*words, f'{before} && exec "$@"', "bash", *command, "--cfg-options", *options],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(folder), "SHAPES": str(shapes), "MARK": str(folder)},
+            stdout=stdout,
+            stderr=stderr,
+        )
+    began, limit = None, time.monotonic() + 120
+    while run.poll() is None and time.monotonic() < limit:
+        if began is None and "training data: " in out.read_text():
+            began = time.monotonic()
+        time.sleep(0.1)
+    ended = time.monotonic()
+    if run.poll() is None:
+        run.kill()
+        run.wait()
+    return run.returncode, errors.read_text().splitlines()[-1], ended - began
+
+
+def left(folder):
+    """Processes that this test started and that still run."""
+    marked = []
+    for place in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"MARK={folder}".encode() in place.read_bytes().split(b"\0"):
+                marked.append(int(place.parent.name))
+    return marked
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("memory", ["no room for the pixels", "train_dataloader.num_workers"]),
+        ("deaf", ["no room for the pixels", "train_dataloader.num_workers"]),
+        ("killed", ["worker was killed", "train_dataloader.num_workers"]),
+    ],
+)
+def test_a_failing_worker_ends_training_at_once_with_the_cause(how, named, shapes, tmp_path):
+    check(train(tmp_path, how, shapes), named, tmp_path)
+
+
+def test_too_little_shared_memory_ends_training_at_once_with_its_size(shapes, tmp_path):
+    words = unshared()
+    if not words:
+        pytest.skip("a /dev/shm of another size needs a mount namespace, which this machine does not allow")
+    named = ["/dev/shm (0.3 MB)", "--shm-size", "train_dataloader.num_workers"]
+    check(train(tmp_path, "not", shapes, words, SMALL), named, tmp_path)
+
+
+def test_too_few_file_descriptors_end_training_at_once_with_the_remedy(shapes, tmp_path):
+    check(
+        train(tmp_path, "not", shapes, before=FEW_DESCRIPTORS), ["ulimit -n", "train_dataloader.num_workers"], tmp_path
+    )
+
+
+def check(outcome, named, folder):
+    status, line, seconds = outcome
+    processes = left(folder)
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+    assert status == 1
+    assert line.startswith("hatnet-dense train: error: ")
+    for text in named:
+        assert text in line
+    assert seconds < 10
+    assert processes == []
