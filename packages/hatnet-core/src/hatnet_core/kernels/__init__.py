@@ -38,25 +38,31 @@ def set_kernels(name: str) -> None:
     """Choose how all models of this process compute.
 
     Args:
-        name: ``auto`` picks by device, data type and circumstances, falls back where something does not run, and is
-            what to leave it as. ``reference`` computes as plainly as the equations read, in NCHW with the attention
-            weights as a tensor, to compare with; it alone has second and forward-mode derivatives. ``plain`` uses
-            PyTorch's layers and its fused attention in the layout of the input. ``triton`` is ``auto`` that also runs
-            the Triton kernels in Triton's interpreter.
+        name: one of
+
+            - ``auto``, the default: the fastest of what runs on the device and in the dtype.
+            - ``plain``: PyTorch's layers and its fused attention, in the layout of the input.
+            - ``reference``: the equations as they read, in NCHW, with the attention weights as a tensor. Only here do
+              second and forward-mode derivatives exist.
+            - ``triton``: ``auto``, and an error if the Triton kernels cannot run. With TRITON_INTERPRET=1 in the
+              environment they also run on a CPU, in Triton's interpreter.
 
     Raises:
-        ValueError: if ``name`` is another.
-        RuntimeError: if it is ``triton``, and Triton is not installed or there is nothing it runs on.
+        ValueError: if ``name`` is none of these.
+        RuntimeError: if it is ``triton``, and Triton or a GPU that it needs is missing.
     """
     global _mode
     if name not in MODES:
         raise ValueError(f"kernels must be one of {', '.join(map(repr, MODES))}, got {name!r}")
-    if name == "triton" and find_spec("triton") is None:
-        raise RuntimeError("kernels 'triton' need the package triton, which is not installed; expected 'auto'")
-    if name == "triton" and not (torch.cuda.is_available() or _interpreted()):
-        raise RuntimeError(
-            "kernels 'triton' need a CUDA GPU, or TRITON_INTERPRET=1 in the environment; expected 'auto'"
-        )
+    if name == "triton":
+        if find_spec("triton") is None:
+            raise RuntimeError("kernels 'triton' need the package triton, which is not installed; expected 'auto'")
+        gpus = (torch.device("cuda", i) for i in range(torch.cuda.device_count()))
+        if not _interpreted() and not any(map(_runs_on, gpus)):
+            raise RuntimeError(
+                "kernels 'triton' need a CUDA GPU of compute capability 8.0 or TRITON_INTERPRET=1 in the environment; "
+                "expected 'auto'"
+            )
     _mode = name
 
 
