@@ -213,7 +213,7 @@ def test_a_compiled_model_keeps_the_kernels_whole_in_one_graph():
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="there is something to run on")
 def test_the_triton_kernels_are_refused_where_nothing_runs_them():
-    with pytest.raises(RuntimeError, match="'triton'.*CUDA GPU.*TRITON_INTERPRET=1"):
+    with pytest.raises(RuntimeError, match=r"'triton'.*CUDA GPU.*TRITON_INTERPRET=1"):
         set_kernels("triton")
 
 
