@@ -5,6 +5,7 @@ Where the launcher is not what is tested, the processes are forked from one that
 
 import json
 import math
+import os
 import shutil
 import subprocess
 
@@ -17,6 +18,7 @@ from conftest import BIN, ROOT
 from hatnet_core import create_model, save_checkpoint
 from hatnet_train.classifier import load_classifier
 from hatnet_train.data.folder import Folder
+from hatnet_train.engine import use_deterministic_algorithms
 from image_folders import draw_coloured_images
 from launches import until
 
@@ -175,6 +177,26 @@ def test_a_compiled_model_trains_as_the_plain_one(alone, run_command, tmp_path, 
     done = run_command(BIN / "hatnet-train", *short, "--compile", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path / "run", alone, rel=1e-3)
+
+
+def test_a_deterministic_run_ends_with_the_same_bits(alone, run_command, tmp_path, short):
+    done = run_command(BIN / "hatnet-train", *short, "--deterministic", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_file(out / "model.safetensors") for out in (tmp_path / "run", alone))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_deterministic_refuses_operations_without_a_deterministic_algorithm(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        use_deterministic_algorithms()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        with pytest.raises(RuntimeError, match="deterministic"):
+            torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 def test_held_out_images_are_counted_once_on_any_number_of_processes(alone, images, run_command, train, tmp_path):

@@ -87,6 +87,7 @@ class TrainConfig:
         "compute activations again in the backward pass, to save memory", False
     )
     compile: bool = _described("compile the model with torch.compile", False)
+    deterministic: bool = _described("use deterministic algorithms only: the same bits on every run, slower", False)
     workers: int = _described("data workers a process; 0: the process itself", 4)
     checkpoint_steps: int = _described("steps from one checkpoint to the next; 0: one at the end of each epoch", 0)
     keep_checkpoints: int = _described("newest checkpoints to keep, beside the best", 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -42,6 +43,8 @@ def build_engine(
         raise ValueError(
             f"precision fp16 with zero_stage {config.zero_stage} needs a GPU; on a CPU bf16 and fp32 run at all stages"
         )
+    if config.deterministic:
+        use_deterministic_algorithms()
     torch.manual_seed(config.seed)
     model = build_model(config, num_classes, weights)
     schedule = partial(
@@ -62,6 +65,17 @@ def build_engine(
     if config.compile:
         engine.compile()
     return engine
+
+
+def use_deterministic_algorithms() -> None:
+    """Restrict torch, cuDNN and cuBLAS to algorithms that give the same bits on every run of this process.
+
+    torch raises RuntimeError, naming the operation, where it has no such algorithm.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and changes no result
 
 
 def build_model(config: TrainConfig, num_classes: int, weights: Mapping[str, Tensor] | None = None) -> HATNet:
