@@ -1,7 +1,7 @@
 """The kernels in Triton against plain PyTorch in float64: in Triton's interpreter, on a GPU where there is one.
 
 The interpreter has to be chosen before Triton is imported, which other libraries do as well. So without a GPU the
-tests below run in a process of their own, which the first test starts; there it is the first that is left out.
+tests below run in a process of their own, which the first test starts; there it is the first that is skipped.
 """
 
 import functools
@@ -65,7 +65,7 @@ def test_in_the_interpreter_all_other_tests_pass():
 NORM = {"block_p": 64, "block_c": 64}
 ATTENTION = [("bf16", 4, 64, 64), ("fp16", 8, 128, 32), ("fp32", 8, 64, 64)]
 POOLED = {"head_dim": 64, "block_m": 64, "block_n": 64, "block_d": 64}
-STRIPS = {"block_c": 256, "approximate": True}
+STRIPS = {"block_c": 256}
 KERNELS = [
     (triton_group_norm, "_statistics", "bf16", 8, NORM),
     (triton_group_norm, "_normalise", "bf16", 8, NORM | {"block_s": 16}),
@@ -73,13 +73,17 @@ KERNELS = [
     (triton_group_norm, "_gradient", "bf16", 8, NORM | {"block_s": 16}),
     (triton_group_norm, "_sum_splits", "fp32", 4, {"block_c": 16}),
     *(
-        (triton_depthwise, "_strips", "bf16", 1, STRIPS | {"step": step, "k": k, "cols": cols})
-        for step in ("forward", "gradient of mixed", "gradient of h")
-        for k, cols in [(3, 4), (5, 2)]
+        (triton_depthwise, "_strips", dtype, 1, STRIPS | {"step": step, "k": k, "cols": cols, "approximate": fast})
+        for step, k, cols in [
+            *(("forward", 3, 4), ("forward", 3, 2), ("forward", 5, 2)),
+            *((step, k, 2) for step in ("gradient of mixed", "gradient of h") for k in (3, 5)),
+        ]
+        for dtype, fast in (("bf16", True), ("fp32", False))
     ),
     *(
-        (triton_depthwise, "_weight_gradient", "bf16", 1, tile | {"block_c": 128, "approximate": True})
-        for tile in ({"k": 3, "cols": 4, "tap_rows": 3}, {"k": 5, "cols": 2, "tap_rows": 1})
+        (triton_depthwise, "_weight_gradient", dtype, 1, tile | {"cols": 2, "block_c": 128, "approximate": fast})
+        for tile in ({"k": 3, "tap_rows": 3}, {"k": 5, "tap_rows": 1})
+        for dtype, fast in (("bf16", True), ("fp32", False))
     ),
     (triton_depthwise, "_sum_partials", "fp32", 4, {"taps": 9, "block_c": 64}),
     *(
@@ -114,7 +118,7 @@ def test_the_kernels_compile_for_ampere_hopper_and_blackwell_within_their_shared
     kinds = {"tl.tensor": f"*{dtype}", "int": "i32", "float": "fp32", "tl.constexpr": "constexpr"}
     signature = {argument: kinds[kernel.fn.__annotations__[argument]] for argument in kernel.arg_names}
     source = ASTSource(kernel, signature, blocks)
-    for capability in (80, 90, 100):
+    for capability in (80, 90, 100) if dtype == "bf16" else (90,):
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
         assert compiled.asm["cubin"]
         assert compiled.metadata.shared <= 99 * 1024
@@ -193,6 +197,27 @@ def test_the_whole_model_computes_as_the_reference_forward_and_gradient():
 
 
 @elsewhere
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_whole_model_under_autocast_computes_as_the_reference_forward_and_gradient(frozen):
+    arguments = {"grid_sizes": (5, 3, 2), "pool_sizes": (3, 2, 2), "num_classes": 3}
+    model = HATNet((16, 16, 32, 32), (1, 1, 1, 1), 16, (3, 3, 5, 3), (2, 2, 2, 2), **arguments).eval().to(DEVICE)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (frozen and any(layer in name for layer in ("qkv", "dwconv", "norm."))))
+    model.set_grad_checkpointing(frozen)
+    x, found = torch.randn(1, 3, 39, 33, device=DEVICE), {}
+    for kind in ("triton", "reference"):
+        set_kernels(kind)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=kind == "triton"):
+            logits = model(x)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(logits.float().square().sum(), trained)
+        found[kind] = [logits.float().flatten(), torch.cat([g.flatten() for g in gradients])]
+    set_kernels("auto")
+    for fast, plain in zip(found["triton"], found["reference"], strict=True):
+        assert (fast - plain).norm() <= 4e-2 * plain.norm()
+
+
+@elsewhere
 def test_a_compiled_model_keeps_the_kernels_whole_in_one_graph():
     torch.compiler.reset()
     operators = set()
@@ -228,6 +253,34 @@ def test_group_norm(shape, dtype):
 @dtypes
 def test_group_norm_of_a_mean_far_above_the_deviation(dtype):
     check_group_norm((2, 40, 6, 7), dtype, mean=100.0)
+
+
+@elsewhere
+@pytest.mark.parametrize("first", [3000.0, 0.0])
+def test_group_norm_of_a_sample_whose_first_value_is_an_outlier(first):
+    x = torch.randn(1, 16, 9, 9) if first else torch.full((1, 16, 9, 9), 777.7)
+    x[0, 0, 0, 0] = first
+    weight, bias = torch.ones(16), torch.zeros(16)
+    fast = triton_group_norm.group_norm(*(t.to(DEVICE) for t in (x, weight, bias)), 1e-6)
+    expected = normalised(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(fast.cpu().double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@elsewhere
+def test_every_operator_takes_an_empty_batch():
+    x, qkv = (torch.randn(0, c, 6, 5, device=DEVICE, requires_grad=True) for c in (8, 24))
+    weight, kernel = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((8,), (8, 1, 3, 3)))
+    half = [t.detach().half().requires_grad_() for t in (x, qkv[:, :16])]
+    results = [
+        triton_group_norm.group_norm(x, weight, weight, 1e-6),
+        triton_depthwise.activated_depthwise(x, kernel),
+        triton_attention.grid_attention(qkv, 1, 4, x),
+        triton_attention.pooled_attention(*half, 1),
+        triton_pool.average_pool(x, 2),
+    ]
+    assert [len(result) for result in results] == [0] * 5
+    sum(result.float().sum() for result in results).backward()
+    assert kernel.grad.abs().sum() == weight.grad.abs().sum() == 0
 
 
 @elsewhere

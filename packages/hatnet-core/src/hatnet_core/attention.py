@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hatnet_core import kernels
 from hatnet_core.config import positive_int as positive_int  # for hatnet-analysis, too
-from hatnet_core.layers import GroupNorm, Pointwise
+from hatnet_core.layers import GroupNorm
 
 
 @torch.fx.wrap
@@ -165,21 +165,22 @@ class HierarchicalAttention(nn.Module):
         self.grid_size = positive_int("grid_size", grid_size)
         self.pool_size = positive_int("pool_size", pool_size)
         self.norm = GroupNorm(dim)
-        self.qkv = Pointwise(dim, 3 * dim)
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.grid_norm = GroupNorm(dim)
         self.pool_norm = GroupNorm(dim)
-        self.q = Pointwise(dim, dim)
-        self.kv = Pointwise(dim, 2 * dim)
-        self.proj = Pointwise(dim, dim)
+        self.q = nn.Conv2d(dim, dim, 1)
+        self.kv = nn.Conv2d(dim, 2 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
         self.proj_drop = nn.Dropout2d(proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W], at any height and width."""
-        qkv = self.qkv(self.norm(x))
+        qkv = kernels.pointwise(self.qkv, self.norm(x))
         a1 = self.grid_norm(grid_attention(qkv, self.num_heads, self.grid_size, residual=x))  # Eq. 6-9
         pooled = self.pool_norm(average_pool(a1, self.pool_size))  # Eq. 10
-        a1_a2 = token_attention(self.num_heads, self.q(a1), self.kv(pooled), residual=a1)  # Eq. 11-13, A1 + A2
-        return self.proj_drop(self.proj(a1_a2))  # Eq. 14, its residual left to the block
+        q, kv = kernels.pointwise(self.q, a1), kernels.pointwise(self.kv, pooled)
+        a1_a2 = token_attention(self.num_heads, q, kv, residual=a1)  # Eq. 11-13, A1 + A2
+        return self.proj_drop(kernels.pointwise(self.proj, a1_a2))  # Eq. 14, its residual left to the block
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this layer."""
@@ -204,13 +205,14 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = _num_heads(dim, head_dim)
         self.norm = GroupNorm(dim)
-        self.qkv = Pointwise(dim, 3 * dim)
-        self.proj = Pointwise(dim, dim)
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
         self.proj_drop = nn.Dropout2d(proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W], at any height and width."""
-        return self.proj_drop(self.proj(token_attention(self.num_heads, self.qkv(self.norm(x)))))
+        attended = token_attention(self.num_heads, kernels.pointwise(self.qkv, self.norm(x)))
+        return self.proj_drop(kernels.pointwise(self.proj, attended))
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this layer."""
@@ -246,10 +248,10 @@ class WindowAttention(nn.Module):
         self.window_size = positive_int("window_size", window_size)
         self.shift = window_size // 2 if shifted else 0
         self.norm = GroupNorm(dim)
-        self.qkv = Pointwise(dim, 3 * dim)
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, self.num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.proj = Pointwise(dim, dim)
+        self.proj = nn.Conv2d(dim, dim, 1)
         self.proj_drop = nn.Dropout2d(proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:

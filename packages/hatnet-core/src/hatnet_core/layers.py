@@ -30,23 +30,6 @@ class GroupNorm(nn.GroupNorm):
         return kernels.group_norm(x, self.weight, self.bias, self.eps, self.keep_float32)
 
 
-class Pointwise(nn.Conv2d):
-    """1×1 convolution, computed by the chosen kernels.
-
-    Args:
-        in_dim: number of input channels.
-        dim: number of output channels; weight is [dim, in_dim, 1, 1].
-        bias: whether there is a bias.
-    """
-
-    def __init__(self, in_dim: int, dim: int, bias: bool = True) -> None:
-        super().__init__(in_dim, dim, 1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in_dim, H, W] → [B, dim, H, W]."""
-        return kernels.pointwise(x, self.weight, self.bias)
-
-
 class Mlp(nn.Module):
     """Inverted residual with a depthwise convolution (the MLP of Eq. 4; Sec. 3.3).
 
@@ -82,7 +65,7 @@ class Mlp(nn.Module):
         hidden = mlp_ratio * dim
         padding = kernel_size // 2
         self.norm = GroupNorm(dim)
-        self.expand = Pointwise(dim, hidden, bias=False)
+        self.expand = nn.Conv2d(dim, hidden, 1, bias=False)
         self.dwconv = (
             nn.Conv2d(hidden, hidden, kernel_size, padding=padding, groups=hidden, bias=False) if depthwise else None
         )
@@ -90,7 +73,7 @@ class Mlp(nn.Module):
         self.act1 = ACTIVATIONS[activation]()
         self.act2 = ACTIVATIONS[activation]() if depthwise else nn.Identity()
         self.drop1 = nn.Dropout2d(proj_drop_rate)
-        self.project = Pointwise(hidden, dim, bias=False)
+        self.project = nn.Conv2d(hidden, dim, 1, bias=False)
         self.out_norm = GroupNorm(dim, keep_float32=True)
         self.drop2 = nn.Dropout2d(proj_drop_rate)
 

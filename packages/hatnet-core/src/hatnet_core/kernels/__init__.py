@@ -8,6 +8,7 @@ exported, under ``torch.func`` and dispatch or function modes, and for a layer t
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from itertools import chain
@@ -40,7 +41,7 @@ def set_kernels(name: str) -> None:
     Args:
         name: one of
 
-            - ``auto``, the default: the fastest of what runs on the device and in the dtype.
+            - ``auto``, the default: fast paths for the device and the dtype, PyTorch's layers elsewhere.
             - ``plain``: PyTorch's layers and its fused attention, in the layout of the input.
             - ``reference``: the equations as they read, in NCHW, with the attention weights as a tensor. Only here do
               second and forward-mode derivatives exist.
@@ -103,16 +104,16 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_float32
     return F.group_norm(x, 1, weight, bias, eps)
 
 
-@torch.fx.wrap
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """1×1 convolution of ``x`` [B, C, H, W] with ``weight`` [C', C, 1, 1].
+def pointwise(convolution: nn.Module, x: Tensor) -> Tensor:
+    """``convolution(x)``, a 1×1 convolution of ``x`` [B, C, H, W].
 
     On a GPU it is a linear layer over channels_last memory: cuBLAS adds the bias in the product, where cuDNN's
-    convolution is followed by another pass over the map.
+    convolution is followed by another pass over the map. A layer with hooks, or of another kind, is called unchanged.
     """
-    if _path(x) == "triton" and _is_plain(weight):
-        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight, bias)
+    if _path(x) == "triton" and _is_pointwise(convolution):
+        y = F.linear(x.permute(0, 2, 3, 1), convolution.weight.flatten(1), convolution.bias)
+        return y.permute(0, 3, 1, 2)
+    return convolution(x)
 
 
 def by_images(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -196,17 +197,17 @@ def inverted_residual(
     """
     path, name = _path(x), _activation_name(act1)
     if path and name and name == _activation_name(act2) and _is_depthwise(depthwise) and _keeps_all(dropout):
-        if path == "slices" and _is_pointwise(expand) and _is_pointwise(project):
+        if path == "slices" and _is_unbiased_pointwise(expand) and _is_unbiased_pointwise(project):
             weights = _common_dtype(x, expand.weight, depthwise.weight, project.weight)
             if weights is not None:
                 return _in_slices(name, *weights)
         if path == "triton" and name == "silu":
             from hatnet_core.kernels import triton_depthwise
 
-            hidden, weight = expand(x), depthwise.weight
+            hidden, weight = pointwise(expand, x), depthwise.weight
             if torch.is_autocast_enabled(x.device.type):
                 weight = weight.to(hidden.dtype)
-            return project(triton_depthwise.activated_depthwise(hidden, weight))
+            return pointwise(project, triton_depthwise.activated_depthwise(hidden, weight))
     x = act1(expand(x))
     if depthwise is not None:
         x = act2(depthwise(x))
@@ -283,6 +284,10 @@ def _keeps_all(dropout: nn.Module) -> bool:
     return _own(dropout) and (not dropout.training or dropout.p == 0)
 
 
+def _is_unbiased_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return _is_pointwise(module) and module.bias is None
+
+
 def _is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     return _is_convolution(module) and module.kernel_size == (1, 1) and module.groups == 1
 
@@ -290,14 +295,13 @@ def _is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 def _is_depthwise(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     if module is None or not _is_convolution(module) or module.kernel_size[0] != module.kernel_size[1]:
         return False
-    return module.kernel_size[0] % 2 == 1 and module.groups == module.in_channels == module.out_channels
+    odd, unbiased = module.kernel_size[0] % 2 == 1, module.bias is None
+    return odd and unbiased and module.groups == module.in_channels == module.out_channels
 
 
 def _is_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether calling a module is a convolution of stride 1 that keeps the size, without bias, and nothing else."""
-    if not isinstance(module, nn.Conv2d) or not _own(module):
-        return False
-    if not _is_plain(module.weight) or module.bias is not None:
+    """Return whether calling a module is a convolution of stride 1 that keeps the size, and nothing else."""
+    if type(module) is not nn.Conv2d or not _own(module) or not _is_plain(module.weight):
         return False
     settings = module.stride, module.dilation, module.padding_mode, module.padding
     return settings == ((1, 1), (1, 1), "zeros", tuple(k // 2 for k in module.kernel_size))
@@ -321,9 +325,21 @@ def _interpreted() -> bool:
 
 
 def _runs_on(device: torch.device) -> bool:
-    """Return whether a GPU has what the Triton kernels need: compute capability 8.0 (Ampere) for bfloat16 products."""
+    """Return whether the Triton kernels run on a GPU: one of NVIDIA's since Ampere, with a C compiler for Triton.
+
+    Only the driver is tried, which takes no tensor: this also runs while a compiler traces.
+    """
     if device not in _usable:
-        _usable[device] = find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+        _usable[device] = False
+        if find_spec("triton") and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0):
+            try:
+                from triton.runtime import driver  # type: ignore[import-untyped]  # Triton has no types
+
+                driver.active.get_current_target()
+                _usable[device] = True
+            except Exception as error:  # of a driver or compiler, whatever they raise
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                warnings.warn(f"HAT-Net runs without its Triton kernels on {device}: {reason}", stacklevel=2)
     return _usable[device]
 
 

@@ -122,7 +122,7 @@ def _of_weight(mixed_gradient: Tensor, h: Tensor, weight: Tensor) -> Tensor:
     tap_rows = kernel if kernel == 3 else 1  # K² sums and K rows of values have to fit into registers
     columns = ceil_div(width, cols)
     across = ceil_div(channels, block_c) * (kernel // tap_rows) * columns
-    images = ceil_div(batch, max(1, PROGRAMS // 4 // across))
+    images = max(1, ceil_div(batch, max(1, PROGRAMS // 4 // across)))
     groups = ceil_div(batch, images)
     partials = h.new_empty(groups * columns, kernel * kernel, channels, dtype=torch.float32)
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -288,7 +288,7 @@ def _sum_partials(
 
 @triton.jit
 def _share(program: int, size: int, block: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The places along an axis that a program works on, which of them exist, and its number along the other axes."""
+    """Split a program id into positions along an axis, their mask, and the remaining id."""
     blocks = tl.cdiv(size, block)
     place = program % blocks * block + tl.arange(0, block)
     return place, place < size, program // blocks
@@ -318,7 +318,8 @@ def _fake(h: Tensor, weight: Tensor) -> Tensor:
 
 
 def _fake_backward(gradient: Tensor, h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(h, memory_format=torch.channels_last), torch.empty_like(weight)
+    h_gradient = torch.empty_like(h, memory_format=torch.channels_last)
+    return h_gradient, torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

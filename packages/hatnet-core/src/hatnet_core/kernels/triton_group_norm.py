@@ -121,13 +121,16 @@ def _statistics(
 ) -> None:
     """Count, mean and sum of squared deviations of a split → ``partials`` [3, B, splits].
 
-    Sums are of the differences to the first value of the sample, so that a mean far above the deviation costs no
+    Sums are of the differences to the mean of the split's first tile, so that a mean far above the deviation costs no
     digits.
     """
     sample, split = tl.program_id(0), tl.program_id(1)
     first, last = split * per_split, tl.minimum((split + 1) * per_split, positions)
     first_token = sample.to(tl.int64) * positions
-    origin = tl.load(x + first_token * channels).to(tl.float32)
+    at, in_channels = _tile(0, channels, block_p, block_c)
+    seen = _seen(first, last, in_channels, block_p)
+    value = tl.load(x + (first_token + first) * channels + at, mask=seen, other=0.0).to(tl.float32)
+    origin = tl.sum(value) / tl.sum(seen.to(tl.float32))
     plain = tl.zeros([block_p, block_c], tl.float32)
     squares = tl.zeros([block_p, block_c], tl.float32)
     for begin in range(0, channels, block_c):
@@ -144,7 +147,7 @@ def _statistics(
     partials += sample * tl.num_programs(1) + split
     tl.store(partials, size)
     tl.store(partials + plane, origin + mean)
-    tl.store(partials + 2 * plane, tl.sum(squares) - size * mean * mean)
+    tl.store(partials + 2 * plane, tl.maximum(tl.sum(squares) - size * mean * mean, 0.0))
 
 
 @triton.jit(do_not_specialize=SIZES)
