@@ -1,8 +1,8 @@
 """Compare every Triton kernel with float64 over the real shapes of the four variants, forward and backward.
 
-An error is ‖found - expected‖ / ‖expected‖. Every kernel runs twice, which must agree bit for bit, and once on more
-than 2³¹ values. Whole models are compared with the plain layers in the same precision, and with a CUDA graph and a
-compiled copy of themselves. Rows go to $OUT/correctness.jsonl.
+An error is ‖found - expected‖ / ‖expected‖. Every kernel runs twice, which must agree bit for bit; those of the large
+maps also run forward on more than 2³¹ values. Whole models are compared with the plain layers in the same precision,
+and with a CUDA graph and a compiled copy of themselves. Rows go to $OUT/correctness.jsonl.
 """
 
 from __future__ import annotations

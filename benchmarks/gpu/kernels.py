@@ -51,7 +51,7 @@ class Roofline:
         row: dict[str, Any] = {"stage": stage, "operation": operation, "how": how}
         try:
             ms = kernel_milliseconds(work)
-        except RuntimeError as error:  # a shape that a library does not take, or a capture that failed
+        except Exception as error:  # a shape that a library does not take, or a capture that failed
             record("kernels", row | {"error": str(error)[:300]})
             say(f"stage {stage} {operation:22s} {how:24s} {str(error)[:80]}")
             return

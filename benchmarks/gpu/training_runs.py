@@ -1,7 +1,7 @@
 """Run hatnet-train under DeepSpeed on NCCL: every ZeRO stage in bf16 and fp16, and a run that is killed and resumed.
 
 The runs learn scikit-learn's digits at 64 pixels, a few at a time. Two whole runs and one that is killed after a
-checkpoint must end with the same weights, bit for bit, with deterministic algorithms. Rows go to
+checkpoint must end with the same weights, bit for bit, with ``--deterministic``. Rows go to
 $OUT/training_runs.jsonl.
 """
 
@@ -26,21 +26,25 @@ DIGITS += ["--batch-size", "718", "--image-size", "32"] if DRY else ["--image-si
 STEP = "step-0000000001" if DRY else "step-0000000020"
 """The checkpoint after which a run is killed."""
 
-DETERMINISTIC = """import sys, torch
-torch.backends.cudnn.deterministic = True
-torch.use_deterministic_algorithms(True, warn_only=True)
-from hatnet_train.cli import train
-sys.exit(train())"""
+STARTED: list[subprocess.Popen[bytes]] = []
 
 
-def start(out: Path, *more: str, deterministic: bool = False) -> subprocess.Popen[bytes]:
+def start(out: Path, *more: str) -> subprocess.Popen[bytes]:
     """Start a run; its output goes to OUT.log."""
-    command = [sys.executable, *(["-c", DETERMINISTIC] if deterministic else ["-m", "hatnet_train"])]
-    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "hatnet_train", *DIGITS, "--out", str(out), *more]
     with out.with_suffix(".log").open("ab") as log:
-        command += [*DIGITS, "--out", str(out), *more]
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        STARTED.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True))
+    return STARTED[-1]
+
+
+def end_all(*_: object) -> None:
+    """Kill every run that is still there, where this script is ended."""
+    for process in STARTED:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    os._exit(143)
 
 
 def finish(process: subprocess.Popen[bytes], deadline: float) -> int | None:
@@ -67,16 +71,16 @@ def run(zero: int, precision: str, deadline: float) -> dict[str, Any]:
         return row | {"ok": False, "log": end_of_log(out)}
     metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     names = ("train_loss", "eval_loss", "top1", "images_per_second", "memory_gb")
-    return row | {"ok": DRY or metrics["top1"] > 15} | {name: metrics[name] for name in names}
+    return row | {"ok": DRY or metrics["top1"] > 80} | {name: metrics[name] for name in names}
 
 
 def kill_and_resume(zero: int, deadline: float) -> dict[str, Any]:
     """Two whole runs and one that is killed after a checkpoint and resumed: how many final weights differ."""
-    flags = ["--zero-stage", str(zero), "--precision", "fp32" if DRY else "bf16"]
+    flags = ["--deterministic", "--zero-stage", str(zero), "--precision", "fp32" if DRY else "bf16"]
     whole = [ROOT / f"exact-{name}" for name in ("first", "second")]
     broken = ROOT / "exact-killed"
-    processes = [start(out, *flags, deterministic=True) for out in whole]
-    process = start(broken, *flags, deterministic=True)
+    processes = [start(out, *flags) for out in whole]
+    process = start(broken, *flags)
     while process.poll() is None and time.monotonic() < deadline and not (broken / "checkpoints" / STEP).is_dir():
         time.sleep(0.02)
     killed = process.poll() is None
@@ -84,7 +88,7 @@ def kill_and_resume(zero: int, deadline: float) -> dict[str, Any]:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     statuses = [finish(p, deadline) for p in processes]
-    statuses.append(finish(start(broken, *flags, "--resume", "auto", deterministic=True), deadline))
+    statuses.append(finish(start(broken, *flags, "--resume", "auto"), deadline))
     row: dict[str, Any] = {"what": "killed and resumed", "zero": zero, "killed": killed, "statuses": statuses}
     if statuses != [0, 0, 0]:
         return row | {"ok": False, "log": end_of_log(broken)}
@@ -102,6 +106,7 @@ def differing(a: Path, b: Path) -> int:
 
 def main() -> int:
     """Return 1 if a run fails."""
+    signal.signal(signal.SIGTERM, end_all)
     deadline = time.monotonic() + (3600 if DRY else float(sys.argv[1]) if len(sys.argv) > 1 else 240)
     runs = [(3, "fp32")] if DRY else [(zero, precision) for precision in ("fp16", "bf16") for zero in (3, 2, 1, 0)]
     failed = 0

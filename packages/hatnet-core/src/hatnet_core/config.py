@@ -20,6 +20,9 @@ ATTENTIONS = ("hierarchical", "window")
 ACTIVATION_NAMES = ("silu", "gelu")
 """The paper's SiLU, and the GELU that Sec. 4.4 compares it with."""
 
+KERNELS = ("auto", "plain", "reference", "triton")
+"""How models compute; see :func:`hatnet_core.set_kernels`. Not an argument of the model: it changes no result."""
+
 _TRAINED = {"trained": True}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hatnet_core.commands import SHARED
+from hatnet_core.config import KERNELS
 from hatnet_core.variants import MIN_SIZE, list_models
 
 MAX_SIZE = 2048
@@ -87,6 +88,7 @@ class TrainConfig:
         "compute activations again in the backward pass, to save memory", False
     )
     compile: bool = _described("compile the model with torch.compile", False)
+    kernels: str = _described("how the model computes, see hatnet_core.set_kernels", "auto", KERNELS)
     deterministic: bool = _described("use deterministic algorithms only: the same bits on every run, slower", False)
     workers: int = _described("data workers a process; 0: the process itself", 4)
     checkpoint_steps: int = _described("steps from one checkpoint to the next; 0: one at the end of each epoch", 0)
@@ -142,6 +144,7 @@ class TrainConfig:
             "ema_decay": (0 <= self.ema_decay < 1, "in [0, 1)"),
             "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
             "zero_stage": (self.zero_stage in ZERO_STAGES, "from 0 to 3"),
+            "kernels": (self.kernels in KERNELS, f"one of {', '.join(KERNELS)}"),
             "accumulation": (self.accumulation >= 1, "at least 1"),
             "workers": (0 <= self.workers <= MAX_WORKERS, f"from 0 to {MAX_WORKERS}"),
             "checkpoint_steps": (self.checkpoint_steps >= 0, "0 or positive"),

@@ -14,7 +14,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from hatnet_core import HATNet, create_model, load_checkpoint
+from hatnet_core import HATNet, create_model, load_checkpoint, set_kernels
 from hatnet_core.checkpoint import head_size, read_state
 from hatnet_train.config import TrainConfig
 from hatnet_train.deepspeed_config import lr_factor, parameter_groups
@@ -43,6 +43,8 @@ def build_engine(
         raise ValueError(
             f"precision fp16 with zero_stage {config.zero_stage} needs a GPU; on a CPU bf16 and fp32 run at all stages"
         )
+    if config.kernels != "auto":  # which leaves what the process has chosen
+        set_kernels(config.kernels)
     if config.deterministic:
         use_deterministic_algorithms()
     torch.manual_seed(config.seed)

@@ -34,7 +34,7 @@ AVERAGE, OPTIMIZER, STATE = "model_ema.safetensors", "optimizer.safetensors", "s
 
 FREE = (
     *("data", "init", "workers", "zero_stage", "accumulation", "activation_checkpointing", "compile"),
-    "deterministic",
+    *("kernels", "deterministic"),
     *("checkpoint_steps", "keep_checkpoints", "max_skipped_steps", "on_bad_image", "max_bad_images"),
 )
 """Fields that may change where a run goes on: they decide how it is computed, not what."""

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
+from hatnet_core.config import KERNELS
 from hatnet_core.kernels import mlp, reference
-
-MODES = ("auto", "plain", "reference", "triton")
 
 PART_POSITIONS = 6272
 """Of as many positions of a stage's input, two images of 224×224 at stage 2, the maps of a block fit the cache."""
@@ -53,8 +52,8 @@ def set_kernels(name: str) -> None:
         RuntimeError: if it is ``triton``, and Triton or a GPU that it needs is missing.
     """
     global _mode
-    if name not in MODES:
-        raise ValueError(f"kernels must be one of {', '.join(map(repr, MODES))}, got {name!r}")
+    if name not in KERNELS:
+        raise ValueError(f"kernels must be one of {', '.join(map(repr, KERNELS))}, got {name!r}")
     if name == "triton":
         if find_spec("triton") is None:
             raise RuntimeError("kernels 'triton' need the package triton, which is not installed; expected 'auto'")
