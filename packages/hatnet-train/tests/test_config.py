@@ -63,4 +63,5 @@ def test_every_field_that_has_a_range_is_checked():
     config = build_config("digits", {})
     names = {name for checks in checked for name in checks(config)}
     unchecked = {field.name for field in dataclasses.fields(TrainConfig)} - names
-    assert unchecked == {"init", "rand_augment", "activation_checkpointing", "compile"}  # no range, or others' words
+    switches = {"activation_checkpointing", "compile", "deterministic"}
+    assert unchecked == {"init", "rand_augment", *switches}  # no range, or others' words

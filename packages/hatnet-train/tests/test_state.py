@@ -23,7 +23,7 @@ def other(value):
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
-        return {"strict": "replace"}.get(value, "other")
+        return {"strict": "replace", "auto": "plain"}.get(value, "other")
     return value + 1
 
 
