@@ -167,7 +167,7 @@ def _add_configs(commands: Commands) -> None:
 
 
 def _add_doctor(commands: Commands) -> None:
-    doctor = _command(commands, "doctor", "say what is installed, whether it fits, and what mends it")
+    doctor = _command(commands, "doctor", "report what is installed, whether it fits, and what fixes it")
     add_format(doctor)
 
 
@@ -179,7 +179,7 @@ class _Parser(Parser):
         from hatnet_dense.errors import EXPECTED, said
 
         if isinstance(error, ModuleNotFoundError):
-            return f"{said(error)}; 'hatnet-dense doctor' says what mends it"
+            return f"{said(error)}; 'hatnet-dense doctor' says what fixes it"
         hint = "" if isinstance(error, EXPECTED) else f" ({TRACEBACK}=1 shows where it comes from)"
         return said(error) + hint
 

@@ -106,6 +106,29 @@ def test_an_object_without_a_mask_is_named_where_masks_are_needed(tmp_path):
     assert "segmentation" in found
 
 
+def boxes(*values):
+    content = copy.deepcopy(GOOD)
+    content["annotations"] = [
+        {"id": i, "image_id": 7, "category_id": 1, "bbox": list(box), "area": 9} for i, box in enumerate(values, 1)
+    ]
+    return content
+
+
+@pytest.mark.parametrize("odd", [(1, 1, 2, 2), (0.5, 0.5, 0.2, 0.1)])
+@pytest.mark.parametrize(("box", "named"), [((25, 20, 39, 29), "x1"), ((0.4, 0.4, 0.3, 0.2), "pixels")])
+def test_one_odd_box_does_not_hide_the_form_of_all_others(box, named, odd, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(boxes(*[box] * 60, odd)))
+    (found,) = coco_problems(tmp_path / "a.json", CLASSES)
+    assert named in found
+
+
+def test_a_few_large_boxes_that_leave_their_images_are_not_taken_for_corners(tmp_path):
+    content = boxes((1, 1, 40, 28), *[(2, 3, 30, 20)] * 7)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert coco_problems(tmp_path / "a.json", CLASSES) == []
+    assert leaving(content) == 1
+
+
 def test_a_box_that_leaves_its_image_among_others_that_cannot_be_corners_is_counted(tmp_path):
     content = copy.deepcopy(GOOD)
     content["annotations"][0]["bbox"] = [30, 2, 20, 4]

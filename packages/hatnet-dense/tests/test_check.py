@@ -101,6 +101,15 @@ def test_training_begins_with_a_line_of_what_is_used_and_skipped(data, tmp_path)
     assert "1 image without objects (filter_cfg.filter_empty_gt)" in line
 
 
+def test_check_names_a_picture_whose_pixels_cannot_be_read(data, capsys):
+    picture = (
+        sorted((data / "train2017").glob("*"))[0] if (data / "train2017").is_dir() else sorted(data.rglob("*.jpg"))[0]
+    )
+    picture.write_bytes(picture.read_bytes()[:-200])
+    assert main(["check", RETINANET]) == 1
+    assert picture.name in capsys.readouterr().out
+
+
 def label_files(data, split="training"):
     return sorted((data / "annotations" / split).glob("*.png"))
 

@@ -98,7 +98,7 @@ CONFIG = "retinanet_hatnet-t_fpn_1x_coco"
         ),
         (["test", CONFIG, "absent.pth", "--out", "absent/m.json"], "--out must be a file in a folder that exists"),
         (["test", CONFIG, "absent.pth", "--out", "EMPTY"], "--out must be a file in a folder that exists and can be"),
-        (["predict", CONFIG, "absent.pth", "absent.jpg", "--out", "OUT"], "no image at absent.jpg"),
+        (["predict", CONFIG, "absent.pth", "absent.jpg", "--out", "OUT"], "absent.pth"),
         (["predict", CONFIG, "absent.pth", "EMPTY", "--out", "OUT"], "/empty: no images"),
         (["test", CONFIG, "PAGE", "--work-dir", "OUT"], "page.pth: expected a checkpoint of tensors and plain values"),
         (["test", CONFIG, "EMPTY", "--work-dir", "OUT"], "is a folder: expected a file"),

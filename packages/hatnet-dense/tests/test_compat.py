@@ -48,7 +48,7 @@ def test_what_the_tests_run_on_is_found_to_be_ready():
     require("mmseg")
 
 
-def test_a_setuptools_without_pkg_resources_and_a_torchvision_of_another_torch_are_named_with_what_mends_them(
+def test_a_setuptools_without_pkg_resources_and_a_torchvision_of_another_torch_are_named_with_what_fixes_them(
     tmp_path,
 ):
     (tmp_path / "pkg_resources.py").write_text(
@@ -108,13 +108,13 @@ def test_an_mmcv_that_mmdetection_refuses_is_named_with_both_versions(tmp_path):
     assert found["mmdet"]["command"] == MMCV  # where the cause lies
 
 
-def test_an_opencv_without_its_graphical_libraries_is_in_the_table_with_what_mends_it(tmp_path):
+def test_an_opencv_without_its_graphical_libraries_is_in_the_table_with_what_fixes_it(tmp_path):
     (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
     result = doctor(tmp_path, "doctor")
     assert result.returncode == 1
     lines = result.stdout.splitlines()
     assert any(line.split()[:2] == ["cv2", "BROKEN"] for line in lines)
-    assert lines[lines.index("to mend cv2:") + 1].strip() == OPENCV
+    assert lines[lines.index("to fix cv2:") + 1].strip() == OPENCV
     assert lines[-1].startswith("not ready")
 
 

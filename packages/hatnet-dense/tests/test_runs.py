@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -97,6 +98,18 @@ def test_mixed_precision_is_the_wrapper_of_mmengine_in_that_dtype(dtype, scale, 
     wrapper = build_optim_wrapper(torch.nn.Linear(2, 3), config.optim_wrapper)
     assert type(wrapper) is AmpOptimWrapper
     assert wrapper.cast_dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("metric", ["bbox", ["bbox", "segm"]])
+def test_a_model_that_finds_nothing_has_metrics_of_0(metric):
+    found = runs._no_metrics({"type": "CocoMetric", "metric": metric})
+    assert {"coco/bbox_mAP", "coco/segm_mAP"} & found.keys() == {f"coco/{m}_mAP" for m in np.atleast_1d(metric)}
+    assert set(found.values()) == {0.0}
+
+
+def test_evaluators_that_measure_nothing_are_an_error():
+    with pytest.raises(ValueError, match="evaluators"):
+        runs._no_metrics({"type": "IoUMetric"})
 
 
 def test_a_file_whose_writing_fails_is_not_there_and_leaves_the_old_one(tmp_path):

@@ -40,7 +40,7 @@ def __getattr__(name: str) -> Any:
     if name not in _CLASSES:
         raise AttributeError(f"module 'hatnet_dense' has no attribute {name!r}")
     if _reason is not None:
-        message = f"hatnet_dense.{name} needs MMEngine: {_reason}; 'hatnet-dense doctor' says what mends it"
+        message = f"hatnet_dense.{name} needs MMEngine: {_reason}; 'hatnet-dense doctor' says what fixes it"
         raise ImportError(message) from _reason
     from hatnet_dense.deepspeed_strategy import ZeroStrategy
 

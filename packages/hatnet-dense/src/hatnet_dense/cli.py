@@ -70,6 +70,7 @@ def predict(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> int:
     """``hatnet-dense check``."""
+    from hatnet_dense.annotations import counted
     from hatnet_dense.config import load_config
     from hatnet_dense.data_check import survey_config
 
@@ -83,7 +84,7 @@ def check(options: argparse.Namespace) -> int:
         say(f"problem: {problem}")
     if len(problems) > SHOWN:
         say(f"… and {len(problems) - SHOWN:,} more")
-    say(f"{len(problems):,} problems" if problems else "no problems")
+    say(counted(len(problems), "problem", "problems") if problems else "no problems")
     return 1 if problems else 0
 
 
@@ -127,11 +128,11 @@ def doctor(options: argparse.Namespace) -> int:
             say(f"{'':>14}  {finding.reason}")
     for finding in findings:
         if finding.state == "broken":
-            say(f"to mend {finding.name}:\n  {finding.command}")
+            say(f"to fix {finding.name}:\n  {finding.command}")
     optional = [finding for finding in findings if finding.state == "absent"]
     for finding in optional:
         say(f"to add {finding.name}:\n  {finding.command}")
-    say("ready" if usable(findings) else "not ready: mend what is broken, from above to below")
+    say("ready" if usable(findings) else "not ready: fix what is broken, top to bottom")
     return 0 if usable(findings) else 1
 
 

@@ -1,4 +1,4 @@
-"""What is installed of MMDetection and MMSegmentation, whether it fits together, and the command that mends it.
+"""What is installed of MMDetection and MMSegmentation, whether it fits together, and the command that fixes it.
 
 These libraries move slowly while torch, NumPy and setuptools move on; most combinations that a resolver accepts do
 not run. Every entry of :data:`PARTS` is tried by importing it, since the versions alone do not tell: MMCV may be there
@@ -46,7 +46,7 @@ class Finding:
         distribution: the name and version under which it was installed, empty if it was not.
         state: ``ok``, ``absent`` (not installed, and nothing else asks for it) or ``broken``.
         reason: why it is broken, one line.
-        command: what mends it, one line for a shell.
+        command: what fixes it, one line for a shell.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Part:
         name: its import name.
         attempt: raises if it does not work; by default its import.
         needed: whether its absence is a defect.
-        command: what installs or mends it.
+        command: what installs or fixes it.
     """
 
     name: str
@@ -82,7 +82,7 @@ def require(library: str) -> None:
     """Import ``mmdet`` or ``mmseg`` with what it stands on.
 
     Raises:
-        ImportError: in one line, with the command that mends it.
+        ImportError: in one line, with the command that fixes it.
     """
     for finding in (_examine(part) for part in PARTS if part.name in ("mmengine", "mmcv", library)):
         if finding.state != "ok":

@@ -181,6 +181,7 @@ def survey_config(config: Config) -> list[Survey]:
             with contextlib.redirect_stdout(sys.stderr):  # pycocotools prints what it does
                 built = registry.build(dataset)
             found = survey(built, name)
+            problems += undecodable(found.files)
             problems += classes_problem(model, getattr(built, "metainfo", {}))
         except Exception as error:  # datasets are of the libraries, or of the user
             found = Survey(name, problems=[] if problems else [_unbuilt(dataset, error)])
@@ -189,6 +190,21 @@ def survey_config(config: Config) -> list[Survey]:
     for other in surveys[1:]:
         other.problems += same_files(surveys[0], other)
     return surveys
+
+
+def undecodable(files: Sequence[Any]) -> list[str]:
+    """Name the images whose pixels cannot be read; before a run only their headers are."""
+
+    def problem(file: Any) -> str | None:
+        try:
+            with Image.open(file) as image:
+                image.load()
+        except Exception as error:  # Pillow raises whatever a broken file leads to
+            return f"{file} cannot be read ({error})"
+        return None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [found for found in tqdm(pool.map(problem, files), "decoding pictures", len(files), delay=2) if found]
 
 
 def same_files(first: Survey, second: Survey) -> list[str]:

@@ -35,7 +35,10 @@ RENAMED = {
     "batch_size": "train_dataloader.batch_size",
     "num_workers": "train_dataloader.num_workers",
     "data": "train_dataloader",
-    "resume_from": "load_from",
+    "resume_from": "--resume",
+    "samples_per_gpu": "train_dataloader.batch_size",
+    "workers_per_gpu": "train_dataloader.num_workers",
+    "img_scale": "train_pipeline in a config file",
     "lr": "optim_wrapper.optimizer.lr",
     "seed": "randomness.seed",
     "cudnn_benchmark": "env_cfg.cudnn_benchmark",
@@ -52,6 +55,28 @@ MORE |= {"efficient_conv_bn_eval", "init_weights_for_test_or_val"}
 
 FIXED = {"cfg", "launcher"}
 """Arguments of a runner that are not taken from the config."""
+
+OPTIONAL = {
+    "env_cfg": {"cudnn_benchmark", "dist_cfg", "mp_cfg", "resource_limit"},
+    "auto_scale_lr": {"base_batch_size", "enable"},
+    "paramwise_cfg": {
+        *("base_total_batch_size", "bias_decay_mult", "bias_lr_mult", "bypass_duplicate", "custom_keys"),
+        *(
+            "dcn_offset_lr_mult",
+            "decay_rate",
+            "decay_type",
+            "dwconv_decay_mult",
+            "flat_decay_mult",
+            "layer_decay_rate",
+        ),
+        *("norm_decay_mult", "num_layers"),
+    },
+    "test_cfg": {
+        *("crop_size", "iou_threshold", "mask_thr_binary", "max_per_img", "min_bbox_size", "mode", "nms", "nms_pre"),
+        *("rcnn", "rpn", "score_thr", "stride"),
+    },
+}
+"""Keys that parts of a config without a class may be given; a class refuses what it does not know itself."""
 
 ALIKE = 0.8
 """Similarity from which a new key is taken for a mistyped one."""
@@ -78,6 +103,10 @@ def check_option(config: Mapping[str, Any], key: str) -> None:
         if not isinstance(parent, Mapping) or path.endswith("custom_keys"):
             return
         if part not in parent:
+            optional = OPTIONAL.get(path.rpartition(".")[2])
+            if optional is not None and "type" not in parent and part not in optional:
+                close = difflib.get_close_matches(part, sorted({*optional, *parent}), 3, ALIKE / 2)
+                raise _unread(key, [f"{path}.{name}" for name in close or sorted({*optional, *parent})])
             alike = [] if "type" in parent else difflib.get_close_matches(part, list(map(str, parent)), 1, ALIKE)
             if alike:
                 raise _unread(key, [f"{path}.{alike[0]}{key[len(path) + 1 + len(part) :]}"])

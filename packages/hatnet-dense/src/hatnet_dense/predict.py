@@ -245,8 +245,6 @@ def _files(images: Sequence[Path], out: Path) -> list[_File]:
         names = [name for name in inside if is_image_file(name)]
         if path.is_dir() and not names:
             raise ValueError(f"{path}: no images, expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}")
-        if not path.is_dir() and not path.is_file():
-            raise FileNotFoundError(f"no image at {path}: expected a file or a folder of images")
         found += [(path / name, name) for name in names] if path.is_dir() else [(path, Path(path.name))]
     places = out.resolve()
     if any(place.is_relative_to(places) for path, _ in found for place in (path.resolve(), path.parent.resolve())):
@@ -265,6 +263,8 @@ def _files(images: Sequence[Path], out: Path) -> list[_File]:
 
 def _read(file: Path) -> np.ndarray[Any, Any]:
     """The pixels of an image as the libraries' loader gives them, [height, width, 3]."""
+    if file.is_file() and not file.stat().st_size:
+        raise ValueError("the file is empty")
     try:
         image = mmcv.imread(str(file), channel_order="bgr")
     except Exception as error:  # OpenCV raises whatever a broken file leads to

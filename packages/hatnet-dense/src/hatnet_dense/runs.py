@@ -86,7 +86,7 @@ def train(
     if auto_scale_lr:
         demand(config, "--auto-scale-lr", "auto_scale_lr.base_batch_size")
         config.auto_scale_lr.enable = True
-    with Workers("train_dataloader") as workers, _processes(config, launcher):
+    with Workers("train_dataloader", "val_dataloader") as workers, _processes(config, launcher):
         runner = _runner(config, launcher, "train", workers)
         schedulers = config.get("param_scheduler") or []
         for text in _long_warmups(schedulers, runner.train_loop.max_iters, len(runner.train_dataloader)):

@@ -35,14 +35,14 @@ class Workers:
     """The data workers of one run, as a context: on leaving it none is left.
 
     Args:
-        loader: key of the data loader in the config, such as ``train_dataloader``, for the remedy.
+        *loaders: keys of the data loaders in the config, such as ``train_dataloader``, for the remedy.
 
     Raises:
         ValueError: on leaving, if the workers failed for want of memory, shared memory or file descriptors.
     """
 
-    def __init__(self, loader: str) -> None:
-        self._loader = loader
+    def __init__(self, *loaders: str) -> None:
+        self._loaders = loaders
         self._reports: SimpleQueue[str] = multiprocessing.SimpleQueue()
         self._others = set(multiprocessing.active_children())
 
@@ -74,14 +74,14 @@ class Workers:
             raise ValueError(f"{remedy} ({cause})" if remedy else f"a data worker failed: {cause}") from error
 
     def _remedy(self, text: str) -> str:
-        fewer = f"fewer {self._loader}.num_workers"
+        fewer = f"fewer {' or '.join(f'{loader}.num_workers' for loader in self._loaders)}"
         if any(part in text for part in FILES):
             return f"too many open files: ulimit -n 65536, or {fewer}"
         if any(part in text for part in FULL) and SHARED_MEMORY.is_dir():
-            size = shutil.disk_usage(SHARED_MEMORY).total / 1e6
-            return f"no room in {SHARED_MEMORY} ({size:,.1f} MB): docker run --shm-size=8g, or {fewer}"
+            size = shutil.disk_usage(SHARED_MEMORY).total / 2**20
+            return f"no room in {SHARED_MEMORY} ({size:,.2f} MiB): docker run --shm-size=8g, or {fewer}"
         if any(part in text for part in MEMORY):
-            return f"out of memory: {fewer}, or a smaller {self._loader}.batch_size"
+            return f"out of memory: {fewer}, or a smaller {self._loaders[0]}.batch_size"
         if any(part in text for part in DIED):
             return f"a data worker was killed (out of memory?): {fewer}"
         return ""

@@ -215,7 +215,7 @@ def shards_parser() -> LaunchedParser:
         "--resize",
         type=whole(MIN_SIZE, unit=" of pixels"),
         metavar="PIXELS",
-        help=f"make the short side of larger images so small, from {MIN_SIZE} up (default: as it is)",
+        help=f"make the short side of larger images so small, from {MIN_SIZE} up (default: unchanged)",
     )
     parser.add_argument(
         "--quality",
@@ -403,12 +403,12 @@ def _check_data(options: Namespace) -> int:
     width = max(map(len, ("class", *found.counts)))
     say(f"{'class':<{width}}  {'train':>9}  {'val':>9}")
     totals = (sum(n for n, _ in found.counts.values()), sum(n for _, n in found.counts.values()))
-    for name, (training, held_out) in {**found.counts, "all": totals}.items():
+    for name, (training, held_out) in [*found.counts.items(), ("", totals)]:
         say(f"{name:<{width}}  {training:>9,}  {held_out:>9,}")
     for line in filter(None, [str(found.skipped), *found.problems]):
         say(line)
     if found.problems:
-        raise ValueError(f"{given['data']}: {len(found.problems)} problem(s)")
+        raise ValueError(f"{given['data']}: {len(found.problems)} problem{'s' * (len(found.problems) > 1)}")
     say(f"{given['data']}: no problems")
     return 0
 

@@ -53,7 +53,9 @@ def check_data(data: str, *, size: int, workers: int) -> Findings:
                 if problem:
                     found.problems.append(problem)
                 elif source is training:
-                    known.setdefault(digest, i)
+                    first = known.setdefault(digest, i)
+                    if training.labels[first] != training.labels[i]:
+                        found.problems.append(f"{training.name(i)}: same picture as {training.name(first)}")
                 elif training and digest in known:
                     twin = training.name(known[digest])
                     found.problems.append(f"{held_out.name(i) if held_out else i}: same picture as {twin}")

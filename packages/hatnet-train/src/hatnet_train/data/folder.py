@@ -149,7 +149,7 @@ def class_folders(root: Path, report: Report = refuse, skipped: Skipped | None =
             skipped.add(Path(root.name, name), folder=is_folder)
     if loose:
         how_many = f"{len(folders)} class folders and" if folders else "no class folders and"
-        report(f"{root} holds {how_many} {len(loose)} images beside them, first {loose[0]}; {UNSORTED}")
+        report(f"{root} holds {how_many} {len(loose)} images next to them, first {loose[0]}; {UNSORTED}")
     elif not folders:
         report(f"{root} holds no class folders: expected one folder of images for every class")
     same: dict[str, str] = {}
@@ -162,10 +162,10 @@ def class_folders(root: Path, report: Report = refuse, skipped: Skipped | None =
 
 def _way_out(data: Path, split: str) -> str:
     """Suggest what to do where a split is missing."""
-    if (data.resolve().parent / split).is_dir():
-        return f"did you mean {data.parent}, which contains it?"
     if split == "val" and (data / "train").is_dir():
         return "move some images of every class from train/ to val/, into folders of the same names"
+    if (data.resolve().parent / split).is_dir():
+        return f"did you mean {data.parent}, which contains it?"
     found = sorted(entry.name for entry in data.iterdir())[:5] if data.is_dir() else []
     return (
         "expected train/ and val/ with a folder of images for every class, or shards of hatnet-shards; "
