@@ -116,14 +116,14 @@ def test_an_unsorted_validation_folder_is_recognised_and_explained(tmp_path):
     for i in range(1, 4):
         (tmp_path / "val" / f"ILSVRC2012_val_{i:08d}.JPEG").touch()
     with pytest.raises(
-        ValueError, match=r"holds no class folders and 3 images beside them, first ILSVRC2012_val_00000001.*; the ILS"
+        ValueError, match=r"holds no class folders and 3 images next to them, first ILSVRC2012_val_00000001.*; the ILS"
     ):
         Folder(tmp_path / "val")
 
 
 def test_a_validation_folder_that_is_sorted_in_part_is_refused(imagenet):
     Image.new("RGB", (5, 4)).save(imagenet / "train" / "ILSVRC2012_val_00000293.JPEG")
-    with pytest.raises(ValueError, match=r"holds 3 class folders and 1 images beside them, first ILSVRC2012_val_0"):
+    with pytest.raises(ValueError, match=r"holds 3 class folders and 1 images next to them, first ILSVRC2012_val_0"):
         Folder(imagenet / "train")
 
 

@@ -403,7 +403,7 @@ def _check_data(options: Namespace) -> int:
     width = max(map(len, ("class", *found.counts)))
     say(f"{'class':<{width}}  {'train':>9}  {'val':>9}")
     totals = (sum(n for n, _ in found.counts.values()), sum(n for _, n in found.counts.values()))
-    for name, (training, held_out) in [*found.counts.items(), ("", totals)]:
+    for name, (training, held_out) in [*found.counts.items(), ("all", totals)]:
         say(f"{name:<{width}}  {training:>9,}  {held_out:>9,}")
     for line in filter(None, [str(found.skipped), *found.problems]):
         say(line)
