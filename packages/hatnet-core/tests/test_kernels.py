@@ -423,11 +423,20 @@ def test_another_name_than_those_of_the_kernels_is_refused():
         set_kernels("fast")
 
 
-@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
-def test_the_triton_kernels_run_on_gpus_since_ampere(monkeypatch, capability, runs):
+def test_gpus_before_ampere_run_without_the_triton_kernels(monkeypatch):
     monkeypatch.setattr(kernels, "_usable", {})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert kernels._runs_on(torch.device("cuda", 0)) == (runs and find_spec("triton") is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not kernels._runs_on(torch.device("cuda", 0))
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or find_spec("triton") is None, reason="needs Triton without a GPU")
+def test_a_driver_that_fails_is_reported_once(monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(kernels, "_usable", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.warns(UserWarning, match="cuda:0"):
+        assert not kernels._runs_on(device)
+    assert not kernels._runs_on(device)
 
 
 @pytest.mark.parametrize("gradients", [False, True])

@@ -104,7 +104,7 @@ def test_too_little_shared_memory_ends_training_at_once_with_its_size(shapes, tm
     words = unshared()
     if not words:
         pytest.skip("a /dev/shm of another size needs a mount namespace, which this machine does not allow")
-    named = ["/dev/shm (0.3 MB)", "--shm-size", "train_dataloader.num_workers"]
+    named = ["/dev/shm (0.25 MiB)", "--shm-size", "train_dataloader.num_workers"]
     check(train(tmp_path, "not", shapes, words, SMALL), named, tmp_path)
 
 

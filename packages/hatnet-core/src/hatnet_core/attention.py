@@ -175,12 +175,16 @@ class HierarchicalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W], at any height and width."""
-        qkv = kernels.pointwise(self.qkv, self.norm(x))
-        a1 = self.grid_norm(grid_attention(qkv, self.num_heads, self.grid_size, residual=x))  # Eq. 6-9
+        conv, fused = kernels.pointwise, kernels.adds_residuals(x)
+        local = grid_attention(  # Eq. 6-8
+            conv(self.qkv, self.norm(x)), self.num_heads, self.grid_size, residual=x if fused else None
+        )
+        a1 = self.grid_norm(local if fused else x + local)  # Eq. 9
         pooled = self.pool_norm(average_pool(a1, self.pool_size))  # Eq. 10
-        q, kv = kernels.pointwise(self.q, a1), kernels.pointwise(self.kv, pooled)
-        a1_a2 = token_attention(self.num_heads, q, kv, residual=a1)  # Eq. 11-13, A1 + A2
-        return self.proj_drop(kernels.pointwise(self.proj, a1_a2))  # Eq. 14, its residual left to the block
+        a2 = token_attention(  # Eq. 11-13
+            self.num_heads, conv(self.q, a1), conv(self.kv, pooled), residual=a1 if fused else None
+        )
+        return self.proj_drop(conv(self.proj, a2 if fused else a1 + a2))  # Eq. 14, its residual left to the block
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this layer."""
@@ -211,8 +215,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W], at any height and width."""
-        attended = token_attention(self.num_heads, kernels.pointwise(self.qkv, self.norm(x)))
-        return self.proj_drop(kernels.pointwise(self.proj, attended))
+        conv = kernels.pointwise
+        return self.proj_drop(conv(self.proj, token_attention(self.num_heads, conv(self.qkv, self.norm(x)))))
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this layer."""

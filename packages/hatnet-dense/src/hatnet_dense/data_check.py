@@ -199,6 +199,8 @@ def undecodable(files: Sequence[Any]) -> list[str]:
         try:
             with Image.open(file) as image:
                 image.load()
+        except FileNotFoundError:  # reported with its record
+            return None
         except Exception as error:  # Pillow raises whatever a broken file leads to
             return f"{file} cannot be read ({error})"
         return None

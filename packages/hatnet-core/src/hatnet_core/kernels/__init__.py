@@ -134,6 +134,11 @@ def by_images(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor)
     return torch.cat([forward(part) for part in torch.split(x, images)])
 
 
+def adds_residuals(x: Tensor) -> bool:
+    """Return whether the attention kernels run on ``x``; they add a residual where they write their result."""
+    return _path(x) == "triton"
+
+
 def grid_attention(qkv: Tensor, num_heads: int, grid_size: int, residual: Tensor | None) -> Tensor | None:
     """Eq. 6-9 without a copy into grids; None where that does not apply. Arguments as in ``attention.py``."""
     if _path(qkv) != "triton":
