@@ -52,7 +52,7 @@ def check_data(data: str, *, size: int, workers: int) -> Findings:
                 bar.update()
                 if problem:
                     found.problems.append(problem)
-                elif source is training:
+                elif training and source is training:
                     first = known.setdefault(digest, i)
                     if training.labels[first] != training.labels[i]:
                         found.problems.append(f"{training.name(i)}: same picture as {training.name(first)}")
