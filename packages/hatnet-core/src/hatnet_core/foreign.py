@@ -106,8 +106,8 @@ def find_weights(content: Any) -> Iterator[Weights]:
             inner = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
             own = {n: t for n, t in tensors.items() if n.startswith(prefix) and not (inner and n.startswith(inner))}
             state, unused = rename_released({name.removeprefix(prefix): t for name, t in own.items()})
-            beside = [name for name in tensors if name not in own]
-            yield Weights(".".join([*keys, prefix.rstrip(".")]).strip("."), state, beside + unused)
+            others = [name for name in tensors if name not in own]
+            yield Weights(".".join([*keys, prefix.rstrip(".")]).strip("."), state, others + unused)
 
 
 def _state_dicts(content: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
@@ -149,7 +149,7 @@ def read_content(path: Path) -> Any:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # trainers store their arguments beside
+        with torch.serialization.safe_globals([argparse.Namespace]):  # trainers store their arguments, too
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file makes the unpickler raise anything from KeyError to struct.error
         reason = _refused(path)

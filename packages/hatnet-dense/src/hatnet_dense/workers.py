@@ -38,7 +38,7 @@ class Workers:
         *loaders: keys of the data loaders in the config, such as ``train_dataloader``, for the remedy.
 
     Raises:
-        ValueError: on leaving, if the workers failed for want of memory, shared memory or file descriptors.
+        ValueError: on leaving, if the workers failed because memory, shared memory or file descriptors ran out.
     """
 
     def __init__(self, *loaders: str) -> None:

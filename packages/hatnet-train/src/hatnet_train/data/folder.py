@@ -182,7 +182,7 @@ def images_under(
 
     Args:
         folder: where to look.
-        skipped: gets what is no image.
+        skipped: receives files that are not images.
         report: called with the circles and the folders that cannot be read.
         shown: how the folder is called in ``skipped``; by default by its path.
     """

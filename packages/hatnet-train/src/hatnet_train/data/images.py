@@ -41,7 +41,7 @@ def read_file(path: str | Path) -> bytes:
 
     Raises:
         ValueError: naming the file, if it cannot be read.
-        OSError: if that is for want of file descriptors or memory, which is not the file's fault.
+        OSError: if file descriptors or memory ran out, which is not the file's fault.
     """
     try:
         return Path(path).read_bytes()
