@@ -33,22 +33,23 @@ class WorkerError(RuntimeError):
 
 def kill(workers: Collection[BaseProcess] | None = None) -> None:
     """Kill workers and reap them; by default all of this process."""
-    with _deaths_expected():
-        workers = multiprocessing.active_children() if workers is None else workers
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.join()
+    workers = multiprocessing.active_children() if workers is None else workers
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
 
 
 @contextlib.contextmanager
-def _deaths_expected() -> Iterator[None]:
-    """Keep torch from raising in the handler of SIGCHLD, where it reports workers that were killed from outside."""
-    if threading.current_thread() is not threading.main_thread():  # which alone handles signals
-        yield
-        return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def child_signal_unhandled() -> Iterator[None]:
+    """Undo the handler of SIGCHLD that torch installs with the first worker of a process.
+
+    It raises the death of a worker wherever the main thread is, such as in a destructor, which drops it. Without it,
+    the loader finds that a worker is dead within 5 seconds.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, handler)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)

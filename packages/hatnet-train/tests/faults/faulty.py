@@ -145,6 +145,7 @@ FAULTS = {
     "interrupted": lambda: _raise(KeyboardInterrupt()),
     "exit": lambda: os._exit(3),
     "killed": lambda: os.kill(os.getpid(), 9),
+    "bus error": lambda: os.kill(os.getpid(), 7),
 }
 """What happens in a data worker that reads an image."""
 

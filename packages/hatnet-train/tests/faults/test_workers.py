@@ -55,6 +55,7 @@ def error_of(said):
         ("evaluate", "odd", ("OddError: odd error",)),
         ("train", "killed", ("was killed", "fewer --workers")),
         ("evaluate", "exit", ("was killed", "fewer --workers")),
+        ("evaluate", "bus error", ("/dev/shm", "--shm-size", "fewer --workers")),
     ],
 )
 def test_a_worker_that_fails_ends_the_command(command, fault, named, launch, commands, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -27,7 +28,7 @@ from hatnet_train.data.mixing import draw_mixing
 from hatnet_train.data.source import Source
 from hatnet_train.sampler import GlobalOrder, Share, evaluation_share
 from hatnet_train.signals import ignore_in_worker
-from hatnet_train.workers import OF_THE_MACHINE, WorkerError, kill
+from hatnet_train.workers import OF_THE_MACHINE, WorkerError, child_signal_unhandled, kill
 
 MIXING = 1
 """Added to the key of an image's generator for the draws of its pair's mixing."""
@@ -278,7 +279,8 @@ def load(make: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Gene
         )
         others = set(multiprocessing.active_children())
         try:
-            batches = iter(loader)  # warns once more
+            with child_signal_unhandled():
+                batches = iter(loader)  # warns once more
         except Exception as error:
             _ABANDONED.append(error)  # which refers to what the loader had made by then
             kill(set(multiprocessing.active_children()) - others)
@@ -290,8 +292,10 @@ def load(make: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Gene
             if isinstance(content, _Failure):
                 content.raise_()
             yield content
-    except BaseException:
+    except BaseException as error:
         _ABANDONED.append(batches)
+        if any(worker.exitcode == -signal.SIGBUS for worker in own):
+            raise WorkerError("a worker ended with a bus error: shared memory is full") from error
         raise
     finally:
         kill(own)
