@@ -1,0 +1,358 @@
+"""Run a command: options by tyro, messages by ``logging``, one line per error, an exit status.
+
+The commands of all packages are :class:`Command` classes that :func:`run` parses and runs. Nothing here imports torch,
+so that ``--help`` and a usage error appear at once. Needs the extra ``hatnet-core[cli]``. What a user sees of this is in
+docs/commands.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from hatnet_core.variants import MIN_SIZE, list_models
+
+FAILED = 1
+"""Exit status after an error in what a command reads, computes or writes."""
+
+USAGE = 2
+"""Exit status after a wrong command line, as tyro and argparse have it."""
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as in a shell: 128 + SIGINT."""
+
+CLOSED = 141
+"""Exit status after the reader of standard output is gone, as in a shell: 128 + SIGPIPE."""
+
+TRACEBACK = "HATNET_TRACEBACK"
+"""Environment variable that, like ``--verbose``, shows the traceback of an error."""
+
+EXPECTED = (ValueError, ImportError, OSError, ArithmeticError)
+"""Errors whose message is enough. Any other is shown with its type."""
+
+PACKAGES = ("hatnet_core", "hatnet_train", "hatnet_dense", "hatnet_analysis")
+"""Loggers whose records a command writes to standard error."""
+
+MESSAGES = tyro.conf.create_mutex_group(required=False, title="messages")
+
+
+class UsageError(ValueError):
+    """Options that contradict each other, have no effect, or are missing."""
+
+
+class OutputClosedError(Exception):
+    """The reader of standard output is gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Options of a command as fields; the docstring under a field is its help."""
+
+    quiet: Annotated[bool, FlagCreatePairsOff, MESSAGES] = False
+    """Log warnings and errors only."""
+
+    verbose: Annotated[bool, FlagCreatePairsOff, MESSAGES] = False
+    """Log details, and show the traceback of an error."""
+
+    def run(self) -> int | None:
+        """Do the work; returns the exit status, None for 0."""
+        raise NotImplementedError
+
+
+def option(
+    kind: type, metavar: str, read: Callable[[str], Any], show: Callable[[Any], str] = str
+) -> PrimitiveConstructorSpec[Any]:
+    """Type of an option of one word, for ``Annotated``: ``read`` raises ValueError on a bad one."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, kind),
+        str_from_instance=lambda value: [show(value)],
+    )
+
+
+def whole(low: int, high: int | None = None, metavar: str = "N") -> PrimitiveConstructorSpec[int]:
+    """Type of an option that is an integer in a range, in decimal digits only."""
+    return option(int, metavar, lambda word: _integer(word, low, high))
+
+
+def real(low: float, high: float = float("inf")) -> PrimitiveConstructorSpec[float]:
+    """Type of an option that is a finite number above ``low``, or between and including two bounds."""
+    expected = f"a number above {low:g}" if high == float("inf") else f"a number from {low:g} to {high:g}"
+
+    def read(word: str) -> float:
+        try:
+            value = float(word)
+        except ValueError:
+            value = float("nan")
+        if not (low < value < high or (value in (low, high) and high < float("inf"))):
+            raise ValueError(f"expected {expected}, got {word!r}")
+        return value
+
+    return option(float, "X", read, "{:g}".format)
+
+
+def pixels(high: int) -> PrimitiveConstructorSpec[tuple[int, int]]:
+    """Type of ``--size``: height and width in pixels; one number is both."""
+
+    def read(words: list[str]) -> tuple[int, int]:
+        if not 1 <= len(words) <= 2:
+            raise ValueError(f"expected one or two numbers of pixels, got {' '.join(words)!r}")
+        sides = [_integer(word, MIN_SIZE, high) for word in words]
+        return sides[0], sides[-1]
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="H [W]",
+        instance_from_str=read,
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: [str(side) for side in dict.fromkeys(value or ())],
+    )
+
+
+def file_ending(*suffixes: str) -> PrimitiveConstructorSpec[Path]:
+    """Type of an option that is a file whose suffix tells the format to write."""
+
+    def read(word: str) -> Path:
+        if Path(word).suffix not in suffixes:
+            raise ValueError(f"expected a file name that ends in {' or '.join(suffixes)}, got {word!r}")
+        return Path(word)
+
+    return option(Path, "FILE", read)
+
+
+def _integer(word: str, low: int, high: int | None) -> int:
+    # int() would take "1_0" and " 1", too
+    if not (word.isascii() and word.isdigit() and low <= int(word) and (high is None or int(word) <= high)):
+        raise ValueError(f"expected an integer from {low}{'' if high is None else f' to {high}'}, got {word!r}")
+    return int(word)
+
+
+def _path(word: str) -> Path:
+    if not word:  # such as a shell variable that is not set
+        raise ValueError("expected a path, got ''")
+    return Path(word)
+
+
+def one_of(known: Sequence[str]) -> Callable[[str], str]:
+    """Reader of an option that is one of many names; a wrong one is answered with the most similar."""
+
+    def read(word: str) -> str:
+        if word in known:
+            return word
+        similar = difflib.get_close_matches(word, known, n=1)
+        hint = f", did you mean {similar[0]}?" if similar else ""
+        raise ValueError(f"expected one of {', '.join(known)}, got {word!r}{hint}")
+
+    return read
+
+
+PATH = option(Path, "PATH", _path)
+"""Type of a path that is not empty."""
+
+CHECKPOINT = arg(
+    help="Weights: a run folder of hatnet-train, a checkpoint in it, a .safetensors file, or with --variant any other "
+    "file of weights."
+)
+Checkpoint: TypeAlias = Annotated[Path, PATH, CHECKPOINT]
+OptionalCheckpoint: TypeAlias = Annotated[Path | None, PATH, CHECKPOINT]
+Variant: TypeAlias = Annotated[
+    str | None,
+    option(str, "NAME", one_of(list_models(ablations=True))),
+    arg(help=f"Model: {', '.join(list_models())}, or an ablation of the paper, if --checkpoint does not tell."),
+]
+Device: TypeAlias = Annotated[
+    str, arg(metavar="NAME", help="Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N.")
+]
+Batch: TypeAlias = Annotated[int, whole(1), arg(help="Images that a process computes at a time.")]
+Format: TypeAlias = Annotated[Literal["table", "json"], arg(help="How the result is printed.")]
+"""Options that mean the same in every command."""
+
+
+def run(
+    prog: str,
+    commands: type[Command] | Mapping[str, type[Command]],
+    arguments: Sequence[str] | None = None,
+    *,
+    version: str,
+    description: str | None = None,
+    default: Callable[[type[Command], list[str]], Any] | None = None,
+    explain: Callable[[Exception], str] | None = None,
+) -> int:
+    """Parse the arguments and run the command.
+
+    Args:
+        prog: name of the program.
+        commands: its command, or its subcommands by name.
+        arguments: those of the process by default.
+        version: printed by ``--version``.
+        description: for the help of a program with subcommands.
+        default: takes the command and its arguments and returns an instance whose values are the defaults.
+        explain: makes an error one line; :func:`error_text` by default.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: after ``--help`` and usage errors.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if words == ["--version"]:
+            say(f"{prog} {version}")
+            return 0
+        name, command, words = _chosen(prog, commands, words, description)
+        settings = {} if default is None else {"default": default(command, words)}
+        with _flushed():
+            options: Command = tyro.cli(command, prog=name, args=words, **settings)
+        with log_to_stderr(name, logging.WARNING if options.quiet else logging.INFO - 10 * options.verbose) as log:
+            return _work(options, name, log, explain or error_text)
+    except OutputClosedError:
+        return CLOSED
+    except UsageError as error:
+        return _usage(prog, error)
+
+
+def _work(options: Command, name: str, log: logging.Logger, explain: Callable[[Exception], str]) -> int:
+    try:
+        with _flushed():
+            return options.run() or 0
+    except OutputClosedError:
+        raise
+    except KeyboardInterrupt:
+        log.info("interrupted")
+        return INTERRUPTED
+    except UsageError as error:
+        return _usage(name, error)
+    except Exception as error:  # libraries raise whatever they like
+        if os.environ.get(TRACEBACK) or options.verbose:
+            traceback.print_exc()
+        log.error(explain(error), extra={"all_ranks": True})
+        return FAILED
+
+
+def _chosen(
+    prog: str, commands: type[Command] | Mapping[str, type[Command]], words: list[str], description: str | None
+) -> tuple[str, type[Command], list[str]]:
+    """Return the command that the first word names, with its name and arguments; anything else is for tyro to answer."""
+    if not isinstance(commands, Mapping):
+        return prog, commands, words
+    if not words or words[0] not in commands:
+        with _flushed():
+            tyro.extras.subcommand_cli_from_dict(dict(commands), prog=prog, description=description, args=words)
+    return f"{prog} {words[0]}", commands[words[0]], words[1:]
+
+
+def _usage(name: str, error: UsageError) -> int:
+    sys.stderr.write(f"{name}: error: {error} (see {name} --help)\n")
+    return USAGE
+
+
+@contextmanager
+def log_to_stderr(name: str, level: int = logging.INFO) -> Iterator[logging.Logger]:
+    """Write the records of all packages to standard error, as ``<name>: <message>``, those of rank 0 alone.
+
+    A record with ``extra={"all_ranks": True}`` is written by every rank.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Line(name))
+    handler.addFilter(lambda record: os.environ.get("RANK", "0") == "0" or getattr(record, "all_ranks", False))
+    loggers = [logging.getLogger(package) for package in PACKAGES]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(level)
+    try:
+        yield loggers[0]
+    finally:
+        for logger, before in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(before)
+
+
+class _Line(logging.Formatter):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def format(self, record: logging.LogRecord) -> str:
+        kind = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+        return f"{self.name}: {kind}{record.getMessage()}"
+
+
+def error_text(error: Exception) -> str:
+    """Return an error in one line; one that is not :data:`EXPECTED` with its type and how to see more."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, EXPECTED) and text:
+        return text
+    return f"{type(error).__name__}: {text}".removesuffix(": ") + " (--verbose shows the traceback)"
+
+
+def say(text: str | None = None) -> None:
+    """Print to standard output and flush it; a character that it cannot encode becomes a question mark.
+
+    Raises:
+        OutputClosedError: if nobody reads it.
+        OSError: if it cannot be written, such as on a full disk.
+    """
+    if sys.stdout is None:  # closed at the start
+        if text is not None:
+            raise OutputClosedError
+        return
+    try:
+        if text is not None:
+            encoding = sys.stdout.encoding or "utf-8"
+            sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try once more at its end
+        if isinstance(error, BrokenPipeError):
+            raise OutputClosedError from error
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+@contextmanager
+def _flushed() -> Iterator[None]:
+    """Have what was printed written, with the errors of :func:`say`, also where a help text ends the process."""
+    try:
+        yield
+    finally:
+        say()
+
+
+def writable_file(path: Path) -> Path:
+    """Return ``path``, given as ``--out``, if a file can be written there.
+
+    Raises:
+        ValueError: naming the option and the path.
+    """
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--out must be a file in a folder that exists and can be written, got {str(path)!r}")
+    return path
+
+
+def writable_folder(path: Path, option: str = "--out") -> Path:
+    """Return ``path`` if it is a folder that can be written, or can be created.
+
+    Raises:
+        ValueError: naming the option and the path.
+    """
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"{option} must be a folder that can be created and written, got {str(path)!r}")
+    return path

@@ -1,0 +1,23 @@
+"""Devices by name."""
+
+from __future__ import annotations
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of a name such as ``cpu`` or ``cuda:1``; ``auto`` is a GPU if there is one.
+
+    Raises:
+        ValueError: if torch does not know it, or cannot compute there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        known = "" if reason.startswith("Expected one of") else f": {reason}"  # torch lists all that it ever knew
+        raise ValueError(f"device must be auto, cpu, or an available GPU such as cuda:0, got {name!r}{known}") from error
+    return device
