@@ -139,8 +139,10 @@ def _compare(name: str, config: TrainConfig, places: Places, plan: Plan, result:
 
 def our_batches(config: TrainConfig, data: Path, seed: int) -> Iterator[loader.Batch]:
     """What the training run would see, for one process."""
-    source = open_split(str(data), train=True, size=config.image_size)
-    order = GlobalOrder(length=len(source), batch_size=config.batch_size, seed=seed, repeats=config.repeats)
+    source = open_split(str(data), train=True, size=config.images.image_size)
+    order = GlobalOrder(
+        length=len(source), batch_size=config.optimisation.batch_size, seed=seed, repeats=config.augmentation.repeats
+    )
     return train_batches(source, order, replace(config, seed=seed), rank=0, world_size=1)
 
 
@@ -156,17 +158,17 @@ def timm_batches(config: TrainConfig, data: Path, seed: int, *, as_bytes: bool) 
     torch.manual_seed(seed)  # timm's loader draws the seed of its workers and the order from here
     made = create_loader(
         create_dataset("", root=str(data), split="train", is_training=True),
-        input_size=(3, config.image_size, config.image_size),
-        batch_size=config.batch_size,
+        input_size=(3, config.images.image_size, config.images.image_size),
+        batch_size=config.optimisation.batch_size,
         is_training=True,
-        re_prob=config.random_erasing,
+        re_prob=config.augmentation.random_erasing,
         re_mode="pixel",
-        scale=(config.min_scale, 1.0),
-        hflip=config.hflip,
+        scale=(config.augmentation.min_scale, 1.0),
+        hflip=config.augmentation.hflip,
         color_jitter=None,
-        auto_augment=config.rand_augment or None,
+        auto_augment=config.augmentation.rand_augment or None,
         interpolation="bicubic",
-        num_workers=config.workers,
+        num_workers=config.images.workers,
         pin_memory=torch.cuda.is_available(),
         device=torch.device("cpu"),
         use_prefetcher=as_bytes,

@@ -46,17 +46,17 @@ def row(gpus: int, given: argparse.Namespace, gradients: int) -> list[str]:
     """
     each = min(128, given.largest_batch // gpus)
     config = build_config("imagenet", {"data": "synthetic", "batch_size": gpus * each})
-    steps = IMAGES // config.batch_size
+    steps = IMAGES // config.optimisation.batch_size
     compute = each / given.images_per_second
     reduce = 2 * (gpus - 1) / gpus * gradients / (given.bandwidth * 1e9)
-    rate = config.batch_size / (compute + reduce)
+    rate = config.optimisation.batch_size / (compute + reduce)
     return [
         str(gpus),
         str(each),
-        str(config.batch_size),
+        str(config.optimisation.batch_size),
         f"{config.peak_lr:.0e}",
         str(steps),
-        f"{config.epochs * steps * (compute + reduce) / 3600:.1f} h",
+        f"{config.optimisation.epochs * steps * (compute + reduce) / 3600:.1f} h",
         f"{1e3 * compute:.1f} ms",
         f"{1e3 * reduce:.2f} ms",
         f"{100 * reduce / (compute + reduce):.0f} %",

@@ -50,7 +50,8 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, list[float]]:
     configs = [step_config(**values, batch_size=size) for size in args.batch_sizes]
     trainers = [make_trainer_in_memory(it, scratch / f"{it.batch_size}", args.steps) for it in configs]
     loops: dict[str, tuple[int, Callable[[], float]]] = {
-        str(it.config.batch_size): (it.config.batch_size, partial(trainer_seconds, it)) for it in trainers
+        str(it.config.optimisation.batch_size): (it.config.optimisation.batch_size, partial(trainer_seconds, it))
+        for it in trainers
     }
     loops["alone"] = (args.batch_sizes[-1], PlainLoop(trainers[-1]).seconds)
     rates: dict[str, list[float]] = {name: [] for name in loops}

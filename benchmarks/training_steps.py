@@ -97,9 +97,9 @@ def make_trainer(config: TrainConfig, out: Path, training: Source) -> Trainer:
 
 def make_trainer_in_memory(config: TrainConfig, out: Path, steps: int) -> Trainer:
     """A Trainer whose epoch has so many steps and whose batches are in memory; :data:`BATCHES` of noise in turn."""
-    trainer = make_trainer(config, out, Unread(config.batch_size * steps))
+    trainer = make_trainer(config, out, Unread(config.optimisation.batch_size * steps))
     trainer.batches.close()
-    trainer.batches = cycle(make_batches(config, config.batch_size // trainer.world_size))
+    trainer.batches = cycle(make_batches(config, config.optimisation.batch_size // trainer.world_size))
     return trainer
 
 
@@ -112,9 +112,12 @@ def train_epoch(trainer: Trainer, epoch: int) -> dict[str, float]:
 
 def make_batches(config: TrainConfig, size: int) -> list[Batch]:
     """Batches of noise as a loader would hand them over."""
-    draw = torch.Generator().manual_seed(config.seed)
-    shape = (size, 3, config.image_size, config.image_size)
-    mixing = [draw_mixing(config.image_size, config.mixup, config.cutmix) for _ in range(size // 2 * config.mixes)]
+    draw = torch.Generator().manual_seed(config.optimisation.seed)
+    shape = (size, 3, config.images.image_size, config.images.image_size)
+    mixing = [
+        draw_mixing(config.images.image_size, config.augmentation.mixup, config.augmentation.cutmix)
+        for _ in range(size // 2 * config.mixes)
+    ]
     return [
         Batch(
             torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw),
@@ -150,7 +153,9 @@ def deepspeed_seconds(trainer: Trainer) -> float:
     start = time.perf_counter()
     for _ in range(steps):
         images, labels = next(batches)
-        loss = F.cross_entropy(engine(images).float(), labels, label_smoothing=trainer.config.label_smoothing)
+        loss = F.cross_entropy(
+            engine(images).float(), labels, label_smoothing=trainer.config.augmentation.label_smoothing
+        )
         engine.backward(loss)
         engine.step()
     _wait_for_device()
@@ -163,14 +168,14 @@ class PlainLoop:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.model = whole_model(trainer.engine, full_weights(trainer.engine)).train()
-        groups = parameter_groups(self.model, trainer.config.weight_decay)
+        groups = parameter_groups(self.model, trainer.config.optimisation.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=trainer.engine.get_lr()[0], fused=True)
-        precision, device = trainer.config.precision, trainer.engine.device.type
+        precision, device = trainer.config.compute.precision, trainer.engine.device.type
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
     def seconds(self) -> float:
         """Seconds a step."""
-        smoothing, steps = self.trainer.config.label_smoothing, self.trainer.order.steps
+        smoothing, steps = self.trainer.config.augmentation.label_smoothing, self.trainer.order.steps
         batches = ready_batches(self.trainer)
         _wait_for_device()
         start = time.perf_counter()

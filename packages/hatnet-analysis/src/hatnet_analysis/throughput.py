@@ -21,7 +21,7 @@ from hatnet_analysis.flops import count_flops, count_params
 from hatnet_analysis.memory import peak_memory
 from hatnet_analysis.models import load_model, refusals
 from hatnet_analysis.peers import table_2
-from hatnet_core.commands import pick_device
+from hatnet_core.devices import pick_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

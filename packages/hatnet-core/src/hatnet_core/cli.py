@@ -49,7 +49,7 @@ class Export(Command):
     Graphs and programs take any batch size, height and width. They are checked against the model, also at sizes
     that were not traced, before the file appears.
 
-    examples:
+    Examples:
       hatnet-export --checkpoint runs/digits --out digits.onnx
       hatnet-export --checkpoint HAT-Net_Small.pth --variant hatnet_small --out small.pt2
     """
@@ -128,8 +128,7 @@ class Export(Command):
             return load_model(self.checkpoint, self.variant, self.key)
         if not self.pretrained:
             logger.info("neither --checkpoint nor --pretrained: random weights")
-        assert self.variant is not None
-        return create_model(self.variant, pretrained=self.pretrained)
+        return create_model(self.variant or "", pretrained=self.pretrained)
 
     def _metadata(self) -> dict[str, Any]:
         """Metadata of the checkpoint that are not about its model, such as the class names."""

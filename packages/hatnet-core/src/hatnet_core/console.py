@@ -1,15 +1,18 @@
 """Run a command: options by tyro, messages by ``logging``, one line per error, an exit status.
 
-The commands of all packages are :class:`Command` classes that :func:`run` parses and runs. Nothing here imports torch,
-so that ``--help`` and a usage error appear at once. Needs the extra ``hatnet-core[cli]``. What a user sees of this is in
-docs/commands.md.
+The commands of all packages are :class:`Command` classes, which :func:`run` parses and runs. Nothing here imports
+torch, so that ``--help`` and a usage error appear at once. Needs the extra ``hatnet-core[cli]``. What a user sees of
+this is in docs/commands.md.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import inspect
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -163,6 +166,8 @@ def one_of(known: Sequence[str]) -> Callable[[str], str]:
 PATH = option(Path, "PATH", _path)
 """Type of a path that is not empty."""
 
+SomePath: TypeAlias = Annotated[Path, PATH]
+
 CHECKPOINT = arg(
     help="Weights: a run folder of hatnet-train, a checkpoint in it, a .safetensors file, or with --variant any other "
     "file of weights."
@@ -190,7 +195,7 @@ def run(
     version: str,
     description: str | None = None,
     default: Callable[[type[Command], list[str]], Any] | None = None,
-    explain: Callable[[Exception], str] | None = None,
+    explain: Callable[[Exception, Command], str] | None = None,
 ) -> int:
     """Parse the arguments and run the command.
 
@@ -200,8 +205,8 @@ def run(
         arguments: those of the process by default.
         version: printed by ``--version``.
         description: for the help of a program with subcommands.
-        default: takes the command and its arguments and returns an instance whose values are the defaults.
-        explain: makes an error one line; :func:`error_text` by default.
+        default: takes the command and its arguments and returns an instance with other defaults, or None.
+        explain: makes an error and the options one line; :func:`error_text` by default.
 
     Returns:
         The exit status.
@@ -215,18 +220,20 @@ def run(
             say(f"{prog} {version}")
             return 0
         name, command, words = _chosen(prog, commands, words, description)
-        settings = {} if default is None else {"default": default(command, words)}
-        with _flushed():
-            options: Command = tyro.cli(command, prog=name, args=words, **settings)
+        settings: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes,)}
+        if default is not None and (values := default(command, words)) is not None:
+            settings["default"] = values
+        with _flushed(), _help_may_be_cut():
+            options: Command = tyro.cli(
+                command, prog=name, args=words, description=inspect.cleandoc(command.__doc__ or ""), **settings
+            )
         with log_to_stderr(name, logging.WARNING if options.quiet else logging.INFO - 10 * options.verbose) as log:
             return _work(options, name, log, explain or error_text)
     except OutputClosedError:
         return CLOSED
-    except UsageError as error:
-        return _usage(prog, error)
 
 
-def _work(options: Command, name: str, log: logging.Logger, explain: Callable[[Exception], str]) -> int:
+def _work(options: Command, name: str, log: logging.Logger, explain: Callable[[Exception, Command], str]) -> int:
     try:
         with _flushed():
             return options.run() or 0
@@ -236,29 +243,25 @@ def _work(options: Command, name: str, log: logging.Logger, explain: Callable[[E
         log.info("interrupted")
         return INTERRUPTED
     except UsageError as error:
-        return _usage(name, error)
+        sys.stderr.write(f"{name}: error: {in_flags(str(error), options)} (see {name} --help)\n")
+        return USAGE
     except Exception as error:  # libraries raise whatever they like
         if os.environ.get(TRACEBACK) or options.verbose:
             traceback.print_exc()
-        log.error(explain(error), extra={"all_ranks": True})
+        log.error(explain(error, options), extra={"all_ranks": True})
         return FAILED
 
 
 def _chosen(
     prog: str, commands: type[Command] | Mapping[str, type[Command]], words: list[str], description: str | None
 ) -> tuple[str, type[Command], list[str]]:
-    """Return the command that the first word names, with its name and arguments; anything else is for tyro to answer."""
+    """Return the command that the first word names, with its name and arguments; tyro answers anything else."""
     if not isinstance(commands, Mapping):
         return prog, commands, words
     if not words or words[0] not in commands:
         with _flushed():
             tyro.extras.subcommand_cli_from_dict(dict(commands), prog=prog, description=description, args=words)
     return f"{prog} {words[0]}", commands[words[0]], words[1:]
-
-
-def _usage(name: str, error: UsageError) -> int:
-    sys.stderr.write(f"{name}: error: {error} (see {name} --help)\n")
-    return USAGE
 
 
 @contextmanager
@@ -293,14 +296,33 @@ class _Line(logging.Formatter):
         return f"{self.name}: {kind}{record.getMessage()}"
 
 
-def error_text(error: Exception) -> str:
+def error_text(error: Exception, options: Command) -> str:
     """Return an error in one line; one that is not :data:`EXPECTED` with its type and how to see more."""
-    text = " ".join(str(error).split())
+    text = in_flags(" ".join(str(error).split()), options)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, EXPECTED) and text:
         return text
     return f"{type(error).__name__}: {text}".removesuffix(": ") + " (--verbose shows the traceback)"
+
+
+def flags_of(options: Any) -> dict[str, str]:
+    """Return the flag of every field, also of those in groups: ``--batch-size`` for ``batch_size``."""
+    flags = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        flags |= flags_of(value) if dataclasses.is_dataclass(value) else {field.name: f"--{field.name}"}
+    return {name: flag.replace("_", "-") for name, flag in flags.items()}
+
+
+def in_flags(text: str, options: Command) -> str:
+    """Spell the names of arguments as the flags of a command: ``variant=NAME`` as ``--variant NAME``."""
+    for name, flag in flags_of(options).items():
+        text = re.sub(rf"(?<![^\s(]){name}=('?)([\w.-]+)\1", rf"{flag} \2", text)
+        text = re.sub(rf"^{name}(?= must be )", flag, text)
+        if "_" in name:
+            text = re.sub(rf"(?<![\w./-]){name}(?![\w/-])(?!\.\w)", flag, text)
+    return text
 
 
 def say(text: str | None = None) -> None:
@@ -320,10 +342,14 @@ def say(text: str | None = None) -> None:
             sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try once more at its end
+        _discard_output()
         if isinstance(error, BrokenPipeError):
             raise OutputClosedError from error
         raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try to write once more at its end
 
 
 @contextmanager
@@ -333,6 +359,15 @@ def _flushed() -> Iterator[None]:
         yield
     finally:
         say()
+
+
+@contextmanager
+def _help_may_be_cut() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        _discard_output()
+        raise OutputClosedError from error
 
 
 def writable_file(path: Path) -> Path:

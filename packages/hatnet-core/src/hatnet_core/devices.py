@@ -19,5 +19,6 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         known = "" if reason.startswith("Expected one of") else f": {reason}"  # torch lists all that it ever knew
-        raise ValueError(f"device must be auto, cpu, or an available GPU such as cuda:0, got {name!r}{known}") from error
+        expected = "auto, cpu, or an available GPU such as cuda:0"
+        raise ValueError(f"device must be {expected}, got {name!r}{known}") from error
     return device

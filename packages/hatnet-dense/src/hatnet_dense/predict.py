@@ -27,7 +27,7 @@ from mmengine.config import Config
 from PIL import Image
 from tqdm import tqdm
 
-from hatnet_core.commands import pick_device
+from hatnet_core.devices import pick_device
 from hatnet_core.images import IMAGE_SUFFIXES, is_image_file
 from hatnet_dense.config import demand, innermost
 from hatnet_dense.data_check import check_classes

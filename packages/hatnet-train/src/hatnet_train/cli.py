@@ -1,558 +1,578 @@
-"""The commands of hatnet-train: arguments in, one call. How they look and end is in :mod:`hatnet_core.commands`."""
+"""The commands of hatnet-train: options in, one call. :mod:`hatnet_core.console` parses, logs and ends them."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import logging
 import os
 import sys
-import types
-from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
-from hatnet_core.commands import (
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
+
+from hatnet_core import console
+from hatnet_core.console import (
     FAILED,
-    SHARED,
-    STATUSES,
+    PATH,
+    Batch,
+    Checkpoint,
+    Command,
+    Device,
+    Format,
+    SomePath,
     UsageError,
-    add_batch,
-    add_checkpoint,
-    add_device,
-    add_format,
-    add_variant,
+    Variant,
+    one_of,
+    option,
     real,
     say,
-    some_path,
     whole,
     writable_file,
     writable_folder,
 )
 from hatnet_core.variants import MIN_SIZE
 from hatnet_train.__about__ import __version__
-from hatnet_train.config import BAD_IMAGE, MAX_SIZE, MAX_WORKERS, PRECISIONS, QUALITY, SHARD_MEGABYTES, TrainConfig
-from hatnet_train.parser import LaunchedParser
-from hatnet_train.recipes import RECIPES, build_config
+from hatnet_train.config import (
+    FIELDS,
+    MAX_SIZE,
+    MAX_WORKERS,
+    QUALITY,
+    SHARD_MEGABYTES,
+    FieldError,
+    Options,
+    TrainConfig,
+    field_help,
+)
+from hatnet_train.errors import explain
+from hatnet_train.recipes import NEEDED, RECIPES, build_config, recipe_values
 from hatnet_train.signals import REQUEUE, Preempted, Signals
+from hatnet_train.workers import kill
 
 PREEMPT_SECONDS = 90.0
-"""Between SIGTERM and the end of the process, to save in, if --preempt-seconds does not say."""
+"""Time between SIGTERM and the end of the process to save in, by default."""
 
 TIMEOUT_SECONDS = 600.0
-"""How long a process waits for the others, if --timeout does not say."""
+"""Time that a process waits for the others, by default."""
+
+SHOWN = "imagenet"
+"""Recipe whose values ``--help`` shows without ``--recipe``."""
+
+RECIPE = option(str, "NAME", one_of(list(RECIPES)))
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launched(Command):
+    """A command that a launcher may start many times at once."""
+
+    timeout: Annotated[float, real(0), arg(metavar="SECONDS")] = TIMEOUT_SECONDS
+    """Seconds to wait for a process that does not start or answer."""
+
+    local_rank: int = 0
+    """Rank on this host, as the deepspeed launcher adds it; without effect."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Options, Launched):
+    """Options of a training run."""
+
+    recipe: Annotated[str, RECIPE, arg(help=f"Values to start from: {', '.join(RECIPES)}.")]
+
+    out: Annotated[Path | None, PATH, arg(metavar="DIR")] = None
+    """Run folder: new, empty, or with --resume that of the run."""
+
+    resume: Annotated[str, arg(metavar="auto|none|PATH")] = "none"
+    """Resume from the newest checkpoint in --out, if there is one (auto), from that of another run folder, or from a
+    checkpoint; none starts a new run."""
+
+    preempt_seconds: Annotated[float, real(0), arg(metavar="SECONDS")] = PREEMPT_SECONDS
+    """Seconds to save in after SIGTERM or SIGUSR1."""
+
+    deepspeed_config: Annotated[Path | None, PATH, arg(metavar="FILE")] = None
+    """DeepSpeed's own JSON. Its values replace those of the recipe and must not contradict the command line."""
+
+    deepspeed: Annotated[bool, FlagCreatePairsOff] = False
+    """Customary with --deepspeed_config; without effect."""
+
+    given: Annotated[tuple[str, ...], Suppress] = ()
+    """Names of the options on the command line."""
+
+    def start(self, out: Path | None) -> int:
+        """Train, or without a folder check the processes only."""
+        user = self.user_config()
+        config = self.config(user)
+        signals = Signals(self.preempt_seconds)
+        _import_deepspeed()
+        from hatnet_train.run import train_run
+
+        try:
+            train_run(config, out, user, resume=self.resume, timeout=self.timeout, signals=signals)
+        except Preempted as end:
+            logger.info("%s", end)
+            return REQUEUE
+        return 0
+
+    def user_config(self) -> dict[str, Any]:
+        """Read the DeepSpeed JSON."""
+        from hatnet_train.deepspeed_json import read_deepspeed_json
+
+        return {} if self.deepspeed_config is None else read_deepspeed_json(self.deepspeed_config)
+
+    def config(self, user: dict[str, Any]) -> TrainConfig:
+        """Build the configuration from command line, DeepSpeed JSON and recipe, in this order."""
+        from hatnet_train.deepspeed_json import fields_of, key_of
+
+        path, fields = self.deepspeed_config, fields_of(user)
+        given = {name: value for name, value in self.to_dict().items() if name in self.given}
+        for name in given.keys() & fields.keys():
+            if given[name] != fields[name]:
+                gives = "the learning rate" if name == "lr_batch_size" else fields[name]
+                raise UsageError(f"{_flag(name)} {given[name]} contradicts {path}, which gives {gives}: omit one")
+        try:
+            return build_config(self.recipe, {**fields, **given})
+        except FieldError as error:
+            if error.field in fields and error.field not in given:
+                raise ValueError(f"{path}: {key_of(error.field)} {error.problem}") from error
+            raise UsageError(error) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Run):
+    """Train a HAT-Net with DeepSpeed: alone, or in every process that a launcher starts.
+
+    Launchers are deepspeed, torchrun, srun and mpirun. Weights, metrics, curves and checkpoints go to --out. The
+    defaults below are those of --recipe imagenet, or of the recipe on the command line.
+
+    Examples:
+      hatnet-train --recipe digits --out runs/digits
+      hatnet-train --recipe digits --out runs/digits --resume auto
+      deepspeed --num_accelerators 2 --module hatnet_train --recipe digits --out runs/digits
+      deepspeed --hostfile hosts --module hatnet_train --recipe imagenet --data shards --out runs/small
+
+    Other commands, each with its --help:
+      hatnet-train config          print the configuration as JSON
+      hatnet-train preflight       check the processes and measure their network
+      hatnet-train check-data      read all images and report every problem
+      hatnet-train verify          check every file of a run folder
+      hatnet-train check-hostfile  look up every host of DeepSpeed's hostfile
+    """
+
+    out: Annotated[Path, PATH, arg(metavar="DIR")]
+    """Run folder: new, empty, or with --resume that of the run."""
+
+    def run(self) -> int:
+        """Train."""
+        return self.start(writable_folder(self.out))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight(Run):
+    """Check the processes of a launch and measure their network, with the options of the run."""
+
+    def run(self) -> int:
+        """Check."""
+        return self.start(None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Run):
+    """Print the configuration of a run as JSON."""
+
+    def run(self) -> None:
+        """Print."""
+        config = self.config(self.user_config())
+        from hatnet_train.data.augment import TrainTransform
+
+        TrainTransform(config)  # timm knows whether its policy is valid
+        say(json.dumps(config.to_dict(), indent=2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckData(Command):
+    """Read all images of a data set, count those of each class, and print every problem.
+
+    Problems are such as unreadable images, and pictures that are in both train/ and val/.
+    """
+
+    data: Annotated[str | None, arg(metavar="DATA", help=field_help("data"))] = None
+
+    recipe: Annotated[str | None, RECIPE] = None
+    """Recipe whose data to check, if --data is not given."""
+
+    image_size: Annotated[int, whole(MIN_SIZE, MAX_SIZE, "PIXELS")] = MIN_SIZE
+    """Side of synthetic images."""
+
+    workers: Annotated[int, whole(0, MAX_WORKERS), arg(help=field_help("workers"))] = FIELDS["workers"].default
+
+    def run(self) -> None:
+        """Check."""
+        data = self.data or RECIPES.get(self.recipe or "", {}).get("data")
+        if not data:
+            raise UsageError("--data is required")
+        from hatnet_train.data.check import check_data
+
+        found = check_data(data, size=self.image_size, workers=self.workers)
+        width = max(map(len, ("class", *found.counts)))
+        say(f"{'class':<{width}}  {'train':>9}  {'val':>9}")
+        totals = (sum(n for n, _ in found.counts.values()), sum(n for _, n in found.counts.values()))
+        for name, (training, held_out) in [*found.counts.items(), ("all", totals)]:
+            say(f"{name:<{width}}  {training:>9,}  {held_out:>9,}")
+        for line in filter(None, [str(found.skipped), *found.problems]):
+            say(line)
+        if found.problems:
+            raise ValueError(f"{data}: {len(found.problems)} problem{'s' * (len(found.problems) > 1)}")
+        say(f"{data}: no problems")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(Command):
+    """Check every file of a run folder's checkpoints against its hash."""
+
+    folder: Positional[SomePath]
+    """Run folder."""
+
+    def run(self) -> None:
+        """Verify."""
+        from hatnet_train.verify import check_run, is_done
+
+        found = check_run(self.folder)
+        for path, problems in found.items():
+            sound = "usable" if path != self.folder or is_done(self.folder) else "not done, no final weights to check"
+            say(f"{path}: {'damaged' if problems else sound}")
+            for problem in problems:
+                say(f"  {problem}")
+        damaged = [str(path) for path, problems in found.items() if problems]
+        usable = [path for path, problems in found.items() if not problems and path != self.folder]
+        if usable:
+            say(f"--resume auto resumes from {usable[-1]}")
+        if damaged:
+            raise ValueError(f"{len(damaged)} of {len(found)} are damaged: {', '.join(damaged)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckHostfile(Command):
+    """Look up every host of a hostfile of DeepSpeed."""
+
+    file: Positional[SomePath]
+    """Hostfile."""
+
+    def run(self) -> None:
+        """Look up."""
+        from hatnet_train.preflight import check_hostfile
+
+        hosts = check_hostfile(self.file)
+        say(f"{self.file}: {len(hosts)} hosts, {sum(hosts.values())} processes, all names resolve")
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "train": Train,
+    "config": Config,
+    "preflight": Preflight,
+    "check-data": CheckData,
+    "verify": Verify,
+    "check-hostfile": CheckHostfile,
+}
+
+MODES = {
+    "--print-config": "config",
+    "--preflight": "preflight",
+    "--check-data": "check-data",
+    "--verify": "verify",
+    "--check-hostfile": "check-hostfile",
+}
+"""Commands by the options that they once were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadImages:
+    """Log images that cannot be read as they are met, and tell the exit status."""
+
+    on_bad_image: Annotated[
+        Literal["strict", "replace"],
+        arg(
+            help="An image that cannot be read is named and skipped. strict: exit status 1 after all others; "
+            "replace: a warning."
+        ),
+    ] = "strict"
+
+    problems: Annotated[list[str], Suppress] = field(default_factory=list)
+
+    def skip(self, problem: str) -> None:
+        """Log an image."""
+        self.problems.append(problem)
+        if self.on_bad_image == "strict":
+            logger.error("%s", problem)
+        else:
+            logger.warning("skipped: %s", problem)
+
+    def status(self, count: int | None = None) -> int:
+        """Return the exit status after all images, of which ``count`` are bad: by default those of this process."""
+        count = len(self.problems) if count is None else count
+        return FAILED if count and self.on_bad_image == "strict" else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(BadImages, Launched):
+    """Measure top-1 and top-5 accuracy of a checkpoint on held-out images, each counted once.
+
+    Runs alone, or in every process that a launcher starts. The result is printed.
+
+    Examples:
+      hatnet-eval --checkpoint runs/small --data imagenet
+      hatnet-eval --checkpoint HAT-Net_Small.pth --variant hatnet_small --data shards --size 256 --out top1.json
+    """
+
+    checkpoint: Checkpoint
+
+    variant: Variant = None
+
+    data: Annotated[str, arg(metavar="DATA", help=field_help("data"))]
+
+    size: Annotated[
+        int | None, whole(MIN_SIZE, MAX_SIZE, "PIXELS"), arg(help_behavior_hint="(default: as trained)")
+    ] = None
+    """Side of the square input in pixels, 32 to 2048."""
+
+    batch: Batch = 128
+
+    workers: Annotated[int, whole(0, MAX_WORKERS), arg(help=field_help("workers"))] = 4
+
+    precision: Literal["bf16", "fp16", "fp32"] = "fp32"
+    """Precision to compute in."""
+
+    format: Format = "table"
+
+    out: Annotated[Path | None, PATH, arg(metavar="FILE")] = None
+    """Write the result to this JSON file, too."""
+
+    def run(self) -> int:
+        """Evaluate."""
+        if self.out is not None:
+            writable_file(self.out)
+        _import_deepspeed()
+        from hatnet_train.checkpoint import write_file
+        from hatnet_train.evaluation import evaluation_run
+
+        row = evaluation_run(
+            self.checkpoint,
+            self.data,
+            variant=self.variant,
+            size=self.size,
+            batch_size=self.batch,
+            workers=self.workers,
+            precision=self.precision,
+            timeout=self.timeout,
+            on_bad=self.skip,
+        )
+        if row is None:  # rank 0 reports
+            return 0
+        if self.out is not None:
+            write_file(self.out, (json.dumps(row, indent=2) + "\n").encode())
+        if self.format == "json":
+            say(json.dumps(row, indent=2))
+        else:
+            not_counted = f" ({row['bad_images']} cannot be read)" if row["bad_images"] else ""
+            say(
+                f"{row['checkpoint']}: top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %, loss {row['loss']:.4f} "
+                f"over {row['images']} images{not_counted} at {row['size']} pixels, "
+                f"{row['images_per_second']:.0f} images/s"
+            )
+        return self.status(row["bad_images"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(BadImages, Command):
+    """Classify image files with a checkpoint. The result is printed, one line per image.
+
+    Examples:
+      hatnet-predict scan.png --checkpoint runs/digits --top-k 3
+      hatnet-predict scans/val --checkpoint runs/digits
+    """
+
+    images: Positional[tuple[SomePath, ...]]
+    """Image files in any format that Pillow reads, or folders."""
+
+    checkpoint: Checkpoint
+
+    variant: Variant = None
+
+    top_k: Annotated[int, whole(1), arg(metavar="K")] = 1
+    """Classes to show of each image."""
+
+    device: Device = "auto"
+
+    format: Format = "table"
+
+    def run(self) -> int:
+        """Classify."""
+        if not self.images:
+            raise UsageError("an image file or folder is required")
+        from hatnet_train.classifier import load_classifier
+        from hatnet_train.predict import find_images, predictions
+
+        classifier = load_classifier(self.checkpoint, self.variant)
+        files, skipped = find_images(self.images, self.skip)
+        if text := str(skipped):
+            logger.info("%s", text)
+        rows = []
+        try:
+            for row in predictions(classifier, files, self.top_k, self.device, self.skip):
+                rows.append(row)
+                if self.format == "table":
+                    ranked = zip(row["classes"], row["probabilities"], strict=True)
+                    say(f"{row['image']}  " + "  ".join(f"{name} {100 * p:.1f} %" for name, p in ranked))
+        finally:
+            if rows and self.format == "json":  # of the images so far, whatever stopped the rest
+                say(json.dumps(rows, indent=2))
+        return self.status() if rows else FAILED
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteShards(BadImages, Command):
+    """Write an ImageNet-layout folder as WebDataset tar shards with an index for random access, or check shards.
+
+    Examples:
+      hatnet-shards imagenet --out shards --workers 16
+      hatnet-shards imagenet --out shards-256 --resize 256 --workers 16
+      hatnet-shards shards --verify
+    """
+
+    data: Positional[SomePath]
+    """Folder with train/ and val/; a folder of shards with --verify."""
+
+    out: Annotated[Path | None, PATH, arg(metavar="DIR")] = None
+    """Folder to write, new or empty."""
+
+    verify: Annotated[bool, FlagCreatePairsOff] = False
+    """Read all shards of DATA and compare their hashes."""
+
+    resize: Annotated[
+        int | None, whole(MIN_SIZE, metavar="PIXELS"), arg(help_behavior_hint="(default: unchanged)")
+    ] = None
+    """Reduce the short side of larger images to this size, from 32."""
+
+    quality: Annotated[int | None, whole(1, 100), arg(help_behavior_hint=f"(default: {QUALITY})")] = None
+    """Quality of the JPEG files that --resize makes, 1 to 100."""
+
+    shard_megabytes: Annotated[float, real(0), arg(metavar="MB")] = SHARD_MEGABYTES
+    """Approximate size of a shard."""
+
+    seed: Annotated[int, whole(0)] = 0
+    """Seed of the order of the training images."""
+
+    workers: Annotated[int, whole(0, MAX_WORKERS), arg(help_behavior_hint="(default: as many as cores)")] = (
+        os.cpu_count() or 1
+    )
+    """Processes that write."""
+
+    def run(self) -> int:
+        """Write, or check."""
+        if self.verify == (self.out is not None):
+            raise UsageError("one of --out and --verify is required, and not both")
+        if self.quality is not None and self.resize is None:
+            raise UsageError(f"--quality has an effect only with --resize, got {self.quality}")
+        if self.out is None:
+            if self.resize is not None:
+                raise UsageError(f"--resize has an effect only with --out, got {self.resize}")
+            from hatnet_train.data.shards import verify
+
+            verify(self.data)
+            say(f"{self.data}: all shards are as they were written")
+            return 0
+        from hatnet_train.data.shard_writer import write_shards
+
+        index = write_shards(
+            self.data,
+            writable_folder(self.out),
+            shard_megabytes=self.shard_megabytes,
+            resize=self.resize,
+            quality=self.quality or QUALITY,
+            seed=self.seed,
+            workers=self.workers,
+            on_bad=self.skip,
+        )
+        for name, split in index["splits"].items():
+            written = split["shards"]
+            size = sum(shard["bytes"] for shard in written)
+            number = "1 shard" if len(written) == 1 else f"{len(written)} shards"
+            say(f"{name}: {split['images']} images in {number}, {size / 1e6:.1f} MB")
+        if self.problems:
+            say(f"skipped: {len(self.problems)} that cannot be read")
+        return self.status()
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
     """Command line of ``hatnet-train``; see its ``--help``."""
-    return train_parser().run(_train, arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    words.sort(key=lambda word: word.startswith("--local_rank="))  # the deepspeed launcher puts it first
+    modes = [word for word in words if word.partition("=")[0] in MODES]
+    if modes:
+        name, _, value = modes[0].partition("=")
+        words.remove(modes[0])
+        words = [MODES[name], *filter(None, [value]), *words]
+    if words[:1] == ["train"] or not words or words[0] not in COMMANDS:
+        return _run("hatnet-train", Train, words[words[:1] == ["train"] :])
+    return _run("hatnet-train", COMMANDS, words)
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
     """Command line of ``hatnet-eval``; see its ``--help``."""
-    return evaluate_parser().run(_evaluate, arguments)
+    return _run("hatnet-eval", Evaluate, arguments)
 
 
 def predict(arguments: Sequence[str] | None = None) -> int:
     """Command line of ``hatnet-predict``; see its ``--help``."""
-    return predict_parser().run(_predict, arguments)
+    return _run("hatnet-predict", Predict, arguments)
 
 
 def shards(arguments: Sequence[str] | None = None) -> int:
     """Command line of ``hatnet-shards``; see its ``--help``."""
-    return shards_parser().run(_shards, arguments)
+    return _run("hatnet-shards", WriteShards, arguments)
 
 
-def train_parser() -> LaunchedParser:
-    """The options of ``hatnet-train``."""
-    parser = LaunchedParser(
-        "hatnet-train",
-        usage="%(prog)s --recipe NAME --out DIR [options]",
-        description="Train a HAT-Net with DeepSpeed: alone, or in every process that a launcher starts (deepspeed, "
-        "torchrun, srun, mpirun). Weights, metrics, curves and checkpoints go to --out.",
-        epilog="examples:\n"
-        "  hatnet-train --recipe digits --out runs/digits\n"
-        "  hatnet-train --recipe digits --out runs/digits --resume auto\n"
-        "  hatnet-train --verify runs/digits\n"
-        "  hatnet-train --check-data --data flowers\n"
-        "  deepspeed --num_accelerators 2 --module hatnet_train \\\n"
-        "      --recipe digits --out runs/digits\n"
-        "  deepspeed --hostfile hosts --module hatnet_train \\\n"
-        f"      --recipe imagenet --data shards --out runs/small\n\n{STATUSES};\n"
-        f"{REQUEUE} if SIGTERM or SIGUSR1 ended the run, which can go on",
-        version=__version__,
-    )
-    parser.add_argument(
-        "--recipe", choices=RECIPES, metavar="NAME", help=f"values to start from: {', '.join(RECIPES)}"
-    )
-    parser.add_argument(
-        "--out",
-        type=some_path,
-        metavar="DIR",
-        help="write to this run folder: new, empty, or with --resume that run's own",
-    )
-    parser.add_argument(
-        "--resume",
-        default="none",
-        metavar="auto|none|PATH",
-        help="go on from the newest checkpoint in --out, if there is one; or from that of another run folder, or a "
-        "checkpoint itself (default none: a new run)",
-    )
-    parser.add_argument(
-        "--preempt-seconds",
-        type=real(0),
-        default=PREEMPT_SECONDS,
-        metavar="SECONDS",
-        help=f"after SIGTERM or SIGUSR1, time to save before the process ends (default {PREEMPT_SECONDS:g})",
-    )
-    _add_timeout(parser)
-    parser.add_argument(
-        "--deepspeed_config",
-        type=Path,
-        metavar="FILE",
-        help="DeepSpeed's own JSON; its values go before the recipe's and must not contradict the command line",
-    )
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # customary beside the JSON
-    _add_local_rank(parser)
-    instead = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
-    instead.add_argument("--print-config", action="store_true", help="print the configuration as JSON")
-    instead.add_argument("--preflight", action="store_true", help="check the processes and measure their network")
-    instead.add_argument(
-        "--check-data",
-        action="store_true",
-        help="read all images of --data, count those of each class, and print every problem, such as unreadable "
-        "images and pictures that are in both train/ and val/",
-    )
-    instead.add_argument("--verify", type=Path, metavar="DIR", help="check every file of a run folder's checkpoints")
-    instead.add_argument(
-        "--check-hostfile", type=Path, metavar="FILE", help="look up every host of DeepSpeed's hostfile"
-    )
-    _add_fields(parser)
-    return parser
-
-
-def evaluate_parser() -> LaunchedParser:
-    """The options of ``hatnet-eval``."""
-    parser = LaunchedParser(
-        "hatnet-eval",
-        description="Top-1 and top-5 accuracy of a checkpoint on held-out images, each counted once: alone, or in "
-        "every process that a launcher starts. The result is printed.",
-        epilog="examples:\n"
-        "  hatnet-eval --checkpoint runs/small --data imagenet\n"
-        "  hatnet-eval --checkpoint HAT-Net_Small.pth --variant hatnet_small \\\n"
-        f"      --data shards --size 256 --out top1.json\n\n{STATUSES}",
-        version=__version__,
-    )
-    add_checkpoint(parser, required=True)
-    add_variant(parser, ", where the checkpoint does not say it")
-    parser.add_argument(
-        "--data", required=True, metavar="DATA", help=TrainConfig.__dataclass_fields__["data"].metadata["help"]
-    )
-    parser.add_argument(
-        "--size",
-        type=whole(MIN_SIZE, MAX_SIZE, " of pixels"),
-        metavar="PIXELS",
-        help=f"{SHARED['--size']} to {MAX_SIZE} (default: as trained)",
-    )
-    add_batch(parser, 128)
-    parser.add_argument(
-        "--workers", type=whole(0, MAX_WORKERS), default=4, metavar="N", help="data workers a process (default 4)"
-    )
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="computed in (default fp32)")
-    _add_on_bad_image(parser, "is not counted")
-    _add_timeout(parser)
-    _add_local_rank(parser)
-    add_format(parser)
-    parser.add_argument("--out", type=some_path, metavar="FILE", help="write to this JSON file, too")
-    return parser
-
-
-def predict_parser() -> LaunchedParser:
-    """The options of ``hatnet-predict``."""
-    parser = LaunchedParser(
-        "hatnet-predict",
-        description="Classify image files with a checkpoint. The result is printed, a line an image.",
-        epilog="examples:\n"
-        "  hatnet-predict scan.png --checkpoint runs/digits --top-k 3\n"
-        f"  hatnet-predict scans/val --checkpoint runs/digits\n\n{STATUSES}",
-        version=__version__,
-    )
-    parser.add_argument(
-        "images", nargs="+", type=Path, metavar="IMAGE", help="image file, any format Pillow reads, or folder"
-    )
-    add_checkpoint(parser, required=True)
-    add_variant(parser, ", where the checkpoint does not say it")
-    parser.add_argument(
-        "--top-k", type=whole(1), default=1, metavar="K", help="classes to show of each image (default 1)"
-    )
-    _add_on_bad_image(parser, "is skipped")
-    add_device(parser)
-    add_format(parser)
-    return parser
-
-
-def shards_parser() -> LaunchedParser:
-    """The options of ``hatnet-shards``."""
-    parser = LaunchedParser(
-        "hatnet-shards",
-        description="Write an ImageNet-layout folder as WebDataset tar shards with an index for random access, or "
-        "check shards.",
-        epilog="examples:\n"
-        "  hatnet-shards imagenet --out shards --workers 16\n"
-        "  hatnet-shards imagenet --out shards-256 --resize 256 --workers 16\n"
-        f"  hatnet-shards shards --verify\n\n{STATUSES}",
-        version=__version__,
-    )
-    parser.add_argument("data", type=Path, metavar="DATA", help="folder with train/ and val/; shards with --verify")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=some_path, metavar="DIR", help="write to this folder: new or empty")
-    what.add_argument("--verify", action="store_true", help="read all shards of DATA and compare their hashes")
-    parser.add_argument(
-        "--resize",
-        type=whole(MIN_SIZE, unit=" of pixels"),
-        metavar="PIXELS",
-        help=f"make the short side of larger images so small, from {MIN_SIZE} up (default: unchanged)",
-    )
-    parser.add_argument(
-        "--quality",
-        type=whole(1, 100),
-        metavar="N",
-        help=f"of the JPEG files that --resize makes, 1 to 100 (default {QUALITY})",
-    )
-    parser.add_argument(
-        "--shard-megabytes",
-        type=real(0),
-        default=SHARD_MEGABYTES,
-        metavar="MB",
-        help=f"about the size of a shard (default {SHARD_MEGABYTES:g})",
-    )
-    parser.add_argument(
-        "--seed", type=whole(0), default=0, metavar="N", help="of the order of the training images (default 0)"
-    )
-    parser.add_argument(
-        "--workers",
-        type=whole(0, MAX_WORKERS),
-        default=os.cpu_count(),
-        metavar="N",
-        help="processes that write (default: as many as cores)",
-    )
-    _add_on_bad_image(parser, "is skipped")
-    return parser
-
-
-def _train(options: Namespace) -> int:
-    if options.check_hostfile is not None:
-        return _check_hostfile(options.check_hostfile)
-    if options.verify is not None:
-        return _verify(options.verify)
-    if options.check_data:
-        return _check_data(options)
-    needed = ["recipe"] if options.preflight or options.print_config else ["recipe", "out"]
-    if missing := [f"--{name}" for name in needed if getattr(options, name) is None]:
-        raise UsageError(f"the following arguments are required: {', '.join(missing)}")
-    user = _user_config(options.deepspeed_config)
-    config = _config(options, user)
-    if options.print_config:
-        from hatnet_train.data.augment import TrainTransform
-
-        TrainTransform(config)  # timm knows whether its policy is one
-        say(json.dumps(dataclasses.asdict(config), indent=2))
-        return 0
-    out = None if options.preflight else writable_folder(options.out)
-    signals = Signals(options.preempt_seconds)
-    _import_deepspeed()
-    from hatnet_train.run import train_run
-
+def _run(prog: str, commands: Any, arguments: Sequence[str] | None) -> int:
     try:
-        train_run(config, out, user, resume=options.resume, timeout=options.timeout, signals=signals)
-    except Preempted as end:
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"hatnet-train: {end}\n")
-        return REQUEUE
-    return 0
-
-
-def _evaluate(options: Namespace) -> int:
-    if options.out is not None:
-        writable_file(options.out)
-    _import_deepspeed()
-    from hatnet_train.checkpoint import write_file
-    from hatnet_train.evaluation import evaluation_run
-
-    bad = _BadImages(options)
-    row = evaluation_run(
-        options.checkpoint,
-        options.data,
-        variant=options.variant,
-        size=options.size,
-        batch_size=options.batch,
-        workers=options.workers,
-        precision=options.precision,
-        timeout=options.timeout,
-        on_bad=bad,
-    )
-    if row is None:  # rank 0 speaks
-        return 0
-    status = bad.status(row["bad_images"])
-    if options.out is not None:
-        write_file(options.out, (json.dumps(row, indent=2) + "\n").encode())
-    if options.format == "json":
-        say(json.dumps(row, indent=2))
-        return status
-    not_counted = f" ({row['bad_images']} cannot be read)" if row["bad_images"] else ""
-    say(
-        f"{row['checkpoint']}: top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %, loss {row['loss']:.4f} over "
-        f"{row['images']} images{not_counted} at {row['size']} pixels, {row['images_per_second']:.0f} images/s"
-    )
-    return status
-
-
-def _predict(options: Namespace) -> int:
-    from hatnet_train.classifier import load_classifier
-    from hatnet_train.predict import find_images, predictions
-
-    bad = _BadImages(options)
-    classifier = load_classifier(options.checkpoint, options.variant)
-    files, skipped = find_images(options.images, bad)
-    if text := str(skipped):
-        sys.stderr.write(f"{options.parser.prog}: {text}\n")
-    rows = []
-    try:
-        for row in predictions(classifier, files, options.top_k, options.device, bad):
-            rows.append(row)
-            if options.format == "table":
-                ranked = zip(row["classes"], row["probabilities"], strict=True)
-                say(f"{row['image']}  " + "  ".join(f"{name} {100 * p:.1f} %" for name, p in ranked))
+        return console.run(prog, commands, arguments, version=__version__, default=_defaults, explain=explain)
     finally:
-        if rows and options.format == "json":  # of the images so far, whatever stopped the rest
-            say(json.dumps(rows, indent=2))
-    return bad.status() if rows else FAILED
+        kill()  # whatever the command ended with, it leaves no worker
 
 
-def _shards(options: Namespace) -> int:
-    if options.quality is not None and options.resize is None:
-        raise UsageError(f"--quality has an effect only with --resize, got {options.quality}")
-    if options.verify and options.resize is not None:
-        raise UsageError(f"--resize has an effect only with --out, got {options.resize}")
-    if options.verify:
-        from hatnet_train.data.shards import verify
-
-        verify(options.data)
-        say(f"{options.data}: all shards are as they were written")
-        return 0
-    from hatnet_train.data.shard_writer import write_shards
-
-    bad = _BadImages(options)
-    index = write_shards(
-        options.data,
-        writable_folder(options.out),
-        shard_megabytes=options.shard_megabytes,
-        resize=options.resize,
-        quality=options.quality or QUALITY,
-        seed=options.seed,
-        workers=options.workers,
-        on_bad=bad,
-    )
-    for name, split in index["splits"].items():
-        written = split["shards"]
-        size = sum(shard["bytes"] for shard in written)
-        number = "1 shard" if len(written) == 1 else f"{len(written)} shards"
-        say(f"{name}: {split['images']} images in {number}, {size / 1e6:.1f} MB")
-    return bad.status()
+def _defaults(command: type[Command], words: list[str]) -> Any:
+    """Return the command with the values of the recipe that the words name."""
+    if not issubclass(command, Run):
+        return None
+    parts = [word.partition("=") for word in words]
+    follow = dict(itertools.pairwise(words))
+    recipe = next((value or follow.get(name, "") for name, _, value in parts if name == "--recipe"), "")
+    given = tuple(name.lstrip("-").replace("-", "_").removeprefix("no_") for name, _, _ in parts if name[:2] == "--")
+    shown = recipe if recipe in RECIPES else SHOWN
+    groups = vars(Options.from_dict({"data": "data", **recipe_values(shown)}))
+    missing: dict[str, Any] = {"recipe": tyro.MISSING}
+    if recipe in ("", shown):  # else the recipe is what is wrong
+        for name in NEEDED.get(shown, ("data",)):
+            if name not in RECIPES[shown]:
+                group = FIELDS[name].group
+                groups[group] = dataclasses.replace(groups[group], **{name: tyro.MISSING})
+        if command is Train:
+            missing["out"] = tyro.MISSING
+    return command(**{"out": Path("out"), "given": given, **groups, **missing})
 
 
-class _BadImages:
-    """Names images that cannot be read as they are met; ``--on-bad-image`` says whether they fail the command."""
-
-    def __init__(self, options: Namespace) -> None:
-        self.prog, self.strict = options.parser.prog, options.on_bad_image == "strict"
-        self.count = 0
-
-    def __call__(self, problem: str) -> None:
-        self.count += 1
-        sys.stderr.write(f"{self.prog}: {'error' if self.strict else 'warning: skipped'}: {problem}\n")
-
-    def status(self, count: int | None = None) -> int:
-        """Exit status after all images, of which ``count`` cannot be read: by default those of this process."""
-        return FAILED if self.strict and (self.count if count is None else count) else 0
-
-
-def _check_hostfile(path: Path) -> int:
-    from hatnet_train.preflight import check_hostfile
-
-    hosts = check_hostfile(path)
-    say(f"{path}: {len(hosts)} hosts, {sum(hosts.values())} processes, all names resolve")
-    return 0
-
-
-def _check_data(options: Namespace) -> int:
-    given = {**RECIPES.get(options.recipe, {}), **vars(options)}
-    if not given.get("data"):
-        raise UsageError("the following arguments are required: --data")
-    from hatnet_train.data.check import check_data
-
-    found = check_data(
-        given["data"],
-        size=given.get("image_size", MIN_SIZE),
-        workers=given.get("workers", TrainConfig.__dataclass_fields__["workers"].default),
-    )
-    width = max(map(len, ("class", *found.counts)))
-    say(f"{'class':<{width}}  {'train':>9}  {'val':>9}")
-    totals = (sum(n for n, _ in found.counts.values()), sum(n for _, n in found.counts.values()))
-    for name, (training, held_out) in [*found.counts.items(), ("all", totals)]:
-        say(f"{name:<{width}}  {training:>9,}  {held_out:>9,}")
-    for line in filter(None, [str(found.skipped), *found.problems]):
-        say(line)
-    if found.problems:
-        raise ValueError(f"{given['data']}: {len(found.problems)} problem{'s' * (len(found.problems) > 1)}")
-    say(f"{given['data']}: no problems")
-    return 0
-
-
-def _verify(run: Path) -> int:
-    from hatnet_train.verify import check_run, is_done
-
-    found = check_run(run)
-    for path, problems in found.items():
-        sound = "usable" if path != run or is_done(run) else "not done, without final weights to check"
-        say(f"{path}: {'damaged' if problems else sound}")
-        for problem in problems:
-            say(f"  {problem}")
-    damaged = [str(path) for path, problems in found.items() if problems]
-    usable = [path for path, problems in found.items() if not problems and path != run]
-    if usable:
-        say(f"--resume auto goes on from {usable[-1]}")
-    if damaged:
-        raise ValueError(f"{len(damaged)} of {len(found)} are damaged: {', '.join(damaged)}")
-    return 0
-
-
-def _user_config(path: Path | None) -> dict[str, Any]:
-    """What a user's DeepSpeed JSON holds; nothing without one."""
-    from hatnet_train.deepspeed_json import read_deepspeed_json
-
-    return {} if path is None else read_deepspeed_json(path)
-
-
-def _config(options: Namespace, user: dict[str, Any]) -> TrainConfig:
-    """The run that was asked for: by the command line, the DeepSpeed JSON, the recipe, in this order."""
-    from hatnet_train.deepspeed_json import fields_of, key_of
-
-    path, fields = options.deepspeed_config, fields_of(user)
-    given = {name: value for name, value in vars(options).items() if name in TrainConfig.__dataclass_fields__}
-    for name in given.keys() & fields.keys():
-        if given[name] != fields[name]:
-            if name == "lr_batch_size":
-                raise UsageError(f"{_flag(name)} scales --lr, but {path} gives the learning rate: leave one out")
-            raise UsageError(
-                f"{_flag(name)} {given[name]} contradicts {path}, which gives {fields[name]}: leave one out"
-            )
-    try:
-        return build_config(options.recipe, {**fields, **given})
-    except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        if name in fields and name not in given:
-            raise ValueError(f"{path}: {key_of(name)} {rest}") from error
-        raise UsageError(f"{_flag(name)} {rest}" if name in TrainConfig.__dataclass_fields__ else error) from error
-
-
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _import_deepspeed() -> None:
-    """Import DeepSpeed with its log on standard error, ours being for results, and not a line about having no GPU."""
+    """Import DeepSpeed with its log on standard error, without the line about having no GPU."""
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     with contextlib.redirect_stdout(sys.stderr):
         importlib.import_module("deepspeed")
-
-
-def _add_fields(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field of :class:`TrainConfig`."""
-    group = parser.add_argument_group("values over those of the recipe")
-    kinds = get_type_hints(TrainConfig)
-    for field in dataclasses.fields(TrainConfig):
-        kind: Any = kinds[field.name]
-        extra: dict[str, Any] = {"type": READERS.get(kind, kind), "metavar": METAVARS.get(kind, "TEXT")}
-        if kind is bool:
-            extra = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(kind, types.UnionType):  # three numbers or None
-            number = len(get_args(get_args(kind)[0]))
-            extra = {"type": READERS[int], "nargs": number, "metavar": "N", "action": _Tuple}
-        if field.metadata["choices"] is not None:
-            extra |= {"choices": field.metadata["choices"], "metavar": "N" if kind is int else "NAME"}
-        text = field.metadata["help"] + _values(field)
-        group.add_argument(_flag(field.name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **extra)
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-
-
-READERS = {int: _integer, float: _number}
-"""How a field is read that is not text; :class:`TrainConfig` knows its range."""
-
-METAVARS = {int: "N", float: "X"}
-
-
-def _values(field: dataclasses.Field[Any]) -> str:
-    """What a field is by default and in the two recipes that the others change, in brackets."""
-    values = {
-        recipe: RECIPES[recipe][field.name] for recipe in ("digits", "imagenet") if field.name in RECIPES[recipe]
-    }
-    if field.default not in (dataclasses.MISSING, None, ""):
-        values["default"] = field.default
-    shown = ", ".join(f"{name}: {value}" for name, value in values.items())
-    return f" ({shown})" if shown else ""
-
-
-def _add_on_bad_image(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument(
-        "--on-bad-image",
-        choices=BAD_IMAGE,
-        default=BAD_IMAGE[0],
-        help=f"an image that cannot be read is named and {what}; strict: the exit status is 1 after all others; "
-        f"replace: that is only a warning (default {BAD_IMAGE[0]})",
-    )
-
-
-def _add_timeout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--timeout",
-        type=real(0),
-        default=TIMEOUT_SECONDS,
-        metavar="SECONDS",
-        help=f"how long to wait for a process that does not come or answer (default {TIMEOUT_SECONDS:g})",
-    )
-
-
-def _add_local_rank(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the deepspeed launcher
-
-
-class _Tuple(argparse.Action):
-    """Stores several numbers as a tuple."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        """Called by argparse for the flag."""
-        setattr(namespace, self.dest, tuple(values))

@@ -1,174 +1,369 @@
-"""What a run is: :class:`TrainConfig`, every field with its meaning and source. The recipes are in ``recipes.py``.
+"""Options of a training run: every field with its type, range, meaning and source. The recipes are in ``recipes.py``.
 
-Every field can be given on the command line under its own name (``batch_size`` as ``--batch-size``).
+A field is declared here and nowhere else. Its annotation is its type and range, the docstring under it its help, and
+:data:`MAY_CHANGE` marks what a resumed run may choose anew. The command line (``batch_size`` is ``--batch-size``),
+``config.json``, the checks and the page of the documentation derive from that. This module does not import torch.
+
+``Sec.`` is a section of the paper, ``DeiT`` the training that Sec. 4.1 refers to.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
-from hatnet_core.commands import SHARED
+import msgspec
+from msgspec import Meta
+
 from hatnet_core.config import KERNELS
 from hatnet_core.variants import MIN_SIZE, list_models
 
 MAX_SIZE = 2048
-"""Largest ``image_size`` in pixels, our choice: a slip of the hand should not take all memory."""
+"""Largest ``image_size`` in pixels, our choice: a typing error should not take all memory."""
 
 MAX_WORKERS = 1024
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 
-ZERO_STAGES = (0, 1, 2, 3)
-
 BAD_IMAGE = ("strict", "replace")
 
-
 SHARD_MEGABYTES = 256.0
-"""Size of a shard of hatnet-shards. It makes 560 of ImageNet's 140 GB: enough for many processes to write and for
-readers in sequence to share out, few enough to have half of them open at once, and one that is damaged is soon copied
-again."""
+"""Size of a shard of hatnet-shards. ImageNet's 140 GB become 560 shards: enough for many processes to write and for
+sequential readers to divide, few enough to have half of them open at once, and a damaged one is soon copied again."""
 
 QUALITY = 90
-"""Of the JPEG files that hatnet-shards makes when it resizes."""
+"""Quality of the JPEG files that hatnet-shards makes when it resizes, 1 to 100."""
+
+LARGEST = 1e300
+
+MAY_CHANGE = Meta(extra={"may_change": True})
+"""Marks a field that a resumed run may choose anew: it decides how the run is computed, not what."""
+
+Positive: TypeAlias = Annotated[int, Meta(ge=1)]
+Count: TypeAlias = Annotated[int, Meta(ge=0)]
+Amount: TypeAlias = Annotated[float, Meta(ge=0, le=LARGEST)]
+Probability: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+Fraction: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
+Triple: TypeAlias = tuple[Positive, Positive, Positive]
 
 
-def _described(help_text: str, default: Any = dataclasses.MISSING, choices: Sequence[Any] | None = None) -> Any:
-    """A field with its documentation; without a default, every recipe gives the value."""
-    return field(default=default, metadata={"help": help_text, "choices": choices})
+class FieldError(ValueError):
+    """A field of a configuration has a value that it cannot have.
+
+    Attributes:
+        field: its name.
+        problem: what was expected and what the value is.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(field, problem)
+        self.field = field
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.problem}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run, complete: equal configurations on equal machines give equal losses.
+class ModelOptions:
+    """Options of the model (Table 1)."""
 
-    Each field's ``metadata["help"]`` is its documentation, shown by ``hatnet-train --help``; "Sec." is the paper's.
+    variant: str
+    """Model: hatnet_tiny, hatnet_small, hatnet_medium, hatnet_large, or an ablation of the paper."""
+
+    grid_sizes: Triple | None = None
+    """G1 of stages 2-4 (Sec. 3.2); by default that of the variant."""
+
+    pool_sizes: Triple | None = None
+    """G2 of stages 2-4 (Sec. 3.2); by default that of the variant."""
+
+    drop_path_rate: Fraction
+    """Stochastic depth of the last block, in [0, 1)."""
+
+    drop_rate: Fraction = 0.2
+    """Dropout before the classifier, in [0, 1); 0.2 in the released model."""
+
+    init: Annotated[str, MAY_CHANGE] = ""
+    """Weights to start from, a file or run folder; a head of another size is dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """Options of the data set and its loading."""
+
+    data: Annotated[str, MAY_CHANGE, Meta(min_length=1)]
+    """ImageNet-layout folder, folder of shards, digits or synthetic (a folder of that name: ./digits)."""
+
+    image_size: Annotated[int, Meta(ge=MIN_SIZE, le=MAX_SIZE)]
+    """Side of the square input in pixels, from 32 (Sec. 4.1: 224)."""
+
+    crop_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.875
+    """Evaluation: fraction of the short side that the centre crop takes, in (0, 1] (DeiT)."""
+
+    workers: Annotated[int, MAY_CHANGE, Meta(ge=0, le=MAX_WORKERS)] = 4
+    """Data workers per process; with 0, the process loads its own data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationOptions:
+    """Options that change training images only."""
+
+    min_scale: Annotated[float, Meta(gt=0, le=1)]
+    """Smallest area of a random crop, in (0, 1] (timm: 0.08); 1 takes the centre square."""
+
+    max_shift: Count = 0
+    """Largest random shift of the centre square in pixels; 0 with random crops."""
+
+    hflip: Probability = 0.0
+    """Probability of a horizontal flip (Sec. 4.1, DeiT: 0.5)."""
+
+    rand_augment: str = ""
+    """RandAugment policy of timm (DeiT: rand-m9-mstd0.5-inc1); empty disables it."""
+
+    random_erasing: Probability = 0.0
+    """Probability of erasing a rectangle (DeiT: 0.25)."""
+
+    repeats: Positive = 1
+    """Repeated augmentation: how often an epoch uses each image that it samples (DeiT: 3)."""
+
+    mixup: Amount = 0.0
+    """Alpha of mixup (Sec. 4.1, DeiT: 0.8); 0 disables it."""
+
+    cutmix: Amount = 0.0
+    """Alpha of CutMix (DeiT: 1); 0 disables it. With mixup, each pair gets one of the two."""
+
+    label_smoothing: Fraction = 0.0
+    """Label smoothing of the training loss, in [0, 1) (Sec. 4.1, DeiT: 0.1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimisationOptions:
+    """Options of AdamW and its schedule (Sec. 4.1)."""
+
+    epochs: Annotated[int, Meta(ge=1, le=10**6)]
+    """Passes over the training images (Sec. 4.1: 300)."""
+
+    batch_size: Positive
+    """Images per optimizer step, over all processes (Sec. 4.1: 8 x 128)."""
+
+    lr: Annotated[float, Meta(gt=0, le=LARGEST)]
+    """Peak learning rate at a batch of lr_batch_size (Sec. 4.1)."""
+
+    lr_batch_size: Count = 0
+    """Reference batch size for linear learning rate scaling (DeiT); 0 disables it."""
+
+    min_lr: Amount = 0.0
+    """Learning rate at the end of the cosine, scaled as lr is (DeiT: 1e-5)."""
+
+    warmup_epochs: Amount
+    """Epochs of linear warm-up to the peak, before the cosine (DeiT: 5)."""
+
+    weight_decay: Amount = 0.05
+    """Weight decay of AdamW (Sec. 4.1), not on biases and norms (DeiT)."""
+
+    clip_grad: Amount = 0.0
+    """Largest norm of the gradients; 0 does not clip (DeiT)."""
+
+    ema_decay: Fraction = 0.0
+    """Decay of the moving average of the weights (DeiT: 0.99996); 0 keeps none."""
+
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    """Seed of the weights, the order of the images and their augmentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """Options of precision and sharding."""
+
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Autocast to bf16 or fp16 with weights in fp32; or fp32."""
+
+    zero_stage: Annotated[Literal[0, 1, 2, 3], MAY_CHANGE] = 0
+    """ZeRO stage of DeepSpeed: the processes divide nothing (0), optimizer states (1), gradients (2), weights (3)."""
+
+    accumulation: Annotated[int, MAY_CHANGE, Meta(ge=1)] = 1
+    """Forward and backward passes per optimizer step."""
+
+    activation_checkpointing: Annotated[bool, MAY_CHANGE] = False
+    """Recompute activations in the backward pass, to save memory."""
+
+    compile: Annotated[bool, MAY_CHANGE] = False
+    """Compile the model with torch.compile."""
+
+    kernels: Annotated[str, MAY_CHANGE] = "auto"
+    """How the model computes: auto, plain, reference or triton; see hatnet_core.set_kernels."""
+
+    deterministic: Annotated[bool, MAY_CHANGE] = False
+    """Use deterministic algorithms only: the same bits in every run, but slower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Options of saving; the final weights are always saved."""
+
+    checkpoint_steps: Annotated[int, MAY_CHANGE, Meta(ge=0)] = 0
+    """Steps from one checkpoint to the next; 0 saves at the end of each epoch."""
+
+    keep_checkpoints: Annotated[int, MAY_CHANGE, Meta(ge=1)] = 2
+    """Newest checkpoints to keep, in addition to the best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultOptions:
+    """Options of what a run survives."""
+
+    max_skipped_steps: Annotated[int, MAY_CHANGE, Meta(ge=0)] = 3
+    """Steps that may be skipped because loss or gradients are not finite."""
+
+    on_bad_image: Annotated[Literal["strict", "replace"], MAY_CHANGE] = "strict"
+    """An image that cannot be read: strict ends the run; replace takes the next one, or skips it in evaluation."""
+
+    max_bad_images: Annotated[int, MAY_CHANGE, Meta(ge=0)] = 100
+    """Largest number of such images per epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of a run in groups, not checked."""
+
+    model: ModelOptions
+    images: ImageOptions
+    augmentation: AugmentationOptions
+    optimisation: OptimisationOptions
+    compute: ComputeOptions
+    checkpoints: CheckpointOptions
+    faults: FaultOptions
+
+    @classmethod
+    def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+        """Make the groups from values by field name, whatever group a field is in.
+
+        Raises:
+            FieldError: naming a field that is missing, unknown or out of range.
+        """
+        kinds = get_type_hints(cls)
+        groups: dict[str, dict[str, Any]] = {group: {} for group in kinds}
+        for name, value in values.items():
+            if name not in FIELDS:
+                raise FieldError(name, "is not an option of a run")
+            groups[FIELDS[name].group][name] = FIELDS[name].checked(name, value)
+        if missing := [name for name, field in FIELDS.items() if field.required and name not in values]:
+            raise FieldError(missing[0], f"is missing: {field_help(missing[0])}")
+        return cls(**{group: kinds[group](**content) for group, content in groups.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values by field name, without the groups, as in ``config.json``."""
+        return {name: getattr(getattr(self, field.group), name) for name, field in FIELDS.items()}
+
+
+T = TypeVar("T", bound=Options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Options):
+    """Configuration of one training run: equal ones on equal machines give equal losses.
 
     Raises:
-        ValueError: naming the field, its value and what was expected.
+        FieldError: naming the field, its value and what was expected.
     """
 
-    data: str = _described("an ImageNet-layout folder (./digits if that is its name), shards, digits or synthetic")
-
-    variant: str = _described(SHARED["--variant"], choices=list_models(ablations=True))
-    image_size: int = _described("side of the square input in pixels, from 32 up (Sec. 4.1: 224)")
-    grid_sizes: tuple[int, int, int] | None = _described("G1 of stages 2-4 (default: the variant's)", None)
-    pool_sizes: tuple[int, int, int] | None = _described("G2 of stages 2-4 (default: the variant's)", None)
-    drop_path_rate: float = _described("stochastic depth of the last block, in [0, 1)")
-    drop_rate: float = _described("dropout before the classifier, in [0, 1); the released model has 0.2", 0.2)
-    init: str = _described("weights to start from, a file or run folder; a head of another size is left out", "")
-
-    epochs: int = _described("passes over the training images (Sec. 4.1: 300)")
-    batch_size: int = _described("images an optimizer step, over all processes together (Sec. 4.1: 8 x 128)")
-    lr: float = _described("peak learning rate at a batch of lr_batch_size (Sec. 4.1)")
-    lr_batch_size: int = _described("batch for which lr is meant; for others it is scaled linearly (DeiT); 0: not", 0)
-    min_lr: float = _described("learning rate at the end of the cosine, scaled as lr is (DeiT: 1e-5)", 0.0)
-    warmup_epochs: float = _described("epochs of linear warm-up to the peak; a cosine follows (DeiT: 5)")
-    weight_decay: float = _described("AdamW weight decay (Sec. 4.1), not on biases and norms (DeiT)", 0.05)
-    clip_grad: float = _described("largest norm of the gradients; 0: not clipped (DeiT)", 0.0)
-    ema_decay: float = _described("decay of the moving average of the weights; 0: none (DeiT: 0.99996)", 0.0)
-
-    min_scale: float = _described("smallest area of a random crop, in (0, 1] (timm: 0.08); 1: the centre square")
-    max_shift: int = _described("random shift of up to so many pixels each way, of the centre square", 0)
-    hflip: float = _described("probability of a horizontal flip (Sec. 4.1, DeiT: 0.5)", 0.0)
-    rand_augment: str = _described("timm's RandAugment policy (DeiT: rand-m9-mstd0.5-inc1); empty: none", "")
-    random_erasing: float = _described("probability of erasing a rectangle (DeiT: 0.25)", 0.0)
-    repeats: int = _described("repeated augmentation: times an image comes in an epoch that sees it (DeiT: 3)", 1)
-    mixup: float = _described("alpha of mixup (Sec. 4.1, DeiT: 0.8); 0: none", 0.0)
-    cutmix: float = _described("alpha of CutMix (DeiT: 1); 0: none; with mixup, each pair has one of them", 0.0)
-    label_smoothing: float = _described("label smoothing of the training loss, in [0, 1) (Sec. 4.1, DeiT: 0.1)", 0.0)
-    crop_fraction: float = _described("evaluation: share of the short side that the centre crop takes (DeiT)", 0.875)
-
-    precision: str = _described("bf16 or fp16 through torch's autocast, weights in fp32; or fp32", "bf16", PRECISIONS)
-    zero_stage: int = _described("ZeRO stage of DeepSpeed, 0 to 3: what the processes share out", 0, ZERO_STAGES)
-    accumulation: int = _described("forward and backward passes an optimizer step", 1)
-    activation_checkpointing: bool = _described(
-        "compute activations again in the backward pass, to save memory", False
-    )
-    compile: bool = _described("compile the model with torch.compile", False)
-    kernels: str = _described("how the model computes, see hatnet_core.set_kernels", "auto", KERNELS)
-    deterministic: bool = _described("use deterministic algorithms only: the same bits on every run, slower", False)
-    workers: int = _described("data workers a process; 0: the process itself", 4)
-    checkpoint_steps: int = _described("steps from one checkpoint to the next; 0: one at the end of each epoch", 0)
-    keep_checkpoints: int = _described("newest checkpoints to keep, beside the best", 2)
-    max_skipped_steps: int = _described("steps that may be left out as loss or gradients are not finite", 3)
-    on_bad_image: str = _described(
-        "strict: an image that cannot be read ends the run; replace: the next one takes its place, held out it is not "
-        "counted",
-        "strict",
-        BAD_IMAGE,
-    )
-    max_bad_images: int = _described("such images in an epoch; more end the run", 100)
-    seed: int = _described("seed of the weights, the order of the images and their augmentation", 0)
-
     def __post_init__(self) -> None:
-        """Check every field; the command line has given the types."""
-        for name, (holds, expected) in {**self._model_checks(), **self._run_checks(), **self._data_checks()}.items():
-            if not holds:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+        """Check every field alone, then those that depend on others."""
+        for name, field in FIELDS.items():
+            field.checked(name, getattr(getattr(self, field.group), name))
+        optimisation, augmentation, size = self.optimisation, self.augmentation, self.images.image_size
+        self._check("variant", self.model.variant in KNOWN, f"one of {', '.join(KNOWN)}")
+        self._check("kernels", self.compute.kernels in KERNELS, f"one of {', '.join(KERNELS)}")
+        self._check("min_lr", optimisation.min_lr <= optimisation.lr, f"at most lr={optimisation.lr}")
+        self._check(
+            "warmup_epochs",
+            optimisation.warmup_epochs < optimisation.epochs,
+            f"below epochs={optimisation.epochs}",
+        )
+        self._check("max_shift", augmentation.max_shift < size, f"below image_size={size}")
+        self._check(
+            "max_shift",
+            augmentation.max_shift == 0 or augmentation.min_scale == 1,
+            f"0 with random crops (min_scale={augmentation.min_scale})",
+        )
+
+    def _check(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise FieldError(name, f"must be {expected}, got {getattr(getattr(self, FIELDS[name].group), name)!r}")
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """Copy with other values of some fields, by name."""
+        return TrainConfig.from_dict({**self.to_dict(), **changes})
 
     @property
     def peak_lr(self) -> float:
         """Peak learning rate of this batch size: ``lr``, scaled linearly if ``lr_batch_size`` is given."""
-        return self.lr * self.batch_size / self.lr_batch_size if self.lr_batch_size else self.lr
+        options = self.optimisation
+        return options.lr * options.batch_size / options.lr_batch_size if options.lr_batch_size else options.lr
 
     @property
     def mixes(self) -> bool:
         """Whether images are mixed in pairs."""
-        return self.mixup > 0 or self.cutmix > 0
+        return self.augmentation.mixup > 0 or self.augmentation.cutmix > 0
 
-    def _model_checks(self) -> dict[str, tuple[bool, str]]:
-        known = list_models(ablations=True)
-        return {
-            "variant": (self.variant in known, f"one of {', '.join(known)}"),
-            "image_size": (MIN_SIZE <= self.image_size <= MAX_SIZE, f"from {MIN_SIZE} to {MAX_SIZE} pixels"),
-            "grid_sizes": (self.grid_sizes is None or min(self.grid_sizes) >= 1, "three positive numbers"),
-            "pool_sizes": (self.pool_sizes is None or min(self.pool_sizes) >= 1, "three positive numbers"),
-            "drop_path_rate": (0 <= self.drop_path_rate < 1, "in [0, 1)"),
-            "drop_rate": (0 <= self.drop_rate < 1, "in [0, 1)"),
-        }
 
-    def _run_checks(self) -> dict[str, tuple[bool, str]]:
-        infinity = float("inf")
-        return {
-            "epochs": (1 <= self.epochs <= 10**6, "from 1 to 1000000"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "lr": (0 < self.lr < infinity, "positive and finite"),
-            "lr_batch_size": (self.lr_batch_size >= 0, "0 or positive"),
-            "min_lr": (0 <= self.min_lr <= self.lr, f"from 0 to lr={self.lr}"),
-            "warmup_epochs": (0 <= self.warmup_epochs < self.epochs, f"from 0 to below epochs={self.epochs}"),
-            "weight_decay": (0 <= self.weight_decay < infinity, "0 or positive"),
-            "clip_grad": (0 <= self.clip_grad < infinity, "0 or positive"),
-            "ema_decay": (0 <= self.ema_decay < 1, "in [0, 1)"),
-            "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
-            "zero_stage": (self.zero_stage in ZERO_STAGES, "from 0 to 3"),
-            "kernels": (self.kernels in KERNELS, f"one of {', '.join(KERNELS)}"),
-            "accumulation": (self.accumulation >= 1, "at least 1"),
-            "workers": (0 <= self.workers <= MAX_WORKERS, f"from 0 to {MAX_WORKERS}"),
-            "checkpoint_steps": (self.checkpoint_steps >= 0, "0 or positive"),
-            "keep_checkpoints": (self.keep_checkpoints >= 1, "at least 1"),
-            "max_skipped_steps": (self.max_skipped_steps >= 0, "0 or positive"),
-            "on_bad_image": (self.on_bad_image in BAD_IMAGE, f"one of {', '.join(BAD_IMAGE)}"),
-            "max_bad_images": (self.max_bad_images >= 0, "0 or positive"),
-            "seed": (0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
-        }
+@dataclass(frozen=True)
+class Field:
+    """Declaration of one field of :class:`TrainConfig`."""
 
-    def _data_checks(self) -> dict[str, tuple[bool, str]]:
-        infinity = float("inf")
-        return {
-            "data": (bool(self.data), "digits, synthetic or the path of a folder"),
-            "min_scale": (0 < self.min_scale <= 1, "in (0, 1]"),
-            "max_shift": (
-                0 <= self.max_shift < self.image_size and (self.max_shift == 0 or self.min_scale == 1),
-                f"from 0 to below image_size={self.image_size}, and 0 with random crops (min_scale below 1)",
-            ),
-            "hflip": (0 <= self.hflip <= 1, "in [0, 1]"),
-            "random_erasing": (0 <= self.random_erasing <= 1, "in [0, 1]"),
-            "repeats": (self.repeats >= 1, "at least 1"),
-            "mixup": (0 <= self.mixup < infinity, "0 or positive"),
-            "cutmix": (0 <= self.cutmix < infinity, "0 or positive"),
-            "label_smoothing": (0 <= self.label_smoothing < 1, "in [0, 1)"),
-            "crop_fraction": (0 < self.crop_fraction <= 1, "in (0, 1]"),
-        }
+    group: str
+    type: Any
+    """With its range, as ``msgspec`` checks it."""
+    required: bool
+    default: Any
+    may_change: bool
+
+    def checked(self, name: str, value: Any) -> Any:
+        """Return ``value`` in the type of the field, such as a list as a tuple; FieldError if it is out of range."""
+        try:
+            return msgspec.convert(value, self.type)
+        except msgspec.ValidationError as error:
+            raise FieldError(name, f"must be {self._expected(str(error))}, got {value!r}") from error
+
+    def _expected(self, text: str) -> str:
+        """Say what msgspec expected: of ``Expected `int` >= 1 - at `$[2]```, "an integer >= 1"."""
+        kind = get_args(self.type)[0] if get_origin(self.type) is Annotated else self.type
+        if get_origin(kind) is Literal:
+            return f"one of {', '.join(map(str, get_args(kind)))}"
+        text = re.sub(r" - at .*|, got .*|Expected |`", "", text)
+        for word, meaning in WORDS.items():
+            text = text.replace(word, meaning)
+        return text
+
+
+WORDS = {f"<= {LARGEST:g}": "that is finite", "int ": "an integer ", "float ": "a number ", "array ": "a list "}
+"""Words of msgspec in ours."""
+
+KNOWN = tuple(list_models(ablations=True))
+
+
+def _fields() -> Iterator[tuple[str, Field]]:
+    for group, kind in get_type_hints(Options).items():
+        types = get_type_hints(kind, include_extras=True)
+        for field in dataclasses.fields(kind):
+            marked = any(isinstance(m, Meta) and m.extra for m in getattr(types[field.name], "__metadata__", ()))
+            required = field.default is dataclasses.MISSING
+            yield field.name, Field(group, types[field.name], required, field.default, marked)
+
+
+FIELDS = dict(_fields())
+"""Every field of :class:`TrainConfig` by its name, which no two groups share."""
+
+
+@functools.cache
+def field_help(name: str) -> str:
+    """Return the docstring under a field."""
+    import docstring_parser
+
+    kind = get_type_hints(Options)[FIELDS[name].group]
+    documented = {param.arg_name: param.description for param in docstring_parser.parse_from_object(kind).params}
+    return documented.get(name) or ""

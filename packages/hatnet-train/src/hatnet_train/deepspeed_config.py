@@ -26,19 +26,19 @@ def deepspeed_config(config: TrainConfig, *, world_size: int, user: Mapping[str,
         ValueError: if the processes cannot share the batch evenly, or ``user`` has another micro-batch, switches the
             precision off, or has a section of half precision without ZeRO.
     """
-    parts = world_size * config.accumulation
+    parts = world_size * config.compute.accumulation
     per_part = "an even share for each" if config.mixes else "a share for each"
-    if config.batch_size % (parts * (2 if config.mixes else 1)):
+    if config.optimisation.batch_size % (parts * (2 if config.mixes else 1)):
         raise ValueError(
             f"batch_size must be a multiple of {2 * parts if config.mixes else parts} ({per_part} of {world_size} "
-            f"processes × accumulation {config.accumulation}), got {config.batch_size}"
+            f"processes × accumulation {config.compute.accumulation}), got {config.optimisation.batch_size}"
         )
     ours: dict[str, Any] = {
-        "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": config.batch_size // parts,
-        "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": config.clip_grad,
-        "zero_optimization": {"stage": config.zero_stage},
+        "train_batch_size": config.optimisation.batch_size,
+        "train_micro_batch_size_per_gpu": config.optimisation.batch_size // parts,
+        "gradient_accumulation_steps": config.compute.accumulation,
+        "gradient_clipping": config.optimisation.clip_grad,
+        "zero_optimization": {"stage": config.compute.zero_stage},
         "optimizer": {
             "type": "AdamW",
             # PyTorch's own fused AdamW: that of DeepSpeed would have to be compiled first.
@@ -49,7 +49,7 @@ def deepspeed_config(config: TrainConfig, *, world_size: int, user: Mapping[str,
     if user.get("optimizer", {}).get("params", {}).get("torch_adam") is False:
         del ours["optimizer"]["params"]["fused"]  # DeepSpeed's own AdamW does not know it
     for name in AUTOCAST_DTYPES:
-        if enabled(user, name) and config.zero_stage == 0:
+        if enabled(user, name) and config.compute.zero_stage == 0:
             raise ValueError(
                 f"a section {name} needs zero_stage 1 to 3, got 0, where DeepSpeed keeps the fp32 weights out of "
                 f"sight; expected --precision {name} or torch_autocast instead"
@@ -89,13 +89,13 @@ def lr_factor(step: int, *, warmup_steps: int, total_steps: int, floor: float = 
 
 
 def _precision(config: TrainConfig) -> dict[str, Any]:
-    if config.precision == "fp32":
+    if config.compute.precision == "fp32":
         return {}
-    if config.precision == "fp16" and config.zero_stage > 0:
+    if config.compute.precision == "fp16" and config.compute.zero_stage > 0:
         # DeepSpeed 0.19 never lowers the loss scale of fp16 autocast after an overflow under ZeRO-1 to 3, so that no
         # step is ever taken; its own mixed precision does
         return {"fp16": {"enabled": True}}
-    return {"torch_autocast": {"enabled": True, "dtype": AUTOCAST_DTYPES[config.precision]}}
+    return {"torch_autocast": {"enabled": True, "dtype": AUTOCAST_DTYPES[config.compute.precision]}}
 
 
 def _check_user(ours: Mapping[str, Any], user: Mapping[str, Any], config: TrainConfig) -> None:
@@ -105,10 +105,14 @@ def _check_user(ours: Mapping[str, Any], user: Mapping[str, Any], config: TrainC
             f"train_micro_batch_size_per_gpu is {micro}, but batch_size {ours['train_batch_size']} over all processes "
             f"and passes gives {ours['train_micro_batch_size_per_gpu']}"
         )
-    for name in (config.precision, "torch_autocast"):
-        if config.precision != "fp32" and value_at(user, (name, "enabled")) is False and name in (*ours, "bf16"):
-            raise ValueError(f"{name} is switched off, but precision is {config.precision}: set --precision")
-    if config.precision == "fp16" and config.zero_stage > 0 and enabled(user, "torch_autocast"):
+    for name in (config.compute.precision, "torch_autocast"):
+        if (
+            config.compute.precision != "fp32"
+            and value_at(user, (name, "enabled")) is False
+            and name in (*ours, "bf16")
+        ):
+            raise ValueError(f"{name} is switched off, but precision is {config.compute.precision}: set --precision")
+    if config.compute.precision == "fp16" and config.compute.zero_stage > 0 and enabled(user, "torch_autocast"):
         raise ValueError("torch_autocast in float16 does not recover from overflows under ZeRO; enable fp16 instead")
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from hatnet_core.commands import did_you_mean
 
 FIELDS = {
     ("train_batch_size",): ("batch_size", int),
@@ -61,7 +60,9 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     for key in sorted(content.keys() - KEYS):
-        raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, KEYS)}; expected what DeepSpeed knows")
+        similar = difflib.get_close_matches(key, KEYS, n=1)
+        hint = f", did you mean {similar[0]}?" if similar else "; expected a key of DeepSpeed"
+        raise ValueError(f"{path}: unknown key {key!r}{hint}")
     content = _without_auto(content)
     for section in SECTIONS:
         value = value_at(content, section)

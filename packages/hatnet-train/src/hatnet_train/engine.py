@@ -34,37 +34,37 @@ def build_engine(
         settings: DeepSpeed's configuration of it.
         steps_per_epoch: optimizer steps an epoch, for the schedule.
         num_classes: outputs of the classifier.
-        weights: of a checkpoint to go on from; else fresh ones, or those of ``config.init``.
+        weights: of a checkpoint to go on from; else fresh ones, or those of ``config.model.init``.
 
     Raises:
         ValueError: if DeepSpeed refuses its configuration, or the weights are those of another model.
     """
     if settings.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
         raise ValueError(
-            f"precision fp16 with zero_stage {config.zero_stage} needs a GPU; on a CPU bf16 and fp32 run at all stages"
+            f"precision fp16 with zero_stage {config.compute.zero_stage} needs a GPU; on a CPU, use bf16 or fp32"
         )
-    if config.kernels != "auto":  # which leaves what the process has chosen
-        set_kernels(config.kernels)
-    if config.deterministic:
+    if config.compute.kernels != "auto":  # which leaves what the process has chosen
+        set_kernels(config.compute.kernels)
+    if config.compute.deterministic:
         use_deterministic_algorithms()
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.optimisation.seed)
     model = build_model(config, num_classes, weights)
     schedule = partial(
         lr_factor,
-        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
-        total_steps=config.epochs * steps_per_epoch,
-        floor=config.min_lr / config.lr,
+        warmup_steps=round(config.optimisation.warmup_epochs * steps_per_epoch),
+        total_steps=config.optimisation.epochs * steps_per_epoch,
+        floor=config.optimisation.min_lr / config.optimisation.lr,
     )
     try:
         engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=parameter_groups(model, config.weight_decay),
+            model_parameters=parameter_groups(model, config.optimisation.weight_decay),
             lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
             config=settings,
         )
     except (TypeError, ValueError, AssertionError, LookupError, NotImplementedError, DeepSpeedConfigError) as error:
         raise ValueError(f"DeepSpeed refuses its configuration: {' '.join(str(error).split())}") from error
-    if config.compile:
+    if config.compute.compile:
         engine.compile()
     return engine
 
@@ -82,20 +82,20 @@ def use_deterministic_algorithms() -> None:
 
 
 def build_model(config: TrainConfig, num_classes: int, weights: Mapping[str, Tensor] | None = None) -> HATNet:
-    """The model of a run, with ``weights``, those of ``config.init``, or fresh ones."""
+    """The model of a run, with ``weights``, those of ``config.model.init``, or fresh ones."""
     model = create_model(
-        config.variant,
+        config.model.variant,
         num_classes=num_classes,
-        drop_rate=config.drop_rate,
-        drop_path_rate=config.drop_path_rate,
+        drop_rate=config.model.drop_rate,
+        drop_path_rate=config.model.drop_path_rate,
     )
-    model.set_grid(config.grid_sizes, config.pool_sizes)
+    model.set_grid(config.model.grid_sizes, config.model.pool_sizes)
     if weights is not None:
         _load(model, weights)
-    elif config.init:
-        state, _ = read_state(config.init)
-        load_checkpoint(model, config.init, drop_head=head_size(state) != num_classes)
-    model.set_grad_checkpointing(config.activation_checkpointing)
+    elif config.model.init:
+        state, _ = read_state(config.model.init)
+        load_checkpoint(model, config.model.init, drop_head=head_size(state) != num_classes)
+    model.set_grad_checkpointing(config.compute.activation_checkpointing)
     return model
 
 

@@ -18,7 +18,7 @@ from hatnet_core.variants import MIN_SIZE
 from hatnet_train.accuracy import evaluate
 from hatnet_train.classifier import Classifier, load_classifier
 from hatnet_train.config import MAX_SIZE, MAX_WORKERS
-from hatnet_train.data import Source, open_split, say_what_is_used
+from hatnet_train.data import Source, log_usage, open_split
 from hatnet_train.data.folder import refuse
 from hatnet_train.data.loader import Batch, evaluation_batches
 from hatnet_train.deepspeed_json import AUTOCAST_DTYPES
@@ -131,7 +131,7 @@ def _open_together(checkpoint: Path, data: str, variant: str | None, size: int |
     digests = {"weights": weights.hexdigest()[:16], "held-out data": opened[0][1].digest()[:16]}
     compare({"code": code_digest()[:16], **digests})
     if dist.get_rank() == 0:
-        say_what_is_used("hatnet-eval", opened[0][1])
+        log_usage(opened[0][1])
     return opened[0]
 
 

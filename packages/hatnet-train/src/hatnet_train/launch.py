@@ -8,10 +8,10 @@ launcher, ``srun``, ``mpirun`` and ``mpiexec`` are known; a process that none of
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -21,9 +21,11 @@ from datetime import timedelta
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from hatnet_train.parser import LOST_CONTACT
+from hatnet_train.errors import LOST_CONTACT
 from hatnet_train.signals import Preempted
 from hatnet_train.watch import ADVICE, Watch, compact_ranks
+
+logger = logging.getLogger(__name__)
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torch's launchers tell each process, and :func:`join` the libraries, whatever the launcher."""
@@ -323,7 +325,7 @@ def _connect(launch: Launch, timeout: float) -> Store:
                     f"check {spelled if unknown else started}"
                 ) from error
         if passed > _PROGRESS_SECONDS and not told:
-            sys.stderr.write(f"hatnet-train: {me} waits for {_master(launch)}, up to {timeout:g} s\n")
+            logger.info("%s waits for %s, up to %g s", me, _master(launch), timeout, extra={"all_ranks": True})
             told = True
         time.sleep(_pause(launch))
 
@@ -398,7 +400,7 @@ def _wait_for_all(own: Store, launch: Launch, timeout: float) -> list[int]:
             if passed > timeout:
                 return missing
             absent = f"{compact_ranks(missing)} of {launch.world_size} processes"
-            sys.stderr.write(f"hatnet-train: waiting for {absent}, up to {timeout:g} s\n")
+            logger.info("waiting for %s, up to %g s", absent, timeout, extra={"all_ranks": True})
             told = True
         time.sleep(_pause(launch))
     return []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hatnet_core.commands import pick_device
+from hatnet_core.devices import pick_device
 from hatnet_core.images import IMAGE_SUFFIXES
 from hatnet_train.classifier import Classifier
 from hatnet_train.data.folder import Report, Skipped, images_under, refuse

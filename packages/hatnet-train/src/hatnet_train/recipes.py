@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hatnet_train.config import TrainConfig
+from hatnet_train.config import FieldError, TrainConfig, field_help
 
 DROP_PATH_RATES = {"hatnet_tiny": 0.1, "hatnet_small": 0.1, "hatnet_medium": 0.3, "hatnet_large": 0.3}
 """Stochastic depth by variant, our choice: that of PVTv2-B1 to B4, which have these sizes; the paper gives none."""
@@ -97,21 +97,21 @@ def build_config(recipe: str, overrides: dict[str, Any]) -> TrainConfig:
     """
     if recipe not in RECIPES:
         raise ValueError(f"unknown recipe {recipe!r}; known recipes: {', '.join(RECIPES)}")
-    values = {**RECIPES[recipe], **overrides}
+    values = {**recipe_values(recipe, overrides.get("variant")), **overrides}
     for name in NEEDED.get(recipe, ("data",)):
         if not values.get(name):
-            raise ValueError(f"recipe {recipe} needs --{name}: {_help(name)}")
+            raise FieldError(name, f"is required by the recipe {recipe}: {field_help(name)}")
     if "epochs" in overrides and "warmup_epochs" not in overrides:
         values["warmup_epochs"] *= overrides["epochs"] / RECIPES[recipe]["epochs"]
-    if "drop_path_rate" not in values:
-        values["drop_path_rate"] = _drop_path_rate(values["variant"])
-    return TrainConfig(**values)
+    return TrainConfig.from_dict(values)
+
+
+def recipe_values(recipe: str, variant: str | None = None) -> dict[str, Any]:
+    """Values of a recipe, with the ``drop_path_rate`` of its variant, or of another one, where it gives none."""
+    values = RECIPES[recipe]
+    return {"drop_path_rate": _drop_path_rate(variant or values["variant"]), **values}
 
 
 def _drop_path_rate(variant: str) -> float:
     """That of the model of Table 1 whose ablation ``variant`` may be; 0 if unknown, which TrainConfig reports."""
     return next((rate for name, rate in DROP_PATH_RATES.items() if variant.startswith(name)), 0.0)
-
-
-def _help(name: str) -> str:
-    return str(TrainConfig.__dataclass_fields__[name].metadata["help"])

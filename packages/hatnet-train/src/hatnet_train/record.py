@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import fcntl
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -21,6 +21,8 @@ from hatnet_train.launch import AgreedError
 from hatnet_train.preflight import raise_together
 from hatnet_train.state import differences
 from hatnet_train.verify import CONFIG, read_config
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("hatnet-core", "hatnet-train", "deepspeed", "torch", "torchvision", "timm", "numpy", "pillow")
 """Whose versions decide what a run computes."""
@@ -97,7 +99,7 @@ def _lock(path: Path) -> bool:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             lock.close()
             return False
-        sys.stderr.write(f"hatnet-train: warning: cannot lock {path}: {error.strerror}; let no other run use it\n")
+        logger.warning("cannot lock %s: %s; let no other run use it", path, error.strerror, extra={"all_ranks": True})
     _LOCKS.append(lock)
     return True
 
@@ -114,7 +116,7 @@ def run_record(
         data: what tells its data from others.
     """
     return {
-        "config": dataclasses.asdict(config),
+        "config": config.to_dict(),
         "data": dict(data),
         "deepspeed_config": settings,
         "world_size": world_size,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
+import logging
 import os
 import sys
 import warnings
@@ -16,7 +16,7 @@ from deepspeed import comm as dist
 
 from hatnet_train import checkpoint
 from hatnet_train.config import TrainConfig
-from hatnet_train.data import Source, open_split, say_what_is_used
+from hatnet_train.data import Source, log_usage, open_split
 from hatnet_train.engine import build_model
 from hatnet_train.launch import discover, joined
 from hatnet_train.preflight import code_digest, compare, format_report, preflight, raise_together
@@ -24,6 +24,8 @@ from hatnet_train.record import versions
 from hatnet_train.signals import Signals
 from hatnet_train.state import Saved, check_same_run, read_saved
 from hatnet_train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def train_run(
@@ -93,8 +95,8 @@ def _checkpoint_to_go_on_from(config: TrainConfig, out: Path, resume: str, data:
     except ValueError as error:
         problem = str(error)
     raise_together(problem)
-    if dist.get_rank() == 0 and saved is not None:
-        sys.stderr.write(f"hatnet-train: going on from step {saved.state.step}, {saved.folder}\n")
+    if saved is not None:
+        logger.info("resuming from step %d, %s", saved.state.step, saved.folder)
     return saved
 
 
@@ -134,7 +136,7 @@ def _newest(run: Path) -> Path | None:
     """
     newest, problems = checkpoint.newest(run / "checkpoints")
     for problem in problems:
-        sys.stderr.write(f"hatnet-train: warning: {problem}; this checkpoint is not used\n")
+        logger.warning("%s; this checkpoint is not used", problem)
     if newest is None and problems:
         raise ValueError(f"cannot go on from {run}: all its checkpoints are damaged; begin another run")
     return newest
@@ -147,10 +149,12 @@ def _inside(folder: Path, out: Path) -> bool:
 
 def open_both(config: TrainConfig) -> tuple[Source, Source]:
     """Training and held-out images of a run, with the same classes, at least two."""
-    training = open_split(config.data, train=True, size=config.image_size)
+    training = open_split(config.images.data, train=True, size=config.images.image_size)
     if len(training.classes) < 2:
-        raise ValueError(f"{config.data} has one class, {training.classes[0]}: expected two or more to tell apart")
-    held_out = open_split(config.data, train=False, size=config.image_size, classes=training.classes)
+        raise ValueError(
+            f"{config.images.data} has one class, {training.classes[0]}: expected two or more to tell apart"
+        )
+    held_out = open_split(config.images.data, train=False, size=config.images.image_size, classes=training.classes)
     return training, held_out
 
 
@@ -165,14 +169,14 @@ def _open_together(config: TrainConfig) -> tuple[Source, Source]:
     raise_together(problem)
     training, held_out = opened
     if dist.get_rank() == 0:
-        say_what_is_used("hatnet-train", held_out, training)
+        log_usage(held_out, training)
     return training, held_out
 
 
 def _facts(config: TrainConfig, user: Mapping[str, Any], training: Source, held_out: Source) -> dict[str, str]:
     """What has to be the same in all processes, in short."""
     settings = json.dumps([_values(config), user], sort_keys=True)
-    weights = {"weights to start from": _file_digest(Path(config.init))} if config.init else {}
+    weights = {"weights to start from": _file_digest(Path(config.model.init))} if config.model.init else {}
     return {
         "code": code_digest()[:16],
         **versions(),
@@ -185,7 +189,7 @@ def _facts(config: TrainConfig, user: Mapping[str, Any], training: Source, held_
 
 def _values(config: TrainConfig) -> dict[str, str]:
     """Every field but the paths, which may differ: what lies there may not."""
-    return {name: str(value) for name, value in dataclasses.asdict(config).items() if name not in ("data", "init")}
+    return {name: str(value) for name, value in config.to_dict().items() if name not in ("data", "init")}
 
 
 def _file_digest(path: Path) -> str:

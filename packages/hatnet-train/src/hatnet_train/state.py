@@ -26,18 +26,11 @@ from torch import Tensor
 
 from hatnet_core import save_checkpoint
 from hatnet_core.checkpoint import WEIGHTS
-from hatnet_train.config import TrainConfig
+from hatnet_train.config import FIELDS, TrainConfig
 from hatnet_train.sharding import gather, masters, scatter
 from hatnet_train.weights import Ema, full_weights, whole_model
 
 AVERAGE, OPTIMIZER, STATE = "model_ema.safetensors", "optimizer.safetensors", "state.json"
-
-FREE = (
-    *("data", "init", "workers", "zero_stage", "accumulation", "activation_checkpointing", "compile"),
-    *("kernels", "deterministic"),
-    *("checkpoint_steps", "keep_checkpoints", "max_skipped_steps", "on_bad_image", "max_bad_images"),
-)
-"""Fields that may change where a run goes on: they decide how it is computed, not what."""
 
 
 @dataclass
@@ -116,7 +109,7 @@ def contents(
     moments = _moments(engine)
     record = {
         **dataclasses.asdict(state),
-        "config": dataclasses.asdict(config),
+        "config": config.to_dict(),
         "data": dict(data),
         "engine": _engine_state(engine),
         "optimizer": _scalars(engine),
@@ -158,7 +151,7 @@ def check_same_run(saved: Saved, config: TrainConfig, data: Mapping[str, str]) -
     Raises:
         ValueError: naming the fields with the values of then and now, or the data.
     """
-    if changes := differences(saved.config, saved.data, dataclasses.asdict(config), data):
+    if changes := differences(saved.config, saved.data, config.to_dict(), data):
         raise ValueError(
             f"cannot go on from {saved.folder}: {changes}; expected what it was begun with, or another --out with "
             "--init for the weights alone"
@@ -170,10 +163,11 @@ def differences(
 ) -> str:
     """What a run computed with other values then than it would now, in words; empty if it goes on as it began."""
     now = json.loads(json.dumps(config))  # with lists for tuples
+    then = {name: config_then.get(name, FIELDS[name].default) for name in now}  # a field may be newer than the run
     changed = [
-        f"--{name.replace('_', '-')} was {config_then.get(name)} and is {value}"
+        f"--{name.replace('_', '-')} was {then[name]} and is {value}"
         for name, value in now.items()
-        if name not in FREE and config_then.get(name) != value
+        if not FIELDS[name].may_change and then[name] != value
     ]
     changed += [
         f"{name} was {then} and is {data.get(name)}" for name, then in data_then.items() if data.get(name) != then

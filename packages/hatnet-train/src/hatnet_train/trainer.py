@@ -7,8 +7,8 @@ gradients are finite, how many images could not be read, whether a signal asks f
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +50,8 @@ from hatnet_train.state import (
 )
 from hatnet_train.watch import Watch
 from hatnet_train.weights import Ema, full_weights, whole_model
+
+logger = logging.getLogger(__name__)
 
 FAILED_SAVES = 3
 """Checkpoints in a row that cannot be written before a run stops; until then it goes on, and tries again."""
@@ -106,11 +108,14 @@ class Trainer:
         watch: Watch | None = None,
         signals: Signals | None = None,
     ) -> None:
-        self.config = config
+        self.config, options = config, config.optimisation
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.training, self.held_out = training, held_out
         self.order = GlobalOrder(
-            length=len(training), batch_size=config.batch_size, seed=config.seed, repeats=config.repeats
+            length=len(training),
+            batch_size=config.optimisation.batch_size,
+            seed=config.optimisation.seed,
+            repeats=config.augmentation.repeats,
         )
         self.settings = deepspeed_config(config, world_size=self.world_size, user=user)
         self.data = data or {}
@@ -119,11 +124,13 @@ class Trainer:
         self.out = Path()
         self._origin = saved.folder if saved is not None else None
         self._failed_saves = self._bad_before = 0
-        warmup, steps = round(config.warmup_epochs * self.order.steps), config.epochs * self.order.steps
+        warmup, steps = round(options.warmup_epochs * self.order.steps), options.epochs * self.order.steps
         if warmup >= steps:
-            self._say(
-                f"warning: the warm-up takes all {steps} steps of the run, and the learning rate never falls; "
-                f"use fewer --warmup-epochs than {config.warmup_epochs:g}, or more --epochs"
+            logger.warning(
+                "the warm-up takes all %d steps of the run, and the learning rate never falls; use fewer "
+                "--warmup-epochs than %g, or more --epochs",
+                steps,
+                options.warmup_epochs,
             )
         self._begin(saved)
 
@@ -134,7 +141,7 @@ class Trainer:
         weights = saved.weights if saved is not None else None
         self.engine = build_engine(self.config, self.settings, self.order.steps, len(self.training.classes), weights)
         self.dtype = next(self.engine.module.parameters()).dtype
-        self.ema = Ema(self.engine, self.config.ema_decay) if self.config.ema_decay else None
+        self.ema = Ema(self.engine, self.config.optimisation.ema_decay) if self.config.optimisation.ema_decay else None
         if saved is not None:
             restore(self.engine, self.ema, saved)
         self.batches = train_batches(
@@ -180,7 +187,7 @@ class Trainer:
         self.out = out
         try:
             self._open_monitor()
-            while len(self.state.rows) < self.config.epochs:
+            while len(self.state.rows) < self.config.optimisation.epochs:
                 try:
                     self.epoch()
                 except NonFiniteError as error:
@@ -204,7 +211,7 @@ class Trainer:
         state.rows.append(row)
         state.begin_epoch()
         if self.monitor is not None:
-            self.monitor.epoch(state.rows, self.config.epochs, state.step)
+            self.monitor.epoch(state.rows, self.config.optimisation.epochs, state.step)
         self.save()
 
     def train_epoch(self, epoch: int) -> None:
@@ -213,12 +220,14 @@ class Trainer:
         end = (epoch + 1) * self.order.steps
         progress = None
         if self.monitor is not None and self.state.step < end:
-            progress = Progress(epoch, self.config.epochs, self.order, done=self.state.step % self.order.steps)
+            progress = Progress(
+                epoch, self.config.optimisation.epochs, self.order, done=self.state.step % self.order.steps
+            )
         while self.state.step < end:
             verdict = self._step()
             if progress is not None:
                 progress.step(verdict.loss, self.state.waited / max(self.state.seconds, 1e-9))
-            every = self.config.checkpoint_steps
+            every = self.config.checkpoints.checkpoint_steps
             if verdict.stop:
                 self.save(last=True)
                 raise Preempted(self.state.step)
@@ -274,14 +283,14 @@ class Trainer:
             except OSError as error:
                 problem = f"cannot save step {state.step} in {folder}: {error.strerror or error}"
             else:
-                checkpoint.tidy(folder, self.config.keep_checkpoints, written)
+                checkpoint.tidy(folder, self.config.checkpoints.keep_checkpoints, written)
         problem = self._told_by_rank_0(problem)
         self._failed_saves = self._failed_saves + 1 if problem else 0
         if problem and (last or self._failed_saves == FAILED_SAVES):
             reason = "and the run ends here" if last else f"for the {FAILED_SAVES}rd time in a row, so the run stops"
             raise AgreedError(f"{problem}, {reason}; the checkpoints before remain")
         if problem:
-            self._say(f"warning: {problem}; training goes on, the checkpoints before remain")
+            logger.warning("%s; training continues, the earlier checkpoints remain", problem)
 
     def _step(self) -> Verdict:
         """One optimizer step, or none where it is to be skipped.
@@ -296,17 +305,17 @@ class Trainer:
             set_schedule(self.engine, state.step)
             return Verdict(math.nan, nonfinite=False, stop=False, bad_images=0)
         start, waited = time.perf_counter(), 0.0
-        seed_step(config.seed, state.step, self.rank)
+        seed_step(config.optimisation.seed, state.step, self.rank)
         lr = self.engine.get_lr()[0]
         losses, bad = [], 0
-        for part in range(config.accumulation):
+        for part in range(config.compute.accumulation):
             before = time.perf_counter()
             batch = next(self.batches)
             waited += time.perf_counter() - before
             self._mark()
             bad += self._report_bad(batch)
             losses.append(self._pass(batch))
-            if part + 1 < config.accumulation:
+            if part + 1 < config.compute.accumulation:
                 self.engine.step()  # counts the pass; the update comes with the last
         verdict = self._agree(torch.stack(losses), bad)
         if verdict.nonfinite:
@@ -328,16 +337,16 @@ class Trainer:
     def _report_bad(self, batch: Batch) -> int:
         """Name the images of this rank that could not be read; how many they are."""
         for problem in batch.bad:
-            sys.stderr.write(f"hatnet-train: warning: skipped: {problem}\n")
+            logger.warning("skipped: %s", problem, extra={"all_ranks": True})
         return len(batch.bad)
 
     def _count_bad(self, images: int) -> None:
         """Count images of the epoch that could not be read; on every rank AgreedError, if they are too many."""
         self.state.bad_images += images
-        if self.state.bad_images > self.config.max_bad_images:
+        if self.state.bad_images > self.config.faults.max_bad_images:
             raise AgreedError(
                 f"{self.state.bad_images} images of epoch {len(self.state.rows) + 1} could not be read by step "
-                f"{self.state.step}; max_bad_images is {self.config.max_bad_images}"
+                f"{self.state.step}; max_bad_images is {self.config.faults.max_bad_images}"
             )
 
     def _pass(self, batch: Batch) -> Tensor:
@@ -345,7 +354,7 @@ class Trainer:
         device, config = self.engine.device, self.config
         images = normalise(batch.images.to(device, non_blocking=True))
         targets = batch.labels.to(device, non_blocking=True)
-        smoothing = config.label_smoothing
+        smoothing = config.augmentation.label_smoothing
         if config.mixes:
             mixing = batch.mixing.to(device, non_blocking=True)
             images = mix(images, mixing)
@@ -358,7 +367,9 @@ class Trainer:
     def _agree(self, losses: Tensor, bad: int) -> Verdict:
         """What all ranks know after this: they wait for each other here, and for the device."""
         finite = losses.isfinite().all()
-        if not self.engine.fp16_enabled() and self.config.precision != "fp16":  # there the loss scaling sees to it
+        if (
+            not self.engine.fp16_enabled() and self.config.compute.precision != "fp16"
+        ):  # there the loss scaling sees to it
             norms = torch._foreach_norm(list(gradients(self.engine)))
             finite &= torch.stack(norms).isfinite().all()
         self._mark()
@@ -375,11 +386,11 @@ class Trainer:
         epoch, of_epoch = divmod(step, self.order.steps)
         shares = self.order.shares(epoch, rank=self.rank, world_size=self.world_size, first_step=of_epoch)
         folder = self.out / "nonfinite" / f"step-{step:010d}"
-        generators = {"seed": self.config.seed, "epoch": epoch, "step": step, "rank": self.rank}
+        generators = {"seed": self.config.optimisation.seed, "epoch": epoch, "step": step, "rank": self.rank}
         try:
             dump(folder, self.engine, next(shares), self.training, [float(loss) for loss in losses], generators)
         except OSError as error:
-            self._say(f"warning: cannot write {folder}: {error.strerror or error}")
+            logger.warning("cannot write %s: %s", folder, error.strerror or error)
         return NonFiniteError(step, f"loss {verdict.loss} or gradients are not finite at step {step}; see {folder}")
 
     def _roll_back(self, error: NonFiniteError) -> None:
@@ -389,16 +400,16 @@ class Trainer:
             FloatingPointError: on every rank, if that happened too often.
         """
         skipped = [*self.state.skipped, error.step]
-        if len(skipped) > self.config.max_skipped_steps:
+        if len(skipped) > self.config.faults.max_skipped_steps:
             raise FloatingPointError(
                 f"{error}; {len(skipped) - 1} steps were skipped before, max_skipped_steps is "
-                f"{self.config.max_skipped_steps}; a lower --lr may help"
+                f"{self.config.faults.max_skipped_steps}; a lower --lr may help"
             )
         newest = checkpoint.set_aside(self.out / "checkpoints")[0] if self.rank == 0 else None
         folder = self._told_by_rank_0(newest or self._origin)
         saved = read_saved(folder) if folder is not None else None
         back = saved.state.step if saved is not None else 0
-        self._say(f"warning: {error}; back to step {back} and on without that step")
+        logger.warning("%s; resuming from step %d without that step", error, back)
         self.batches.close()
         self.engine.destroy()
         del self.engine, self.ema
@@ -428,13 +439,13 @@ class Trainer:
         config = self.config
         batches = evaluation_batches(
             self.held_out,
-            size=config.image_size,
-            crop_fraction=config.crop_fraction,
-            batch_size=max(1, config.batch_size // self.world_size // config.accumulation),
-            workers=config.workers,
+            size=config.images.image_size,
+            crop_fraction=config.images.crop_fraction,
+            batch_size=max(1, config.optimisation.batch_size // self.world_size // config.compute.accumulation),
+            workers=config.images.workers,
             rank=self.rank,
             world_size=self.world_size,
-            skip_bad=config.on_bad_image == "replace",
+            skip_bad=config.faults.on_bad_image == "replace",
         )
         with contextlib.closing(batches):
             measured, *averaged = evaluate(models, batches, self.engine.device, self.dtype, between=self._between)
@@ -456,7 +467,7 @@ class Trainer:
 
     def _autocast(self, model: HATNet) -> Any:
         """The model as the engine runs it: under autocast of the run's precision, in its dtype."""
-        dtype = AUTOCAST_DTYPES.get(self.config.precision)
+        dtype = AUTOCAST_DTYPES.get(self.config.compute.precision)
         context = torch.autocast(
             self.engine.device.type, getattr(torch, dtype or "bfloat16"), enabled=dtype is not None
         )
@@ -466,8 +477,8 @@ class Trainer:
         """What a classifier needs beside the model."""
         return {
             "classes": self.training.classes,
-            "image_size": self.config.image_size,
-            "crop_fraction": self.config.crop_fraction,
+            "image_size": self.config.images.image_size,
+            "crop_fraction": self.config.images.crop_fraction,
             "mean": MEAN,
             "std": STD,
         }
@@ -484,7 +495,3 @@ class Trainer:
     def _mark(self) -> None:
         if self._watch is not None:
             self._watch.mark()
-
-    def _say(self, text: str) -> None:
-        if self.rank == 0:
-            sys.stderr.write(f"hatnet-train: {text}\n")

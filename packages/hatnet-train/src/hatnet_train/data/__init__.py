@@ -7,7 +7,7 @@ looks for what is wrong with them.
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from hatnet_train.data.folder import Folder, Report, Skipped, class_folders, ref
 from hatnet_train.data.shards import INDEX, Shards
 from hatnet_train.data.source import Digits, Source, Synthetic
 
-__all__ = ["Source", "open_split", "say_what_is_used"]
+logger = logging.getLogger(__name__)
+
+__all__ = ["Source", "log_usage", "open_split"]
 
 
 def open_split(
@@ -51,16 +53,15 @@ def open_split(
     return Folder(root / split, classes, report)
 
 
-def say_what_is_used(command: str, held_out: Source, training: Source | None = None) -> None:
-    """Write to standard error how many images a command uses and what it skipped; warn of classes without any."""
+def log_usage(held_out: Source, training: Source | None = None) -> None:
+    """Log how many images are used and what is skipped; warn of classes without held-out images."""
     splits = [split for split in (training, held_out) if split is not None]
     classes = f"of {len(splits[0].classes):,} classes"
     counts = f"{len(held_out):,} held-out images {classes}"
     if training is not None:
         counts = f"{len(training):,} training images {classes}, {len(held_out):,} held out"
     skipped = sum((getattr(split, "skipped", Skipped()) for split in splits), Skipped())
-    sys.stderr.write(f"{command}: {'; '.join(filter(None, [counts, str(skipped)]))}\n")
+    logger.info("; ".join(filter(None, [counts, str(skipped)])))
     missing = sorted(set(range(len(held_out.classes))) - set(held_out.labels.tolist()))
     if missing:
-        names = some([held_out.classes[place] for place in missing])
-        sys.stderr.write(f"{command}: warning: no held-out images of {names}\n")
+        logger.warning("no held-out images of %s", some([held_out.classes[place] for place in missing]))

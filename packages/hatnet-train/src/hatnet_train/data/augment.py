@@ -60,12 +60,16 @@ class TrainTransform:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.size = config.image_size
-        self.scale = (config.min_scale, 1.0)
-        self.hflip = config.hflip
-        self.shift = RandomCrop(self.size, padding=config.max_shift) if config.max_shift else None
-        self.rand_augment = _rand_augment(config.rand_augment) if config.rand_augment else None
-        self.random_erasing = config.random_erasing
+        self.size = config.images.image_size
+        self.scale = (config.augmentation.min_scale, 1.0)
+        self.hflip = config.augmentation.hflip
+        self.shift = (
+            RandomCrop(self.size, padding=config.augmentation.max_shift) if config.augmentation.max_shift else None
+        )
+        self.rand_augment = (
+            _rand_augment(config.augmentation.rand_augment) if config.augmentation.rand_augment else None
+        )
+        self.random_erasing = config.augmentation.random_erasing
         self._erase = RandomErasing(probability=1.0, mode="pixel", device="cpu")
 
     def __call__(self, image: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def train_batches(
     first_step: int = 0,
     skipped: Collection[int] = (),
 ) -> Generator[Batch, None, None]:
-    """This rank's micro-batches of all epochs of a run, one after the other, with ``config.workers`` workers.
+    """This rank's micro-batches of all epochs of a run, one after the other, with ``config.images.workers`` workers.
 
     Args:
         source: the training images.
@@ -78,8 +78,8 @@ def train_batches(
         skipped: steps of the whole run to leave out.
 
     Returns:
-        For every step ``config.accumulation`` batches of ``batch_size / world_size / accumulation`` images. The next
-        one raises ValueError, naming the image, if one cannot be read and ``config.on_bad_image`` is strict.
+        For every step ``accumulation`` batches of ``batch_size / world_size / accumulation`` images. The next one
+        raises ValueError, naming the image, if one cannot be read and ``on_bad_image`` is strict.
 
     Raises:
         ValueError: if the augmentation is none that timm knows.
@@ -87,14 +87,14 @@ def train_batches(
     first_epoch, first_step = divmod(first_step, order.steps)
 
     def shares() -> Iterator[Share]:
-        for epoch in range(first_epoch, config.epochs):
+        for epoch in range(first_epoch, config.optimisation.epochs):
             start = first_step if epoch == first_epoch else 0
             shares = order.shares(epoch, rank=rank, world_size=world_size, first_step=start)
             for step, share in enumerate(shares, epoch * order.steps + start):
                 if step not in skipped:
-                    yield from share.split(config.accumulation)
+                    yield from share.split(config.compute.accumulation)
 
-    return load(_Training(source, config), shares(), config.workers)
+    return load(_Training(source, config), shares(), config.images.workers)
 
 
 def evaluation_batches(
@@ -143,7 +143,7 @@ class _Training:
         self.transform = TrainTransform(config)
 
     def __call__(self, share: Share) -> Batch:
-        key = (self.config.seed, share.epoch)
+        key = (self.config.optimisation.seed, share.epoch)
         images, labels, draws = [], [], []
         bad: list[str] = []
         with own_generators():
@@ -154,7 +154,11 @@ class _Training:
                 labels.append(label)
             for position in share.positions[::2].tolist() if self.config.mixes else []:
                 seed_generators(*key, position, MIXING)
-                draws.append(draw_mixing(self.config.image_size, self.config.mixup, self.config.cutmix))
+                draws.append(
+                    draw_mixing(
+                        self.config.images.image_size, self.config.augmentation.mixup, self.config.augmentation.cutmix
+                    )
+                )
         return Batch(
             default_collate(images),  # in a worker, straight into shared memory
             torch.tensor(labels),
@@ -169,7 +173,7 @@ class _Training:
             try:
                 return self.source.image(place), int(self.source.labels[place])
             except ValueError as error:
-                if self.config.on_bad_image == "strict":
+                if self.config.faults.on_bad_image == "strict":
                     raise
                 bad.append(str(error))
         raise ValueError(f"{TRIES} images in a row cannot be read, the last because: {bad[-1]}")

@@ -12,13 +12,13 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import re
 import secrets
 import shutil
 import signal
-import sys
 import tarfile
 import threading
 import unicodedata
@@ -56,6 +56,8 @@ from hatnet_train.data.shards import (
     records_path,
 )
 from hatnet_train.workers import WorkerError, kill
+
+logger = logging.getLogger(__name__)
 
 _SAMPLE = 64
 """Images that are measured to find out how many make a shard."""
@@ -111,7 +113,7 @@ def write_shards(
     for split in splits:
         folders[split] = Folder(data / split, folders[splits[0]].classes if folders else None)
     if skipped := str(sum((folder.skipped for folder in folders.values()), Skipped())):
-        sys.stderr.write(f"hatnet-shards: {skipped}\n")
+        logger.info(skipped)
     staging = out.with_name(f"{out.name}.tmp-{secrets.token_hex(4)}")
     staging.mkdir(parents=True)
     try:
