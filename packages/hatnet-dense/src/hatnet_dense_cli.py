@@ -19,6 +19,9 @@ from hatnet_core.commands import STATUSES, TRACEBACK, Parser, add_device, add_fo
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
+BAD_IMAGE = ("strict", "replace")
+"""Names of ``--on-bad-image``, the default first; those of hatnet-train."""
+
 LARGEST_SIDE = 4096
 """Of an image that FLOPs are counted on, in pixels: the model runs on it, in several GiB of memory."""
 
@@ -141,6 +144,13 @@ def _add_predict(commands: Commands) -> None:
     )
     predict.add_argument(
         "--score-threshold", type=real(0, 1), default=0.3, metavar="SCORE", help="of the boxes drawn (default 0.3)"
+    )
+    predict.add_argument(
+        "--on-bad-image",
+        choices=BAD_IMAGE,
+        default=BAD_IMAGE[0],
+        help="an image that cannot be read is named and skipped; strict: the exit status is 1 after all others; "
+        f"replace: that is only a warning (default {BAD_IMAGE[0]})",
     )
     add_device(predict)
     predict.add_argument("--out", type=some_path, required=True, metavar="DIR", help="write to this folder")

@@ -63,6 +63,7 @@ def test_flops_as_table_and_as_json(capsys):
         (["train", "c", "--work-dir", ""], "argument --work-dir: '' is no path"),
         (["test", "c"], "the following arguments are required: CHECKPOINT"),
         (["predict", "c", "d", "e", "--out", "o", "--score-threshold", "2"], "'2' is not a number from 0 to 1"),
+        (["predict", "c", "d", "e", "--out", "o", "--on-bad-image", "skip"], "'skip' (choose from strict, replace)"),
         (["flops", "c", "--format", "xml"], "invalid choice: 'xml' (choose from table, json)"),
         (["flops", "c", "--size", "64", "64", "64"], "expected one number or two, got 64 64 64"),
         (["train"], "the following arguments are required: CONFIG"),

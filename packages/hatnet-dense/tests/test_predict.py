@@ -1,7 +1,6 @@
 """Image files to predict: which are found, where their results are, and what a bad one costs."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,9 @@ from PIL import Image
 from conftest import SHAPES
 from hatnet_dense.config import load_config
 from hatnet_dense.flops import build_model
+from hatnet_dense.predict import predict as predict_images
 from hatnet_dense_cli import main
+from hatnet_testing import check, error_line, raises
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +46,17 @@ def predict(head, checkpoint, image, out, *more):
     return main(["predict", str(SHAPES / f"{head}.py"), str(checkpoint), str(image), "--out", str(out), *more])
 
 
-def error(capsys):
-    return capsys.readouterr().err.splitlines()[-1]
+def refused(capsys, *named):
+    """Check the one line that the command ends with."""
+    error_line(capsys.readouterr().err, "hatnet-dense predict", *named)
 
 
 def files_in(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("head", ["retinanet", "semfpn"])
-def test_bad_images_are_named_and_all_others_are_predicted(head, checkpoint_of, folder, capsys):
+@pytest.mark.parametrize(("head", "mode", "status"), [("retinanet", "strict", 1), ("semfpn", "replace", 0)])
+def test_bad_images_are_named_and_all_others_are_predicted(head, mode, status, checkpoint_of, folder, capsys):
     picture(folder / "a.png")
     thin = picture(folder / "b.png", width=400, height=1)
     torn = picture(folder / "c.tif")
@@ -62,11 +64,15 @@ def test_bad_images_are_named_and_all_others_are_predicted(head, checkpoint_of, 
     (folder / "d.jpg").write_text("<html>")
     picture(folder / "e.png")
     out = folder.parent / "new" / "out"
-    assert predict(head, checkpoint_of(head), folder, out) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert "3 of 5 images" in lines[-1]
-    for path in (thin, torn, folder / "d.jpg"):
-        assert any(line.startswith(f"{path}: ") for line in lines)
+    assert predict(head, checkpoint_of(head), folder, out, "--on-bad-image", mode) == status
+    prefix = f"hatnet-dense predict: {'error' if status else 'warning'}: "
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(prefix)]
+    for path, line in zip((thin, torn, folder / "d.jpg"), lines, strict=False):
+        check(line, path)
+    assert len(lines) == 3 + status
+    if status:
+        check(lines[-1], 3, 5)
+        assert str(folder) not in lines[-1]
     labels = [] if head == "retinanet" else ["labels/a.png", "labels/e.png"]
     assert files_in(out) == ["a.png", "e.png", *labels, "predictions.json"]
     record = json.loads((out / "predictions.json").read_text())
@@ -74,9 +80,13 @@ def test_bad_images_are_named_and_all_others_are_predicted(head, checkpoint_of, 
 
 
 def test_a_single_bad_image_leaves_nothing(checkpoint_of, folder, capsys):
-    path = picture(folder / "a.ico")
-    assert predict("retinanet", checkpoint_of("retinanet"), path, folder.parent / "out") == 1
-    assert str(path) in error(capsys)
+    path, checkpoint = picture(folder / "a.ico"), checkpoint_of("retinanet")
+    assert predict("retinanet", checkpoint, path, folder.parent / "out", "--on-bad-image", "replace") == 1
+    warning, error = capsys.readouterr().err.splitlines()[-2:]
+    check(warning, "warning", path)
+    error_line(error, "hatnet-dense predict", 1)
+    with raises(ValueError, path):
+        predict_images(load_config(SHAPES / "retinanet.py"), checkpoint, [path], folder.parent / "out")
     assert [path.name for path in folder.parent.iterdir()] == ["images"]
 
 
@@ -101,7 +111,7 @@ def test_images_whose_results_would_overwrite_each_other_are_refused(names, shap
     given = [folder] if "a.png" in names else [folder / "x", folder / "y"]
     command = ["predict", str(SHAPES / "semfpn.py"), "absent.pth", *map(str, given)]
     assert main([*command, "--out", str(folder.parent / "out")]) == 1
-    assert "a.png" in error(capsys)
+    refused(capsys, "a.png")
 
 
 @pytest.mark.parametrize("place", [".", "labels", "below"])
@@ -113,7 +123,7 @@ def test_results_do_not_overwrite_their_images(place, shapes, tmp_path, capsys):
     (tmp_path / "link.png").symlink_to(path)
     for image in (path, tmp_path / "link.png"):
         assert predict("semfpn", "absent.pth", image, out) == 1
-        assert f"{out} contains images to predict" in error(capsys)
+        refused(capsys, out)
     assert path.read_bytes() == before
 
 
@@ -121,27 +131,27 @@ def test_results_do_not_overwrite_their_images(place, shapes, tmp_path, capsys):
 def test_a_device_that_computes_nothing_is_refused(device, checkpoint_of, folder, capsys):
     out = folder.parent / "out"
     assert predict("retinanet", checkpoint_of("retinanet"), picture(folder / "a.png"), out, "--device", device) == 1
-    assert f"device must be auto, cpu, or a GPU that is there such as cuda:0, got {device!r}" in error(capsys)
+    refused(capsys, "device", repr(device))
     assert not out.exists()
 
 
 def test_a_config_without_test_data_names_what_it_lacks(shapes, folder, capsys):
     option = ["--cfg-options", "test_dataloader=None"]
     assert predict("retinanet", "absent.pth", picture(folder / "a.png"), folder.parent / "out", *option) == 1
-    assert error(capsys).endswith("the config has no test_dataloader, which predict needs")
+    refused(capsys, "test_dataloader")
 
 
 @pytest.mark.parametrize(
-    ("meta", "message"),
+    ("meta", "named"),
     [
-        ({"classes": ("a", "b")}, ": 2 classes (a, b), model.bbox_head.num_classes is 3: expected the same number"),
-        ({"classes": ("a", "b", "c"), "palette": [[1, 2, 3]]}, ": 3 classes with 1 colours: expected one for each"),
+        ({"classes": ("a", "b")}, ["a, b", 2, "model.bbox_head.num_classes", 3]),
+        ({"classes": ("a", "b", "c"), "palette": [[1, 2, 3]]}, [3, 1]),
     ],
 )
-def test_a_checkpoint_of_other_classes_than_its_model_is_refused(meta, message, checkpoint_of, folder, capsys):
+def test_a_checkpoint_of_other_classes_than_its_model_is_refused(meta, named, checkpoint_of, folder, capsys):
     checkpoint = checkpoint_of("retinanet", **meta)
     assert predict("retinanet", checkpoint, picture(folder / "a.png"), folder.parent / "out") == 1
-    assert f"{checkpoint}{message}" in error(capsys)
+    refused(capsys, checkpoint, *named)
 
 
 def test_a_wrapped_dataset_predicts_as_the_one_inside(checkpoint_of, folder, tmp_path):
@@ -153,9 +163,6 @@ def test_a_wrapped_dataset_predicts_as_the_one_inside(checkpoint_of, folder, tmp
     checkpoint = str(checkpoint_of("semfpn"))
     for config in (SHAPES / "semfpn.py", tmp_path / "wrapped.py"):
         assert main(["predict", str(config), checkpoint, str(folder), "--out", str(tmp_path / config.stem)]) == 0
-    files = sorted(
-        path.relative_to(tmp_path / "semfpn") for path in (tmp_path / "semfpn").rglob("*") if path.is_file()
-    )
-    assert files == [Path("a.png"), Path("labels/a.png"), Path("predictions.json")]
-    for path in files:
+    assert files_in(tmp_path / "semfpn") == ["a.png", "labels/a.png", "predictions.json"]
+    for path in files_in(tmp_path / "semfpn"):
         assert (tmp_path / "semfpn" / path).read_bytes() == (tmp_path / "wrapped" / path).read_bytes()

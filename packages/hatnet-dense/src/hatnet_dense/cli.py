@@ -62,10 +62,28 @@ def predict(options: argparse.Namespace) -> None:
 
     out = writable_folder(options.out)
     config = load_config(options.config, options.cfg_options)
+    from tqdm import tqdm
+
+    from hatnet_dense.annotations import counted
     from hatnet_dense.predict import predict as predict_images
 
-    record = predict_images(config, options.checkpoint, options.images, out, options.score_threshold, options.device)
-    say(f"predictions of {len(record['images'])} images: {out / 'predictions.json'}")
+    strict = options.on_bad_image == "strict"
+    bad = 0
+
+    def on_bad(reason: str) -> None:
+        nonlocal bad
+        bad += 1
+        kind = "error" if strict else "warning: skipped"
+        tqdm.write(f"{options.parser.prog}: {kind}: {reason}", file=sys.stderr)  # above the progress bar
+
+    record = predict_images(
+        config, options.checkpoint, options.images, out, options.score_threshold, options.device, on_bad
+    )
+    done = len(record["images"])
+    if done:
+        say(f"predictions of {counted(done, 'image', 'images')}: {out / 'predictions.json'}")
+    if bad and (strict or not done):
+        raise ValueError(f"{bad} of {bad + done} images could not be read or predicted")
 
 
 def check(options: argparse.Namespace) -> int:

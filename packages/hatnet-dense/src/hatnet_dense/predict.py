@@ -11,10 +11,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -50,6 +49,7 @@ def predict(
     out: Path,
     score_threshold: float = 0.3,
     device: str = "auto",
+    on_bad: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
     """Predict images, and write what came out into a folder.
 
@@ -60,14 +60,17 @@ def predict(
         out: folder for the results, made if need be; it must not contain an image to predict.
         score_threshold: of the boxes in the pictures; the JSON contains all that the config keeps.
         device: as for :func:`hatnet_core.commands.pick_device`.
+        on_bad: called with the reason for each image that cannot be read or predicted and is skipped; by default that
+            is raised.
 
     Returns:
-        The content of ``predictions.json``.
+        The content of ``predictions.json``, which is written if there is any image in it.
 
     Raises:
-        FileNotFoundError: if an image or the checkpoint is not there. Nothing is written then.
+        FileNotFoundError: if the checkpoint is not there. Nothing is written then.
         ValueError: if two images have the same name, the device is not there, or the checkpoint is of another model;
-            nothing is written then. If some images cannot be predicted; the results of all others are written then.
+            nothing is written then. By default, if an image cannot be read or predicted; the results of those before
+            it are written then.
     """
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"the score threshold must be from 0 to 1, got {score_threshold}")
@@ -75,23 +78,20 @@ def predict(
     files = _files(images, out)
     model = load_model(config, checkpoint, device)
     draws = _Detections(model, score_threshold) if config.default_scope == "mmdet" else _Labels(model)
-    bad: list[str] = []
     try:
         for file in tqdm(files, desc="predicting", unit="image", delay=2, disable=None):
             try:
                 with _written_whole(out) as place:
                     draws.add(file, _read(file.path), place)
             except (ValueError, RuntimeError, cv2.error) as error:  # RuntimeError: an image thinner than a layer
-                bad.append(f"{file.path}: cannot be predicted ({cut(said(error))})")
-                tqdm.write(bad[-1], file=sys.stderr)
+                reason = f"{file.path}: cannot be predicted ({cut(said(error))})"
+                if on_bad is None:
+                    raise ValueError(reason) from error
+                on_bad(reason)
     finally:  # after Ctrl-C, too
         if draws.record["images"]:
             with staged(out / "predictions.json") as place:
                 place.write_text(json.dumps(draws.record, indent=1) + "\n")
-    if bad:
-        written = f"the others are in {out}" if draws.record["images"] else "nothing is written"
-        shown = "; ".join(bad[:3]) + ("; …" if len(bad) > 3 else "")
-        raise ValueError(f"{len(bad)} of {len(files)} images cannot be predicted, {written}: {shown}")
     return draws.record
 
 
