@@ -17,12 +17,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, arg
+from tyro.conf import FlagCreatePairsOff, Suppress, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from hatnet_core.variants import MIN_SIZE, list_models
@@ -51,6 +51,9 @@ PACKAGES = ("hatnet_core", "hatnet_train", "hatnet_dense", "hatnet_analysis")
 MESSAGES = tyro.conf.create_mutex_group(required=False, title="messages")
 
 
+logger = logging.getLogger(__name__)
+
+
 class UsageError(ValueError):
     """Options that contradict each other, have no effect, or are missing."""
 
@@ -72,6 +75,35 @@ class Command:
     def run(self) -> int | None:
         """Do the work; returns the exit status, None for 0."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadImages:
+    """Base of commands that skip images that cannot be read."""
+
+    on_bad_image: Annotated[
+        Literal["strict", "replace"],
+        arg(
+            help="An image that cannot be read is named and skipped. strict: exit status 1 after all others; "
+            "replace: a warning."
+        ),
+    ] = "strict"
+
+    problems: Annotated[list[str], Suppress] = field(default_factory=list)
+
+    def skip(self, problem: str) -> None:
+        """Log an image that is skipped."""
+        self.problems.append(problem)
+        if self.on_bad_image == "strict":
+            logger.error("%s", problem)
+        else:
+            logger.warning("skipped: %s", problem)
+
+    def finish(self, images: int, bad: int | None = None) -> None:
+        """Raise ValueError after all images if ``bad`` of them, by default those skipped here, fail the command."""
+        bad = len(self.problems) if bad is None else bad
+        if bad and (self.on_bad_image == "strict" or bad == images):
+            raise ValueError(f"{bad} of {images} images could not be read or predicted")
 
 
 def option(
@@ -309,9 +341,9 @@ def error_text(error: Exception, options: Command) -> str:
 def flags_of(options: Any) -> dict[str, str]:
     """Return the flag of every field, also of those in groups: ``--batch-size`` for ``batch_size``."""
     flags = {}
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        flags |= flags_of(value) if dataclasses.is_dataclass(value) else {field.name: f"--{field.name}"}
+    for declared in dataclasses.fields(options):
+        value = getattr(options, declared.name)
+        flags |= flags_of(value) if dataclasses.is_dataclass(value) else {declared.name: f"--{declared.name}"}
     return {name: flag.replace("_", "-") for name, flag in flags.items()}
 
 

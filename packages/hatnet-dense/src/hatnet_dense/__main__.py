@@ -2,6 +2,6 @@
 
 import sys
 
-from hatnet_dense_cli import main
+from hatnet_dense.cli import main
 
 sys.exit(main())

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,8 +20,8 @@ from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 
 from hatnet_core import console
 from hatnet_core.console import (
-    FAILED,
     PATH,
+    BadImages,
     Batch,
     Checkpoint,
     Command,
@@ -293,34 +293,6 @@ MODES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class BadImages:
-    """Log images that cannot be read as they are met, and tell the exit status."""
-
-    on_bad_image: Annotated[
-        Literal["strict", "replace"],
-        arg(
-            help="An image that cannot be read is named and skipped. strict: exit status 1 after all others; "
-            "replace: a warning."
-        ),
-    ] = "strict"
-
-    problems: Annotated[list[str], Suppress] = field(default_factory=list)
-
-    def skip(self, problem: str) -> None:
-        """Log an image."""
-        self.problems.append(problem)
-        if self.on_bad_image == "strict":
-            logger.error("%s", problem)
-        else:
-            logger.warning("skipped: %s", problem)
-
-    def status(self, count: int | None = None) -> int:
-        """Return the exit status after all images, of which ``count`` are bad: by default those of this process."""
-        count = len(self.problems) if count is None else count
-        return FAILED if count and self.on_bad_image == "strict" else 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Evaluate(BadImages, Launched):
     """Measure top-1 and top-5 accuracy of a checkpoint on held-out images, each counted once.
 
@@ -354,7 +326,7 @@ class Evaluate(BadImages, Launched):
     out: Annotated[Path | None, PATH, arg(metavar="FILE")] = None
     """Write the result to this JSON file, too."""
 
-    def run(self) -> int:
+    def run(self) -> None:
         """Evaluate."""
         if self.out is not None:
             writable_file(self.out)
@@ -374,7 +346,7 @@ class Evaluate(BadImages, Launched):
             on_bad=self.skip,
         )
         if row is None:  # rank 0 reports
-            return 0
+            return
         if self.out is not None:
             write_file(self.out, (json.dumps(row, indent=2) + "\n").encode())
         if self.format == "json":
@@ -386,7 +358,7 @@ class Evaluate(BadImages, Launched):
                 f"over {row['images']} images{not_counted} at {row['size']} pixels, "
                 f"{row['images_per_second']:.0f} images/s"
             )
-        return self.status(row["bad_images"])
+        self.finish(row["images"] + row["bad_images"], row["bad_images"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,7 +384,7 @@ class Predict(BadImages, Command):
 
     format: Format = "table"
 
-    def run(self) -> int:
+    def run(self) -> None:
         """Classify."""
         if not self.images:
             raise UsageError("an image file or folder is required")
@@ -433,7 +405,7 @@ class Predict(BadImages, Command):
         finally:
             if rows and self.format == "json":  # of the images so far, whatever stopped the rest
                 say(json.dumps(rows, indent=2))
-        return self.status() if rows else FAILED
+        self.finish(len(rows) + len(self.problems))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -474,7 +446,7 @@ class WriteShards(BadImages, Command):
     )
     """Processes that write."""
 
-    def run(self) -> int:
+    def run(self) -> None:
         """Write, or check."""
         if self.verify == (self.out is not None):
             raise UsageError("one of --out and --verify is required, and not both")
@@ -487,7 +459,7 @@ class WriteShards(BadImages, Command):
 
             verify(self.data)
             say(f"{self.data}: all shards are as they were written")
-            return 0
+            return
         from hatnet_train.data.shard_writer import write_shards
 
         index = write_shards(
@@ -505,9 +477,7 @@ class WriteShards(BadImages, Command):
             size = sum(shard["bytes"] for shard in written)
             number = "1 shard" if len(written) == 1 else f"{len(written)} shards"
             say(f"{name}: {split['images']} images in {number}, {size / 1e6:.1f} MB")
-        if self.problems:
-            say(f"skipped: {len(self.problems)} that cannot be read")
-        return self.status()
+        self.finish(sum(split["images"] for split in index["splits"].values()) + len(self.problems))
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
