@@ -21,7 +21,7 @@ class Warm:
     """
 
     def __init__(self, *prefix):
-        path = os.pathsep.join([str(HERE), str(HERE / "faults")])
+        path = os.pathsep.join([str(HERE), str(HERE / "faults"), *sys.path])
         self.process = subprocess.Popen(
             [*prefix, sys.executable, HERE / "warm.py"],
             stdin=subprocess.PIPE,
