@@ -102,6 +102,11 @@ class Launch:
         return "\n".join(f"rank {rank}:\n{self.log(rank)}" for rank in range(len(self.pids)))
 
 
+def lines_naming(text, *named):
+    """Lines of a log that contain everything in ``named``."""
+    return [line for line in text.splitlines() if all(str(name) in line for name in named)]
+
+
 def until(holds, seconds, what=str):
     """Wait until something holds, at most so long."""
     start = time.monotonic()
