@@ -21,7 +21,7 @@ class Warm:
     """
 
     def __init__(self, *prefix):
-        path = os.pathsep.join([str(HERE), str(HERE / "faults")])
+        path = os.pathsep.join([str(HERE), str(HERE / "faults"), *sys.path])
         self.process = subprocess.Popen(
             [*prefix, sys.executable, HERE / "warm.py"],
             stdin=subprocess.PIPE,
@@ -100,6 +100,11 @@ class Launch:
 
     def text(self):
         return "\n".join(f"rank {rank}:\n{self.log(rank)}" for rank in range(len(self.pids)))
+
+
+def lines_naming(text, *named):
+    """Lines of a log that contain everything in ``named``."""
+    return [line for line in text.splitlines() if all(str(name) in line for name in named)]
 
 
 def until(holds, seconds, what=str):

@@ -1,6 +1,8 @@
 import dataclasses
+import errno
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -11,27 +13,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hatnet_core.commands import SHARED
+from hatnet_testing import check, error_line, raises, usage_error
 from hatnet_train import TrainConfig
-from hatnet_train.cli import (
-    evaluate,
-    evaluate_parser,
-    predict,
-    predict_parser,
-    shards,
-    shards_parser,
-    train,
-    train_parser,
-)
+from hatnet_train.cli import evaluate, evaluate_parser, predict, shards, train
 from hatnet_train.data.folder import Folder
 from hatnet_train.parser import GRACE_SECONDS
 
-
-def one_error_line(capsys):
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1, captured.err
-    return captured.err
+NAMES = {train: "hatnet-train", evaluate: "hatnet-eval", predict: "hatnet-predict", shards: "hatnet-shards"}
 
 
 def status(command, arguments):
@@ -42,161 +30,92 @@ def status(command, arguments):
         return stop.code
 
 
-WRONG = [
-    (train, "", 2, "the following arguments are required: --recipe, --out"),
-    (train, "--recipe digits", 2, "the following arguments are required: --out"),
-    (
-        train,
-        "--recipe imagnet --out run",
-        2,
-        "invalid choice: 'imagnet', did you mean imagenet? (choose from digits, ",
-    ),
-    (train, "--recipe digits --out run --lr 1e400", 2, "--lr must be positive and finite, got inf"),
-    (train, "--recipe digits --out run --varaint x", 2, "unknown argument '--varaint', did you mean --variant?"),
-    (train, "--recipe digits --out run --image-size 24", 2, "--image-size must be from 32 to 2048 pixels, got 24"),
-    (train, "--recipe digits --out run --epochs many", 2, "argument --epochs: 'many' is not a whole number"),
-    (train, "--recipe digits --out run --epochs -1", 2, "--epochs must be from 1 to 1000000, got -1"),
-    (train, "--recipe digits --out run --lr fast", 2, "argument --lr: 'fast' is not a number"),
-    (train, "--recipe digits --out run --lr nan", 2, "--lr must be positive and finite, got nan"),
-    (train, "--recipe digits --out run --variant hatnet_huge", 2, "invalid choice: 'hatnet_huge'"),
-    (train, "--recipe digits --out run --precision int8", 2, "invalid choice: 'int8' (choose from bf16, fp16, fp32)"),
-    (train, "--recipe digits --out run --zero-stage 4", 2, "invalid choice: 4 (choose from 0, 1, 2, 3)"),
-    (train, "--recipe digits --out run --grid-sizes 8 8", 2, "argument --grid-sizes: expected 3 arguments"),
-    (train, "--recipe digits --out run --preempt-seconds 0", 2, "'0' is not a number above 0"),
-    (train, "--recipe imagenet --out run", 2, "recipe imagenet needs --data: an ImageNet-layout folder"),
-    (train, "--recipe digits --preflight --print-config", 2, "not allowed with argument --preflight"),
-    (
-        train,
-        "--recipe digits --out run --deepspeed_config ds.json --batch-size 32",
-        2,
-        "--batch-size 32 contradicts ds.",
-    ),
-    (
-        train,
-        "--recipe digits --out run --deepspeed_config no.json",
-        1,
-        "no DeepSpeed configuration at no.json: ",
-    ),
-    (
-        train,
-        "--recipe digits --out run --deepspeed_config bad.json",
-        1,
-        "bad.json: train_batch_size must be at least 1, ",
-    ),
-    (
-        train,
-        "--recipe digits --out run --deepspeed_config typo.json",
-        1,
-        "typo.json: unknown key 'gradient_cliping', di",
-    ),
-    (
-        train,
-        "--recipe digits --out text.png",
-        1,
-        "--out must be a folder that can be made and written, got 'text.png'",
-    ),
-    (
-        train,
-        "--verify nowhere",
-        1,
-        "neither config.json nor checkpoints in nowhere; expected a run folder of hatnet-tr",
-    ),
-    (train, "--check-data", 2, "the following arguments are required: --data"),
-    (train, "--recipe digits --out run --warmup-epochs 9", 2, "--warmup-epochs must be from 0 to below epochs=7, got"),
-    (train, "--check-hostfile nowhere", 1, "cannot read hostfile nowhere: No such file or directory"),
-    (evaluate, "--data digits", 2, "the following arguments are required: --checkpoint"),
-    (evaluate, "--checkpoint w.safetensors", 2, "the following arguments are required: --data"),
-    (
-        evaluate,
-        "--checkpoint w.safetensors --data digits --size 16",
-        2,
-        "'16' is not a whole number of pixels from 32 ",
-    ),
-    (
-        evaluate,
-        "--checkpoint w.safetensors --data digits --batch 0",
-        2,
-        "--batch: '0' is not a whole number from 1 up",
-    ),
-    (evaluate, "--checkpoint w.safetensors --data digits --batch-size 8", 2, "'--batch-size', did you mean --batch?"),
-    (
-        evaluate,
-        "--checkpoint w.safetensors --data digits --workers -1",
-        2,
-        "'-1' is not a whole number from 0 to 1024",
-    ),
-    (
-        evaluate,
-        "--checkpoint w.safetensors --data digits --format xml",
-        2,
-        "invalid choice: 'xml' (choose from table, j",
-    ),
-    (evaluate, "--checkpoint w.safetensors --data digits --timeout never", 2, "'never' is not a number above 0"),
-    (
-        evaluate,
-        "--checkpoint w.safetensors --data digits --out no/row.json",
-        1,
-        "exists and can be written, got 'no/row.",
-    ),
-    (predict, "--checkpoint w.safetensors", 2, "the following arguments are required: IMAGE"),
-    (predict, "image.png --checkpoint w.safetensors --top-k 0", 2, "--top-k: '0' is not a whole number from 1 up"),
-    (
-        predict,
-        "image.png --checkpoint w.safetensors --top-k 11",
-        1,
-        "--top-k must be from 1 to the 10 classes, got 11",
-    ),
-    (
-        predict,
-        "image.png --checkpoint w.safetensors --device cuda:77",
-        1,
-        "--device must be auto, cpu, or a GPU that is ",
-    ),
-    (
-        predict,
-        "image.png --checkpoint w.safetensors --variant hatnet_small",
-        1,
-        "--variant must be hatnet_tiny, as w.safetensors",
-    ),
-    (
-        predict,
-        "image.png --checkpoint w.safetensors --variant hatnet_smal",
-        2,
-        "'hatnet_smal', did you mean hatnet_smal",
-    ),
-    (
-        predict,
-        "image.png --checkpoint no.safetensors",
-        1,
-        "no checkpoint at no.safetensors: expected an existing file or",
-    ),
-    (predict, "image.png --checkpoint cut.safetensors", 1, "cut.safetensors is not a readable safetensors file"),
-    (predict, "image.png --checkpoint text.png", 1, "text.png is not a checkpoint of plain tensors"),
-    (predict, "image.png --checkpoint huge.safetensors", 1, "expected hatnet_tiny with 900000000000 classes"),
-    (predict, "image.png --checkpoint empty", 1, "empty holds no weights: expected model.safetensors, as in"),
-    (predict, "image.png --checkpoint=", 2, "argument --checkpoint: '' is no path"),
-    (predict, "no.png --checkpoint w.safetensors", 1, "no image at no.png: expected an existing file"),
-    (
-        predict,
-        "text.png --checkpoint w.safetensors",
-        1,
-        "cannot read text.png as an image: its 6 bytes are of no known f",
-    ),
-    (predict, "cut.png --checkpoint w.safetensors", 1, "cannot read cut.png as an image"),
-    (predict, "empty --checkpoint w.safetensors", 1, "folder empty holds no images: expected files that end in .apng"),
-    (shards, "empty", 2, "one of the arguments --out --verify is required"),
-    (shards, "empty --verify --resize 64", 2, "--resize has an effect only with --out, got 64"),
-    (shards, "empty --out made --verify", 2, "argument --verify: not allowed with argument --out"),
-    (shards, "empty --out made --resize 31", 2, "'31' is not a whole number of pixels from 32 up"),
-    (shards, "empty --out made --quality 80", 2, "--quality has an effect only with --resize, got 80"),
-    (shards, "empty --out made --resize 32 --quality 101", 2, "'101' is not a whole number from 1 to 100"),
-    (shards, "empty --out made --shard-megabytes 0", 2, "'0' is not a number above 0"),
-    (shards, "nowhere --out made", 1, "nowhere: train/ is missing; expected train/ and val/ with "),
-    (shards, "empty --out made", 1, "empty: train/ is missing; expected train/ and val/ with "),
-    (shards, "empty --out text.png", 1, "--out must be a folder that can be made and written, got 'text.png'"),
-    (shards, "empty --verify", 1, "empty"),
+def refused(command, arguments, capsys, *named, expected=1):
+    """Run a command that prints nothing but an error, which names everything in ``named``."""
+    assert status(command, arguments) == expected
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    if expected == 2:
+        usage_error(captured.err, *named)
+    else:
+        assert captured.err.count("\n") == 1, captured.err
+        error_line(captured.err, NAMES[command], *named)
+
+
+TRAIN = "--recipe digits --out run"
+EVALUATE = "--checkpoint w.safetensors --data digits"
+PREDICT = "image.png --checkpoint w.safetensors"
+SHARDS = "empty --out made"
+
+USAGE = [
+    (train, "", "--recipe --out"),
+    (train, "--recipe digits", "--out"),
+    (train, "--recipe imagnet --out run", "--recipe imagnet imagenet"),
+    (train, "--recipe imagenet --out run", "imagenet --data"),
+    (train, f"{TRAIN} --lr 1e400", "--lr inf"),
+    (train, f"{TRAIN} --lr fast", "--lr fast"),
+    (train, f"{TRAIN} --lr nan", "--lr nan"),
+    (train, f"{TRAIN} --varaint x", "--varaint --variant"),
+    (train, f"{TRAIN} --variant hatnet_huge", "--variant hatnet_huge"),
+    (train, f"{TRAIN} --image-size 24", "--image-size 24 32 2048"),
+    (train, f"{TRAIN} --epochs many", "--epochs many"),
+    (train, f"{TRAIN} --epochs -1", "--epochs -1 1 1000000"),
+    (train, f"{TRAIN} --warmup-epochs 9", "--warmup-epochs 9.0 7"),
+    (train, f"{TRAIN} --precision int8", "--precision int8 bf16 fp16 fp32"),
+    (train, f"{TRAIN} --zero-stage 4", "--zero-stage 4 0 1 2 3"),
+    (train, f"{TRAIN} --grid-sizes 8 8", "--grid-sizes 3"),
+    (train, f"{TRAIN} --preempt-seconds 0", "--preempt-seconds 0"),
+    (train, f"{TRAIN} --deepspeed_config ds.json --batch-size 32", "--batch-size 32 ds.json 64"),
+    (train, "--recipe digits --preflight --print-config", "--preflight --print-config"),
+    (train, "--check-data", "--data"),
+    (evaluate, "--data digits", "--checkpoint"),
+    (evaluate, "--checkpoint w.safetensors", "--data"),
+    (evaluate, f"{EVALUATE} --size 16", "--size 16 32"),
+    (evaluate, f"{EVALUATE} --batch 0", "--batch 0"),
+    (evaluate, f"{EVALUATE} --batch-size 8", "--batch-size --batch"),
+    (evaluate, f"{EVALUATE} --workers -1", "--workers -1 0 1024"),
+    (evaluate, f"{EVALUATE} --format xml", "--format xml table json"),
+    (evaluate, f"{EVALUATE} --timeout never", "--timeout never"),
+    (predict, "--checkpoint w.safetensors", "IMAGE"),
+    (predict, f"{PREDICT} --top-k 0", "--top-k 0"),
+    (predict, f"{PREDICT} --variant hatnet_smal", "--variant hatnet_smal hatnet_small"),
+    (predict, "image.png --checkpoint=", "--checkpoint"),
+    (shards, "empty", "--out --verify"),
+    (shards, "empty --verify --resize 64", "--resize 64 --out"),
+    (shards, f"{SHARDS} --verify", "--verify --out"),
+    (shards, f"{SHARDS} --resize 31", "--resize 31 32"),
+    (shards, f"{SHARDS} --quality 80", "--quality 80 --resize"),
+    (shards, f"{SHARDS} --resize 32 --quality 101", "--quality 101 1 100"),
+    (shards, f"{SHARDS} --shard-megabytes 0", "--shard-megabytes 0"),
 ]
-"""Commands with arguments that are wrong, their exit statuses, and what is said."""
+"""Wrong command lines, and what their errors have to name."""
+
+FAILURES = [
+    (train, f"{TRAIN} --deepspeed_config no.json", "no.json"),
+    (train, f"{TRAIN} --deepspeed_config bad.json", "bad.json train_batch_size -8"),
+    (train, f"{TRAIN} --deepspeed_config typo.json", "typo.json gradient_cliping gradient_clipping"),
+    (train, "--recipe digits --out text.png", "--out text.png"),
+    (train, "--verify nowhere", "nowhere config.json"),
+    (train, "--check-hostfile nowhere", "nowhere"),
+    (evaluate, f"{EVALUATE} --out no/row.json", "--out no/row.json"),
+    (predict, f"{PREDICT} --top-k 11", "--top-k 11 10"),
+    (predict, f"{PREDICT} --device cuda:77", "--device cuda:77"),
+    (predict, f"{PREDICT} --variant hatnet_small", "--variant hatnet_small hatnet_tiny w.safetensors"),
+    (predict, "image.png --checkpoint no.safetensors", "no.safetensors"),
+    (predict, "image.png --checkpoint cut.safetensors", "cut.safetensors"),
+    (predict, "image.png --checkpoint text.png", "text.png"),
+    (predict, "image.png --checkpoint huge.safetensors", "huge.safetensors hatnet_tiny 900000000000"),
+    (predict, "image.png --checkpoint empty", "empty model.safetensors"),
+    (predict, "no.png --checkpoint w.safetensors", "no.png"),
+    (predict, "text.png --checkpoint w.safetensors", "text.png 6"),
+    (predict, "cut.png --checkpoint w.safetensors", "cut.png"),
+    (predict, "empty --checkpoint w.safetensors", "empty .apng"),
+    (shards, "nowhere --out made", "nowhere train/ val/"),
+    (shards, "empty --out made", "empty train/ val/"),
+    (shards, "empty --out text.png", "--out text.png"),
+    (shards, "empty --verify", "empty/index.json"),
+]
+"""Right command lines that cannot be carried out, and what their errors have to name."""
 
 
 @pytest.fixture(scope="module")
@@ -220,53 +139,51 @@ def files(checkpoint, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("command", "line", "expected", "message"), WRONG)
-def test_wrong_input_is_one_line_and_a_status_and_leaves_nothing(
-    command, line, expected, message, files, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("command", "line", "named", "expected"), [*((*case, 2) for case in USAGE), *((*case, 1) for case in FAILURES)]
+)
+def test_wrong_input_is_a_short_error_and_a_status_and_leaves_nothing(
+    command, line, named, expected, files, monkeypatch, capsys
 ):
     monkeypatch.chdir(files)
     before = sorted(files.iterdir())
-    assert status(command, line.split()) == expected
-    error = one_error_line(capsys)
-    assert error.startswith("hatnet-")
-    assert ": error: " in error
-    assert message in error
+    refused(command, line.split(), capsys, *named.split(), expected=expected)
     assert sorted(files.iterdir()) == before
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "named"),
     [
-        (
-            "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:1",
-            "lost contact with another pro",
-        ),
-        ("DataLoader worker (pid 23550) is killed by signal: Killed. ", "a worker was killed (out of memory?)"),
-        ("CUDA out of memory. Tried to allocate 2 GiB", "not enough memory (CUDA out of memory. Tried to "),
+        ("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:1", ["10.0.0.2"]),
+        ("DataLoader worker (pid 23550) is killed by signal: Killed. ", ["killed", "--workers"]),
+        ("CUDA out of memory. Tried to allocate 2 GiB", ["CUDA out of memory", "--batch", "--workers"]),
     ],
 )
-def test_what_happens_to_a_machine_is_told_in_one_line_and_a_mistake_of_ours_is_shown(text, expected, capsys):
-    def fail(message):
-        raise RuntimeError(message)
+def test_an_error_of_the_machine_is_one_line_and_a_mistake_of_ours_has_a_trace(text, named, capsys):
+    def run(message):
+        def fail(options):
+            raise RuntimeError(message)
 
-    assert predict_parser().run(lambda options: fail(text), ["a", "--checkpoint", "b"]) == 1
-    assert f"hatnet-predict: error: {expected}" in one_error_line(capsys)
-    assert predict_parser().run(lambda options: fail("shape mismatch"), ["a", "--checkpoint", "b"]) == 1
-    first, *_, last = capsys.readouterr().err.splitlines()
-    assert first == "Traceback (most recent call last):"
-    assert last.startswith("hatnet-predict: error: RuntimeError: shape mismatch")
+        assert evaluate_parser().run(fail, ["--checkpoint", "a", "--data", "b"]) == 1
+        return capsys.readouterr().err
+
+    error = run(text)
+    error_line(error, "hatnet-eval", *named)
+    assert error.count("\n") == 1
+    trace = run("shape mismatch")
+    assert trace.startswith("Traceback (most recent call last):\n")
+    error_line(trace, "hatnet-eval", "RuntimeError", "shape mismatch")
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "shards"])
+@pytest.mark.parametrize("command", NAMES.values())
 def test_the_installed_commands_refuse_a_wrong_option_before_torch_is_imported(command, run_command):
     code = "import sys\nfrom importlib.metadata import entry_points\nsys.argv = ['x', '--absent']\ntry:\n    "
-    code += f"entry_points(name='hatnet-{command}')['hatnet-{command}'].load()()\nfinally:\n    "
+    code += f"entry_points(name='{command}')['{command}'].load()()\nfinally:\n    "
     code += "print('torch' in sys.modules)"
     done = run_command(sys.executable, "-c", code)
     assert (done.returncode, done.stdout) == (2, "False\n")
-    assert done.stderr.startswith(f"hatnet-{command}: error: ")
-    assert done.stderr.count("\n") == 1
-    installed = run_command(f"hatnet-{command}", "--absent")
+    usage_error(done.stderr, command, "--absent")
+    installed = run_command(command, "--absent")
     assert (installed.returncode, installed.stderr) == (2, done.stderr)
 
 
@@ -274,11 +191,11 @@ def test_a_hostfile_is_looked_up_without_a_launch(tmp_path, capsys):
     file = tmp_path / "hosts"
     file.write_text("localhost slots=4\n127.0.0.1 slots=2\n")
     assert status(train, ["--check-hostfile", file]) == 0
-    assert capsys.readouterr().out == f"{file}: 2 hosts, 6 processes, all names resolve\n"
+    printed = capsys.readouterr().out
+    check(printed, file)
+    assert re.findall(r"\d+", printed.replace(str(file), "")) == ["2", "6"]  # hosts and processes
     file.write_text("localhost slots=4\nno-such-host.invalid slots=4\n")
-    assert status(train, ["--check-hostfile", file]) == 1
-    line = one_error_line(capsys)
-    assert f"hostfile {file}: host no-such-host.invalid does not resolve" in line
+    refused(train, ["--check-hostfile", file], capsys, file, "no-such-host.invalid")
 
 
 def test_the_configuration_is_printed_with_every_field_and_what_was_given(capsys):
@@ -291,8 +208,8 @@ def test_the_configuration_is_printed_with_every_field_and_what_was_given(capsys
 
 
 def test_a_configuration_is_printed_only_if_timm_knows_its_policy(capsys):
-    assert status(train, ["--recipe", "digits", "--print-config", "--rand-augment", "bogus"]) == 1
-    assert "--rand-augment must be a policy of timm such as rand-m9-mstd0.5, got 'bogus'" in one_error_line(capsys)
+    policy = ["--rand-augment", "bogus"]
+    refused(train, ["--recipe", "digits", "--print-config", *policy], capsys, *policy)
 
 
 def test_deepspeeds_json_goes_before_the_recipe_and_must_not_contradict_a_flag(tmp_path, capsys):
@@ -302,18 +219,15 @@ def test_deepspeeds_json_goes_before_the_recipe_and_must_not_contradict_a_flag(t
     assert status(train, [*run, "--zero-stage", "2"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["batch_size"], printed["zero_stage"]) == (64, 2)
-    assert status(train, [*run, "--batch-size", "32"]) == 2
-    assert f"--batch-size 32 contradicts {file}, which gives 64: leave one out" in one_error_line(capsys)
+    refused(train, [*run, "--batch-size", "32"], capsys, "--batch-size", 32, file, 64, expected=2)
 
 
 def test_other_ranks_report_late_and_under_their_number(tmp_path, capsys, monkeypatch):
     waits = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("time.sleep", waits.append)
-    assert status(train, ["--recipe", "imagnet", "--out", tmp_path]) != 0
-    assert one_error_line(capsys).startswith(
-        "hatnet-train: error: [rank 1] argument --recipe: invalid choice: 'imagnet'"
-    )
+    line = ["--recipe", "imagnet", "--out", tmp_path]
+    refused(train, line, capsys, "rank 1", "--recipe", "imagnet", expected=2)
     assert waits == [GRACE_SECONDS]
 
 
@@ -362,7 +276,7 @@ def test_an_image_that_cannot_be_read_is_named_and_does_not_cost_the_other_shard
     line = [damaged, "--out", tmp_path / "shards", "--workers", "0", "--on-bad-image", on_bad_image]
     assert status(shards, line) == expected
     captured = capsys.readouterr()
-    assert [text.split()[:2] for text in captured.out.splitlines()] == [["train:", "6"], ["val:", "4"]]
+    assert re.findall(r"^(\w+)\D+(\d+)", captured.out, re.MULTILINE) == [("train", "6"), ("val", "4")]
     assert [text.startswith(f"hatnet-shards: {kind}: ") for text in captured.err.splitlines()] == [True, True]
     assert status(shards, ["--verify", tmp_path / "shards"]) == 0
 
@@ -389,8 +303,8 @@ def test_check_data_counts_the_images_of_each_class_and_prints_every_problem(dam
             assert sum(named in line for line in captured.out.splitlines()) == 1, named
         (twins,) = [line for line in captured.out.splitlines() if "twin.png" in line]
         assert str(damaged / "train" / "1" / "2.png") in twins
-        (error,) = captured.err.splitlines()
-        assert f"error: {damaged}: 5 problem" in error
+        error = error_line(captured.err, "hatnet-train", damaged)
+        assert re.findall(r"\d+", error.replace(str(damaged), "")) == ["5"]
 
 
 def test_check_data_takes_shards_and_the_data_of_a_recipe(made, capsys):
@@ -405,7 +319,7 @@ def test_a_file_that_cannot_be_opened_for_want_of_descriptors_is_not_taken_for_a
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
-        with pytest.raises(OSError, match="Too many open files"):
+        with raises(OSError, os.strerror(errno.EMFILE)):
             source.image(1)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
@@ -417,31 +331,23 @@ def test_shards_are_written_and_verified(tmp_path, capsys):
         Image.new("RGB", (40, 50), "red").save(tmp_path / "data" / split / name / "x.png")
     out = tmp_path / "shards"
     assert status(shards, [tmp_path / "data", "--out", out, "--resize", "32", "--workers", "0"]) == 0
-    captured = capsys.readouterr()
-    assert captured.out.startswith("train: 2 images in 1 shard, ")
+    assert re.findall(r"^(\w+)\D+(\d+)\D+(\d+)", capsys.readouterr().out, re.MULTILINE) == [
+        ("train", "2", "1"),  # images and shards
+        ("val", "1", "1"),
+    ]
     assert status(shards, ["--verify", out]) == 0
-    assert capsys.readouterr().out == f"{out}: all shards are as they were written\n"
-    assert status(shards, [tmp_path / "data", "--out", out, "--workers", "0"]) == 1
-    assert str(out) in one_error_line(capsys)
+    check(capsys.readouterr().out, out)
+    refused(shards, [tmp_path / "data", "--out", out, "--workers", "0"], capsys, out)
 
 
-@pytest.mark.parametrize("command", [train, evaluate, predict, shards])
+@pytest.mark.parametrize("command", NAMES)
 def test_help_shows_an_example_and_every_default_and_fits_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert status(command, ["--help"]) == 0
     text = capsys.readouterr().out
-    assert "example" in text
-    assert "(default" in text
+    assert {"example", "default"} <= set(re.findall("example|default", text))
     assert max(map(len, text.splitlines())) <= 80
-    assert "digits: 7, imagenet: 300)" in text or command is not train
-
-
-def test_options_that_all_commands_share_have_their_one_form():
-    parsers = [train_parser(), evaluate_parser(), predict_parser(), shards_parser()]
-    for one in parsers:
-        for action in one._actions:
-            for option in SHARED.keys() & set(action.option_strings):
-                assert action.help.startswith(SHARED[option]), f"{one.prog} {option}: {action.help}"
+    assert re.search(r"digits\W+7\W+imagenet\W+300\b", text) or command is not train
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from hatnet_core import create_model
+from hatnet_testing import raises
 from hatnet_train import build_config
 from hatnet_train.deepspeed_config import deepspeed_config, lr_factor, parameter_groups
 
@@ -40,15 +41,15 @@ def test_the_cosine_leads_to_the_floor():
 
 
 @pytest.mark.parametrize(
-    ("values", "world_size", "expected"),
+    ("values", "world_size", "named"),
     [
-        ({}, 3, r"batch_size must be a multiple of 3 \(a share for each of 3 processes × accumulation 1\), got 32"),
-        ({"accumulation": 5}, 1, "a multiple of 5 .*accumulation 5.*, got 32"),
-        ({"mixup": 0.8, "batch_size": 6}, 2, r"a multiple of 4 \(an even share for each of 2 processes .*, got 6"),
+        ({}, 3, [3, 32]),
+        ({"accumulation": 5}, 1, [5, 32]),
+        ({"mixup": 0.8, "batch_size": 6}, 2, [4, 2, 6]),
     ],
 )
-def test_a_batch_that_the_processes_cannot_share_is_refused(values, world_size, expected):
-    with pytest.raises(ValueError, match=expected):
+def test_a_batch_that_the_processes_cannot_share_is_refused(values, world_size, named):
+    with raises(ValueError, "batch_size", "accumulation", *named):
         deepspeed_config(build_config("digits", values), world_size=world_size)
 
 

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from hatnet_core.images import to_rgb
+from hatnet_testing import raises
 from hatnet_train.data.images import decode, read_image, to_pillow, to_tensor
 
 
@@ -88,10 +89,7 @@ def test_an_image_is_turned_as_its_exif_says(kind, mode, endian, orientation):
 
 
 def test_numbers_whose_range_nothing_tells_are_refused_by_name():
-    with pytest.raises(
-        ValueError,
-        match=r"cannot read depth\.tiff as an image: it holds numbers of 32 bits; expected an image of 8 or 16",
-    ):
+    with raises(ValueError, "depth.tiff", 32, 8, 16):
         decode(encoded(Image.new("F", (2, 2), 0.5), "TIFF"), "depth.tiff")
 
 
@@ -113,10 +111,10 @@ def test_what_is_no_whole_image_is_refused_by_name(damage, tmp_path):
         "half a png": encoded(photograph(), "PNG")[:300],
     }[damage]
     (tmp_path / "image.jpg").write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot read .*image\.jpg as an image: "):
+    with raises(ValueError, tmp_path / "image.jpg"):
         read_image(tmp_path / "image.jpg")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no image at .*nowhere\.png: expected an existing file"):
+    with raises(FileNotFoundError, tmp_path / "nowhere.png"):
         read_image(tmp_path / "nowhere.png")

@@ -1,5 +1,6 @@
 """Launches: the environments of every launcher by table, the roll call with threads, and the rest with processes."""
 
+import errno
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from conftest import BIN
+from hatnet_testing import check, raises
 from hatnet_train.launch import Launch, discover, roll_call
 from hatnet_train.preflight import check_hostfile
 from hatnet_train.watch import compact_ranks
@@ -201,31 +203,28 @@ def test_steps_that_may_share_a_host_get_ports_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ("environ", "expected"),
+    ("environ", "named"),
     [
-        ({**TORCH, "RANK": "4"}, "RANK must be a whole number from 0 to 3, got '4'"),
-        ({**TORCH, "RANK": "-1"}, "RANK must be a whole number from 0 to 3, got '-1'"),
-        ({**TORCH, "WORLD_SIZE": "four"}, "WORLD_SIZE must be a whole number from 1 up, got 'four'"),
-        ({**TORCH, "WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number from 1 up, got '0'"),
-        ({**TORCH, "MASTER_PORT": "65536"}, "MASTER_PORT must be a whole number from 1 to 65535, got '65536'"),
-        ({**TORCH, "MASTER_PORT": "1_000"}, "MASTER_PORT must be a whole number from 1 to 65535, got '1_000'"),
-        ({**TORCH, "MASTER_ADDR": ""}, "MASTER_ADDR must be the name or address of a host, got ''"),
-        ({**TORCH, "LOCAL_SIZE": "1"}, "LOCAL_SIZE must be a whole number from 2 to 4, got '1'"),
-        (
-            {"RANK": "0"},
-            "the environment lacks LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; a launcher sets RANK",
-        ),
-        ({**SLURM, "SLURM_PROCID": "7"}, "SLURM_PROCID must be a whole number from 0 to 6, got '7'"),
-        ({**SLURM, "SLURM_STEP_NODELIST": "node[3-"}, r"SLURM_STEP_NODELIST must be like .*, got 'node\[3-'"),
-        ({**SLURM, "SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST must be like .*, got ''"),
-        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(3)"}, r"SLURM_STEP_TASKS_PER_NODE must be like .* '2\(3\)'"),
-        ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "export MASTER_ADDR, .*mpirun -x MASTER_ADDR=HOST"),
-        (MPICH, "PMI_SIZE=4, MPI_LOCALNRANKS=2: .* export MASTER_ADDR"),
-        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "the environment lacks MPI_LOCALNRANKS"),
+        ({**TORCH, "RANK": "4"}, ["RANK", "'4'", 0, 3]),
+        ({**TORCH, "RANK": "-1"}, ["RANK", "'-1'", 0, 3]),
+        ({**TORCH, "WORLD_SIZE": "four"}, ["WORLD_SIZE", "'four'", 1]),
+        ({**TORCH, "WORLD_SIZE": "0"}, ["WORLD_SIZE", "'0'", 1]),
+        ({**TORCH, "MASTER_PORT": "65536"}, ["MASTER_PORT", "'65536'", 1, 65535]),
+        ({**TORCH, "MASTER_PORT": "1_000"}, ["MASTER_PORT", "'1_000'", 1, 65535]),
+        ({**TORCH, "MASTER_ADDR": ""}, ["MASTER_ADDR", "''"]),
+        ({**TORCH, "LOCAL_SIZE": "1"}, ["LOCAL_SIZE", "'1'", 2, 4]),
+        ({"RANK": "0"}, ["LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]),
+        ({**SLURM, "SLURM_PROCID": "7"}, ["SLURM_PROCID", "'7'", 0, 6]),
+        ({**SLURM, "SLURM_STEP_NODELIST": "node[3-"}, ["SLURM_STEP_NODELIST", "'node[3-'"]),
+        ({**SLURM, "SLURM_STEP_NODELIST": ""}, ["SLURM_STEP_NODELIST", "''"]),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(3)"}, ["SLURM_STEP_TASKS_PER_NODE", "'2(3)'"]),
+        ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, ["OMPI_COMM_WORLD_LOCAL_SIZE=2", "mpirun -x MASTER_ADDR"]),
+        (MPICH, ["PMI_SIZE=4", "MPI_LOCALNRANKS=2", "MASTER_ADDR"]),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, ["MPI_LOCALNRANKS"]),
     ],
 )
-def test_wrong_values_are_refused_by_variable_value_and_expectation(environ, expected):
-    with pytest.raises(ValueError, match=expected):
+def test_wrong_values_are_refused_by_variable_value_and_expectation(environ, named):
+    with raises(ValueError, *named):
         discover(environ)
 
 
@@ -249,21 +248,21 @@ def test_a_hostfile_gives_hosts_and_slots_in_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "named"),
     [
-        (None, "cannot read hostfile .*hosts: No such file or directory"),
-        ("# none\n", "hostfile .*hosts names no host"),
-        ("localhost slots=1\nlocalhost 8\n", "hosts, line 2: expected 'NAME slots=NUMBER', got 'localhost 8'"),
-        ("localhost slots=0\n", "hosts, line 1: expected 'NAME slots=NUMBER', got 'localhost slots=0'"),
-        ("localhost slots=1\n#\nlocalhost slots=2\n", "hosts, line 3: host localhost comes twice"),
-        ("no-such-host.invalid slots=1\n", "hostfile .*hosts: host no-such-host.invalid does not resolve"),
-        ("a..b slots=1\n", r"hostfile .*hosts: host a\.\.b does not resolve \(it cannot be a name\)"),
+        (None, [os.strerror(errno.ENOENT)]),
+        ("# none\n", ["NAME slots=NUMBER"]),
+        ("localhost slots=1\nlocalhost 8\n", [2, "NAME slots=NUMBER", "'localhost 8'"]),
+        ("localhost slots=0\n", [1, "NAME slots=NUMBER", "'localhost slots=0'"]),
+        ("localhost slots=1\n#\nlocalhost slots=2\n", [3, "localhost"]),
+        ("no-such-host.invalid slots=1\n", ["no-such-host.invalid"]),
+        ("a..b slots=1\n", ["a..b"]),
     ],
 )
-def test_a_hostfile_is_refused_by_file_and_line_or_host(text, expected, tmp_path):
+def test_a_hostfile_is_refused_by_file_and_line_or_host(text, named, tmp_path):
     if text is not None:
         (tmp_path / "hosts").write_text(text)
-    with pytest.raises(ValueError, match=expected):
+    with raises(ValueError, tmp_path / "hosts", *named):
         check_hostfile(tmp_path / "hosts")
 
 
@@ -298,8 +297,7 @@ def test_missing_ranks_are_named_to_all_that_are_present_when_rank_0_stops_waiti
     assert len(errors) == 33
     assert {type(error) for error in errors.values()} == {TimeoutError}
     (text,) = {str(error) for error in errors.values()}
-    assert "31 of 64 processes did not come within 3 s: ranks 1-7, 40-63 missing" in text
-    assert f"present: ranks 0, 8-39 on {socket.gethostname()};" in text
+    check(text, 31, 64, "3 s", "ranks 1-7, 40-63", f"ranks 0, 8-39 on {socket.gethostname()}")
     assert 3 <= seconds < 30
 
 
@@ -376,24 +374,18 @@ def test_the_second_process_in_one_place_ends_at_once_and_names_the_first(member
     second, first = sorted(twins, key=lambda twin: twin.poll() is None)
     rank, kind, text, _ = said(second)
     assert (rank, kind) == (1, "ValueError")
-    host = socket.gethostname()
-    assert f"two processes are rank 1: {host} (process {first.pid}) and {host} (process {second.pid})" in text
+    check(text, "rank 1", socket.gethostname(), first.pid, second.pid)
     assert first.poll() is None
 
 
 @pytest.mark.parametrize(
-    ("address", "expected"),
-    [
-        ("127.0.0.1", "cannot reach rank 0 at 127.0.0.1:{port} within 4 s"),
-        ("no-such-host.invalid", "cannot reach rank 0 at no-such-host.invalid:{port} within 4 s"),
-    ],
+    ("address", "reason"), [("127.0.0.1", os.strerror(errno.ECONNREFUSED)), ("no-such-host.invalid", "Errno -")]
 )
-def test_a_rank_without_a_rank_0_names_its_address_and_the_seconds(address, expected, member, start):
+def test_a_rank_without_a_rank_0_names_its_address_and_the_seconds(address, reason, member, start):
     port = free_port()
     rank, kind, text, seconds = said(start(member, 4, **hand_started(1, 2, port, address)))
     assert (rank, kind) == (1, "ConnectionError")
-    assert text.startswith(f"rank 1 on {socket.gethostname()} {expected.format(port=port)} ")
-    assert ("the name service" if "invalid" in address else "MASTER_ADDR is the host on which rank 0 starts") in text
+    check(text, f"rank 1 on {socket.gethostname()}", "rank 0", f"{address}:{port}", "4 s", reason, "MASTER_ADDR")
     assert 4 <= seconds < 30
 
 
@@ -404,20 +396,21 @@ def test_a_port_that_is_taken_is_named_by_rank_0(member, start):
         port = other.getsockname()[1]
         _, kind, text, _ = said(start(member, 10, **hand_started(0, 2, port)))
     assert kind == "ConnectionError"
-    assert f"rank 0 cannot listen on port {port} of {socket.gethostname()}: address already in use" in text
+    check(text, "rank 0", port, socket.gethostname(), "address already in use", "MASTER_PORT")
 
 
 def test_the_end_of_rank_0_ends_the_wait_of_the_others(member, start):
     port = free_port()
     first = start(member, 100, **hand_started(0, 3, port))
     second = start(member, 100, **hand_started(1, 3, port))
-    # After ten seconds rank 0 says whom it waits for.
-    assert "hatnet-train: waiting for rank 2 of 3 processes, up to 100 s\n" in iter(first.stderr.readline, "")
+    # After ten seconds rank 0 reports whom it waits for.
+    waiting = next(line for line in iter(first.stderr.readline, "") if line.startswith("hatnet-train: "))
+    check(waiting, "rank 2", 3, "100 s")
     os.killpg(first.pid, signal.SIGKILL)
     ended = time.monotonic()
     _, kind, text, _ = said(second)
     assert kind == "ConnectionError"
-    assert f"lost rank 0 at 127.0.0.1:{port} while the roll was called" in text
+    check(text, "rank 0", f"127.0.0.1:{port}")
     assert time.monotonic() - ended < 30
 
 
@@ -427,11 +420,11 @@ def test_a_rank_that_answers_the_roll_but_does_not_join_is_not_waited_for_withou
     start(tmp_path / "only_answers.py", 20, **hand_started(1, 2, port))
     _, kind, text, seconds = said(start(member, 20, **hand_started(0, 2, port)))
     assert kind == "ConnectionError"
-    assert "met the others at 127.0.0.1, but they cannot connect to each other" in text
-    assert "set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network interface that the hosts share" in text
+    check(text, "127.0.0.1", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     assert 20 <= seconds < 80
 
 
 def test_a_timeout_that_is_none_is_refused(member, start):
     _, kind, text, _ = said(start(member, 0))
-    assert (kind, text) == ("ValueError", "the timeout must be a positive number of seconds, got 0.0")
+    assert kind == "ValueError"
+    check(text, "timeout", "0.0")

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hatnet_testing import raises
 from hatnet_train import build_config
 from hatnet_train.data import open_split
 from hatnet_train.data.augment import centre_crop
@@ -141,5 +142,6 @@ def test_an_image_that_is_none_ends_the_run_with_its_path_and_no_traceback_of_a_
     (tmp_path / "train" / "a" / "7.png").write_bytes(b"no image")
     source = open_split(str(tmp_path), train=True, size=32)
     assert isinstance(source, Folder)
-    with pytest.raises(ValueError, match=r"^cannot read .*/train/a/7\.png as an image: its 8 bytes are of no known f"):
+    with raises(ValueError, tmp_path / "train" / "a" / "7.png", 8) as caught:
         first(1, source, config(workers=workers, repeats=1))
+    assert "\n" not in str(caught.value)

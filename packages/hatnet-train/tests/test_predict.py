@@ -3,6 +3,7 @@ import torch
 from PIL import Image
 
 from hatnet_core import HATNet, load_checkpoint, read_metadata
+from hatnet_testing import raises
 from hatnet_train.classifier import load_classifier
 from hatnet_train.data.augment import centre_crop, normalise
 from hatnet_train.data.source import Digits
@@ -67,11 +68,11 @@ def test_images_that_cannot_be_read_do_not_cost_the_results_of_others(checkpoint
 
 @pytest.mark.parametrize("top_k", [0, 11])
 def test_more_or_fewer_classes_than_there_are_are_refused(top_k, checkpoint, scans):
-    with pytest.raises(ValueError, match=f"top_k must be from 1 to the 10 classes, got {top_k}"):
+    with raises(ValueError, "top_k", 1, 10, top_k):
         predict(load_classifier(checkpoint), scans, top_k)
 
 
 @pytest.mark.parametrize("device", ["gpu9", "cuda:77", "meta:x"])
 def test_a_device_that_is_not_there_is_refused(device, checkpoint, scans):
-    with pytest.raises(ValueError, match=f"device must be auto, cpu, or a GPU that is there .*, got '{device}'"):
+    with raises(ValueError, "device", "cpu", repr(device)):
         predict(load_classifier(checkpoint), scans, device=device)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from hatnet_core import create_model
+from hatnet_testing import raises
 from hatnet_train import RECIPES, build_config
 
 DATA = {"data": "synthetic", "init": "weights.safetensors"}
@@ -64,12 +65,12 @@ def test_warmup_keeps_its_share_of_other_epochs_unless_given():
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown recipe 'imagnet'; known recipes: digits, imagenet, ablation, wind"):
+    with raises(ValueError, "recipe", "'imagnet'", *RECIPES):
         build_config("imagnet", {})
 
 
 @pytest.mark.parametrize(("recipe", "given", "missing"), [("imagenet", {}, "data"), ("finetune-384", DATA, "init")])
 def test_a_recipe_without_what_it_needs_is_refused(recipe, given, missing):
     given = {name: value for name, value in given.items() if name != missing}
-    with pytest.raises(ValueError, match=f"recipe {recipe} needs --{missing}: "):
+    with raises(ValueError, recipe, f"--{missing}"):
         build_config(recipe, given)

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import io
 import json
 import multiprocessing
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image, JpegImagePlugin
 
 from conftest import BIN
+from hatnet_testing import check, error_line, raises
 from hatnet_train.data.folder import Folder
 from hatnet_train.data.images import decode, to_pillow
 from hatnet_train.data.shard_writer import write_shards
@@ -222,37 +224,35 @@ def test_quality_decides_on_the_bytes_and_the_index_tells_how_they_were_made(ima
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        ({"resize": 31}, "resize must be at least 32 pixels, got 31"),
-        ({"quality": 0}, "quality must be from 1 to 100, got 0"),
-        ({"quality": 101}, "quality must be from 1 to 100, got 101"),
-        ({"shard_megabytes": 0}, "shard_megabytes must be greater than 0, got 0"),
-        ({"shard_megabytes": float("nan")}, "shard_megabytes must be greater than 0, got nan"),
-        ({"workers": -1}, "workers must be at least 0, got -1"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"splits": ()}, "splits must be at least one and all different, got none"),
-        ({"splits": ("val", "val")}, "splits must be at least one and all different, got val, val"),
-        ({"splits": ("../val",)}, r"split must be a name of letters, digits, - and _, such as train, got '\.\./val'"),
+        ({"resize": 31}, ["resize", 31, 32]),
+        ({"quality": 0}, ["quality", 0, 1, 100]),
+        ({"quality": 101}, ["quality", 101, 1, 100]),
+        ({"shard_megabytes": 0}, ["shard_megabytes", 0]),
+        ({"shard_megabytes": float("nan")}, ["shard_megabytes", "nan"]),
+        ({"workers": -1}, ["workers", -1]),
+        ({"seed": -1}, ["seed", -1]),
+        ({"splits": ()}, ["splits"]),
+        ({"splits": ("val", "val")}, ["splits", "val, val"]),
+        ({"splits": ("../val",)}, ["split", "'../val'"]),
     ],
 )
-def test_arguments_out_of_range_are_refused_before_any_work(tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_arguments_out_of_range_are_refused_before_any_work(tmp_path, arguments, named):
+    with raises(ValueError, *named):
         write_shards(tmp_path / "missing", tmp_path / "out", **arguments)
     assert leftovers(tmp_path / "out") == []
 
 
-def test_an_out_folder_that_is_taken_is_refused_and_left_as_it_is(images, tmp_path):
+def test_an_out_folder_that_is_taken_is_refused_and_not_changed(images, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("folder", "file"):
-        with pytest.raises(
-            ValueError, match=f"cannot write to .*{name}: it is there already, expected a new or empty"
-        ):
+        with raises(ValueError, tmp_path / name):
             write_shards(images, tmp_path / name)
     assert files_below(tmp_path) == {Path("folder/notes"): b"mine", Path("file"): b"mine"}
-    with pytest.raises(ValueError, match="cannot write to /: it is a mount point, expected a folder in one"):
+    with raises(ValueError, "/", "mount point"):
         write_shards(images, Path("/"))
 
 
@@ -265,22 +265,23 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(images, tmp_path):
 
 
 def test_a_folder_without_the_split_or_with_an_empty_class_is_refused_before_any_work(images, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r": test/ is missing; expected train/ and val/"):
+    with raises(FileNotFoundError, images, "test/"):
         write_shards(images, tmp_path / "out", splits=("train", "test"))
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "train" / "wasp").mkdir()
-    with pytest.raises(ValueError, match=r"class folder .*wasp holds no images"):
+    with raises(ValueError, tmp_path / "images" / "train" / "wasp"):
         write_shards(tmp_path / "images", tmp_path / "out")
     assert leftovers(tmp_path / "out") == []
 
 
 PLAIN = encoded(picture(0, 60, 60))
+# and the number of their bytes, or a word of Pillow's
 BAD_IMAGES = {
-    "text": (b"no image at all", "15 bytes are of no known format"),
-    "empty": (b"", "0 bytes are of no known format"),
+    "text": (b"no image at all", "15"),
+    "empty": (b"", "0"),
     "half a JPEG": (PLAIN[:-200], "truncated"),
     "a JPEG header": (PLAIN[:300], "Truncated"),
-    "half a PNG": (encoded(picture(0, 60, 60), "PNG")[:3000], "."),
+    "half a PNG": (encoded(picture(0, 60, 60), "PNG")[:3000], ""),
     "half a BMP": (encoded(picture(0, 60, 60), "BMP")[:3000], "truncated"),
 }
 
@@ -288,11 +289,11 @@ BAD_IMAGES = {
 @pytest.mark.parametrize("resize", [None, 32])
 @pytest.mark.parametrize("kind", BAD_IMAGES)
 def test_an_image_that_cannot_be_read_stops_the_work_and_is_named(tmp_path, kind, resize):
-    content, message = BAD_IMAGES[kind]
+    content, named = BAD_IMAGES[kind]
     (tmp_path / "train" / "class").mkdir(parents=True)
     (tmp_path / "train" / "class" / "good.jpg").write_bytes(PLAIN)
     (tmp_path / "train" / "class" / "bad.jpg").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"cannot read .*train/class/bad.jpg as an image.*{message}"):
+    with raises(ValueError, tmp_path / "train" / "class" / "bad.jpg", named):
         write_shards(tmp_path, tmp_path / "out", splits=("train",), resize=resize)
     assert leftovers(tmp_path / "out") == []
 
@@ -306,7 +307,7 @@ def test_images_that_cannot_be_read_are_skipped_and_reported_if_asked_for(images
     problems = []
     out = tmp_path / "out"
     index = write_shards(tmp_path / "images", out, shard_megabytes=0.03, workers=workers, on_bad=problems.append)
-    assert sorted(str(path) for path in bad) == sorted(problem.split()[2] for problem in problems)
+    assert sorted(str(path) in problem for path in bad for problem in problems) == [False] * 6 + [True] * 3
     for split in ("train", "val"):
         shards = Shards(out, split)
         assert len(shards) == index["splits"][split]["images"] == {"train": 19, "val": 13}[split]
@@ -319,7 +320,7 @@ def test_images_that_cannot_be_read_are_skipped_and_reported_if_asked_for(images
 def test_a_split_none_of_whose_images_can_be_read_is_refused(tmp_path):
     (tmp_path / "train" / "class").mkdir(parents=True)
     (tmp_path / "train" / "class" / "bad.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="train"):
+    with raises(ValueError, "train"):
         write_shards(tmp_path, tmp_path / "out", splits=("train",), on_bad=lambda problem: None)
     assert leftovers(tmp_path / "out") == []
 
@@ -328,8 +329,8 @@ def test_too_few_file_descriptors_end_the_command_with_remedies(images, run_comm
     line = f"ulimit -n 12; exec {BIN / 'hatnet-shards'} {images} --out {tmp_path / 'out'} --workers 4"
     done = run_command("bash", "-c", line)
     assert done.returncode == 1
-    (error,) = done.stderr.splitlines()
-    assert all(part in error for part in ("open files", "limit 12", "ulimit -n", "fewer --workers"))
+    assert done.stderr.count("\n") == 1
+    error_line(done.stderr, "hatnet-shards", 12, "ulimit -n", "--workers")
     assert leftovers(tmp_path / "out") == []
 
 
@@ -348,7 +349,7 @@ def test_an_image_that_a_worker_cannot_read_stops_all_of_them(many, tmp_path):
     shutil.copytree(many, tmp_path / "many")
     (tmp_path / "many" / "train" / "class" / "500.jpg").write_text("no image")
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=r"cannot read .*class/500.jpg as an image"):
+    with raises(ValueError, tmp_path / "many" / "train" / "class" / "500.jpg"):
         write_shards(tmp_path / "many", tmp_path / "out", splits=("train",), shard_megabytes=0.1, workers=2)
     assert time.perf_counter() - start < 60
     assert multiprocessing.active_children() == []
@@ -359,7 +360,7 @@ def test_a_full_disk_is_told_with_the_path_and_nothing_is_left(images, tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))  # as good as a full disk: writing more fails
     try:
-        with pytest.raises(OSError, match=r"cannot write .*out.tmp-\w+/train-000000.tar: File too large"):
+        with pytest.raises(OSError, match=rf"{tmp_path}/out.tmp-\w+/train-000000.tar.*{os.strerror(errno.EFBIG)}"):
             write_shards(images, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -374,7 +375,7 @@ def test_a_worker_that_is_killed_ends_the_work_with_a_reason(many, tmp_path):
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    with pytest.raises(ChildProcessError, match="a worker was killed"):
+    with raises(ChildProcessError, "killed", "workers"):
         write_shards(many, tmp_path / "out", splits=("train",), resize=64, shard_megabytes=0.1, workers=1)
     killer.join(60)
     assert leftovers(tmp_path / "out") == []
@@ -456,5 +457,6 @@ def test_ctrl_c_while_the_workers_start_is_one_line(images, tmp_path):
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert (process.returncode, out, err) == (130, "", "hatnet-shards: interrupted\n")
+    assert (process.returncode, out, err.count("\n")) == (130, "", 1)
+    check(err, "hatnet-shards")
     assert leftovers(tmp_path / "out") == []

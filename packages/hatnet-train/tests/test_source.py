@@ -3,6 +3,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from hatnet_testing import check, raises
 from hatnet_train.data import open_split
 from hatnet_train.data.source import Digits, Synthetic
 
@@ -62,10 +63,10 @@ def test_synthetic_data_have_the_sizes_of_imagenet_and_images_of_the_size_asked_
 @pytest.mark.parametrize(
     ("files", "way_out"),
     [
-        ((), "found nothing$"),
-        (("n01440764/x.jpg",), "found n01440764$"),
-        (("train/a/x.jpg",), "move some images of every class from train/ to val/"),
-        (("../val/a/x.jpg",), "did you mean {parent}, which contains it"),
+        ((), "hatnet-shards"),
+        (("n01440764/x.jpg",), "n01440764"),
+        (("train/a/x.jpg",), "train/"),
+        (("../val/a/x.jpg",), "{parent}"),
     ],
 )
 def test_a_folder_without_the_split_is_refused_with_the_way_out(files, way_out, tmp_path):
@@ -74,8 +75,9 @@ def test_a_folder_without_the_split_is_refused_with_the_way_out(files, way_out, 
     for file in files:
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).touch()
-    with pytest.raises(FileNotFoundError, match=f"^{root}: val/ is missing; .*{way_out.format(parent=tmp_path)}"):
+    with raises(FileNotFoundError, root, "val/") as caught:
         open_split(str(root), train=False, size=32)
+    check(str(caught.value).replace(str(root), ""), way_out.format(parent=tmp_path))
 
 
 def test_held_out_images_of_a_folder_have_the_classes_of_its_training_images(tmp_path):
@@ -87,5 +89,5 @@ def test_held_out_images_of_a_folder_have_the_classes_of_its_training_images(tmp
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no data folder .*/nowhere: expected digits, synthetic"):
+    with raises(FileNotFoundError, tmp_path / "nowhere", "digits", "synthetic"):
         open_split(str(tmp_path / "nowhere"), train=True, size=32)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hatnet_testing import raises
 from hatnet_train.recipes import build_config
 from hatnet_train.state import FREE, RunState, Saved, check_same_run, seed_step
 
@@ -34,21 +35,19 @@ def test_how_a_run_is_computed_may_change_where_it_goes_on(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("lr", 0.1), ("batch_size", 64), ("precision", "bf16"), ("seed", 5), ("grid_sizes", (4, 4, 4))]
+    ("name", "value"), [("lr", 0.1), ("batch_size", 64), ("precision", "bf16"), ("seed", 5), ("grid_sizes", [4, 4, 4])]
 )
 def test_what_a_run_computes_may_not_change(name, value):
     before = getattr(CONFIG, name)
     assert value != before
     flag = "--" + name.replace("_", "-")
-    with pytest.raises(
-        ValueError, match=rf"cannot go on from .*5: {flag} was .* and is .*; expected what it was begun"
-    ):
+    with raises(ValueError, SAVED.folder, flag, before, value):
         check_same_run(SAVED, dataclasses.replace(CONFIG, **{name: value}), DATA)
 
 
 def test_neither_may_the_images():
     moved = {**DATA, "held-out data": "13 images, 89ab"}
-    with pytest.raises(ValueError, match="held-out data was 12 images, 4567 and is 13 images, 89ab"):
+    with raises(ValueError, SAVED.folder, "held-out data", DATA["held-out data"], moved["held-out data"]):
         check_same_run(SAVED, CONFIG, moved)
 
 
