@@ -20,6 +20,7 @@ def raises(kind: type[BaseException] | tuple[type[BaseException], ...], *named: 
     with pytest.raises(kind) as caught:
         yield caught
     check(str(caught.value), *named)
+    del caught  # the traceback refers to this frame: a cycle would keep what the error holds, such as a socket
 
 
 @contextmanager

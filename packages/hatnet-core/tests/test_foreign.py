@@ -3,9 +3,11 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from torchvision.models import resnet18
 
 from hatnet_core import HATNet, load_checkpoint, save_checkpoint
 from hatnet_core.checkpoint import load_model, read_state
+from hatnet_testing import check, raises
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_what_is_next_to_the_prefix_is_reported(small_model, other, tmp_path, ca
     state = state_of(small_model, "self.net.") | {"criterion.weight": torch.ones(5), "n_averaged": torch.tensor(3)}
     torch.save({"state_dict": state, "pytorch-lightning_version": "2.5"}, tmp_path / "x.ckpt")
     assert load_checkpoint(other, tmp_path / "x.ckpt") == ["criterion.weight", "n_averaged"]
-    assert "dropped 2 parameters: criterion.weight, n_averaged" in caplog.text
+    check(caplog.text, tmp_path / "x.ckpt", 2, "criterion.weight", "n_averaged")
     assert same(other, small_model)
 
 
@@ -58,7 +60,9 @@ def test_of_weights_and_their_average_the_weights_are_taken_unless_a_key_says_ot
     average = HATNet(**small_model.config)
     average.load_state_dict(state_of(small_model, value=0.5))
     assert same(other, average if key == "model_ema" else small_model)
-    assert ("took the weights at 'model'; key= takes others: 'model_ema.module'" in caplog.text) == (key is None)
+    if key is None:
+        check(caplog.text, tmp_path / "x.pth", "'model'", "key", "'model_ema.module'")
+    assert ("model_ema" in caplog.text) == (key is None)
 
 
 def test_student_and_teacher_in_one_dict_are_told_apart_by_prefix(small_model, other, tmp_path):
@@ -80,13 +84,13 @@ def test_the_set_with_all_names_of_the_model_is_taken(small_model, other, tmp_pa
 
 def test_a_key_that_leads_to_no_weights_is_refused_with_those_that_do(small_model, tmp_path):
     torch.save({"model": state_of(small_model), "model_ema": state_of(small_model)}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"x\.pth: key must be .*\(model, model_ema\), got 'ema'"):
+    with raises(ValueError, tmp_path / "x.pth", "key", "model", "model_ema", "'ema'"):
         read_state(tmp_path / "x.pth", "ema")
 
 
 def test_the_moments_of_an_optimizer_are_not_weights(small_model, other, tmp_path):
     torch.save({"optimizer": {"exp_avg": state_of(small_model)}, "epoch": 3}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"x\.pth must hold a dict of parameter names to tensors"):
+    with raises(ValueError, tmp_path / "x.pth", "dict", "tensors"):
         load_checkpoint(other, tmp_path / "x.pth")
 
 
@@ -101,11 +105,20 @@ def test_the_moments_of_an_optimizer_are_not_weights(small_model, other, tmp_pat
 )
 def test_a_message_about_a_foreign_file_is_short(content, other, tmp_path):
     torch.save(content, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"x\.pth") as error:
+    with raises(ValueError, tmp_path / "x.pth") as error:
         load_checkpoint(other, tmp_path / "x.pth")
-    assert len(str(error.value).splitlines()) <= 10
     assert len(str(error.value)) < 2000
     assert error.value.__cause__ is None
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file])
+def test_another_network_is_refused_by_the_names_of_its_parameters(save, other, tmp_path):
+    path = tmp_path / "x.safetensors" if save is save_file else tmp_path / "x.pth"
+    save(resnet18().state_dict(), path)
+    with raises(ValueError, path, "bn1.weight", "conv1.weight") as error:
+        load_checkpoint(other, path)
+    assert "running" not in str(error.value)
+    assert "num_batches_tracked" not in str(error.value)
 
 
 def test_a_model_is_built_once_without_drawing_weights(small_model, tmp_path):

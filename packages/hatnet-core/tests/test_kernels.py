@@ -18,6 +18,7 @@ from hatnet_core import HATNet, create_model, kernels, list_models, set_kernels
 from hatnet_core.kernels import mlp, mlp_operator
 from hatnet_core.kernels.mlp_operator import inverted_residual
 from hatnet_core.layers import Mlp
+from hatnet_testing import raises, warns
 
 
 @pytest.fixture(autouse=True)
@@ -419,7 +420,7 @@ def test_a_layer_of_somebody_else_sees_the_whole_batch(change, small_model, monk
 
 
 def test_another_name_than_those_of_the_kernels_is_refused():
-    with pytest.raises(ValueError, match=r"kernels must be one of .*'reference'.*got 'fast'"):
+    with raises(ValueError, "kernels", "reference", "fast"):
         set_kernels("fast")
 
 
@@ -434,7 +435,7 @@ def test_a_driver_that_fails_is_reported_once(monkeypatch):
     device = torch.device("cuda", 0)
     monkeypatch.setattr(kernels, "_usable", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with pytest.warns(UserWarning, match="cuda:0"):
+    with warns(UserWarning, "cuda:0"):
         assert not kernels._runs_on(device)
     assert not kernels._runs_on(device)
 

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from hatnet_core.layers import Downsample, DropPath, Mlp, Stem
+from hatnet_testing import raises
 from slow_reading import normalise
 
 
@@ -60,7 +61,7 @@ def test_gelu_replaces_silu_in_stem_and_mlp():
 
 
 def test_mlp_refuses_an_even_kernel():
-    with pytest.raises(ValueError, match="kernel_size must be odd, got 4"):
+    with raises(ValueError, "kernel_size", 4):
         Mlp(6, 2, kernel_size=4)
 
 
@@ -96,5 +97,5 @@ def test_drop_path_is_the_identity_in_evaluation():
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0])
 def test_drop_path_refuses_a_rate_outside_0_to_1(rate):
-    with pytest.raises(ValueError, match=f"must be in .* got {rate}"):
+    with raises(ValueError, "drop path rate", rate):
         DropPath(rate)

@@ -14,6 +14,7 @@ from conftest import SMALL
 from hatnet_core import HATNet, create_model, list_models, load_checkpoint
 from hatnet_core.attention import Attention, HierarchicalAttention
 from hatnet_core.layers import DropPath
+from hatnet_testing import raises
 
 
 def relative_error(actual, expected):
@@ -139,7 +140,7 @@ def test_set_grid_keeps_what_is_not_given(small_model):
 
 @pytest.mark.parametrize("grid_sizes", [(8, 8), (8, 8, 0), (8, 8, 8, 8), (8.0, 8, 8)])
 def test_set_grid_refuses_bad_sizes_and_changes_nothing(small_model, grid_sizes):
-    with pytest.raises(ValueError, match="grid_sizes must"):
+    with raises(ValueError, "grid_sizes"):
         small_model.set_grid(grid_sizes, (1, 1, 1))
     assert small_model.config["pool_sizes"] == (8, 4, 2)
     assert small_model.stages[0].blocks[0].attn.pool_size == 8
@@ -171,7 +172,7 @@ def test_intermediates_are_the_stage_outputs_in_their_order_each_once(small_mode
 
 
 def test_intermediates_refuse_another_format(small_model):
-    with pytest.raises(ValueError, match="output_fmt must be 'NCHW', got 'NLC'"):
+    with raises(ValueError, "output_fmt", "NCHW", "NLC"):
         small_model.forward_intermediates(torch.randn(1, 3, 64, 64), output_fmt="NLC")
 
 
@@ -188,13 +189,13 @@ def test_pruning_keeps_the_maps_and_drops_what_they_do_not_need(small_model):
     assert len(small_model.stages) == 3
     assert small_model.num_features == 16
     torch.testing.assert_close(small_model(image), expected[1])
-    with pytest.raises(ValueError, match="indices must name stages out of 0 to 2"):
+    with raises(ValueError, "indices", 2, (3,)):
         small_model.forward_intermediates(image, (3,))
 
 
 @pytest.mark.parametrize("indices", [(), (4,), (-5,), (0, 7), 0, 5, "1", 1.0, True, (1.0, 2), (True,)])
 def test_intermediates_refuse_a_stage_that_is_not_there(small_model, indices):
-    with pytest.raises(ValueError, match=re.escape(f"got {indices!r}")):
+    with raises(ValueError, "indices", repr(indices)):
         small_model.forward_intermediates(torch.randn(1, 3, 64, 64), indices)
 
 
@@ -204,7 +205,7 @@ def test_the_classifier_can_be_replaced_and_removed(small_model):
     assert small_model(image).shape == (2, 7)
     assert small_model.get_classifier().out_features == 7
     assert HATNet(**small_model.config)(image).shape == (2, 7)
-    with pytest.raises(ValueError, match=r"got 3\.5"):
+    with raises(ValueError, "num_classes", 3.5):
         small_model.reset_classifier(3.5)
     assert small_model.num_classes == 7
     small_model.reset_classifier(0)
@@ -225,9 +226,10 @@ def test_global_pool_can_be_left_out_at_building_and_later(small_model):
 
 @pytest.mark.parametrize(("num_classes", "global_pool"), [(5, ""), (0, "max")])
 def test_a_global_pool_that_does_not_go_with_the_head_is_refused(num_classes, global_pool, small_model):
-    with pytest.raises(ValueError, match="global_pool"):
+    got = num_classes or global_pool
+    with raises(ValueError, "global_pool", got):
         small_model.reset_classifier(num_classes, global_pool)
-    with pytest.raises(ValueError, match="global_pool"):
+    with raises(ValueError, "global_pool", got):
         HATNet(**SMALL, num_classes=num_classes, global_pool=global_pool)
     assert small_model.num_classes == 5
 
@@ -247,16 +249,10 @@ def test_set_input_size_sets_the_grids_and_changes_nothing_else(img_size, grid_s
 
 
 @pytest.mark.parametrize(
-    ("img_size", "message"),
-    [
-        (31, "img_size must be at least 32 pixels, got 31×31"),
-        ((64, 16), "img_size must be at least 32 pixels, got 64×16"),
-        ((64,), "img_size must hold 2 integers, got (64,)"),
-        ((64, 2.5), "img_size must be an integer of at least 1, got 2.5"),
-    ],
+    ("img_size", "named"), [(31, (32, 31)), ((64, 16), (32, 16)), ((64,), (2, (64,))), ((64, 2.5), (1, 2.5))]
 )
-def test_set_input_size_refuses_what_cannot_run(img_size, message, small_model):
-    with pytest.raises(ValueError, match=re.escape(message)):
+def test_set_input_size_refuses_what_cannot_run(img_size, named, small_model):
+    with raises(ValueError, "img_size", *named):
         small_model.set_input_size(img_size)
 
 
@@ -335,23 +331,23 @@ def test_any_number_of_input_channels_and_classes():
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"),
+    ("image", "named"),
     [
-        ((3, 64, 64), "input must be B×3×H×W, got shape (3, 64, 64)"),
-        ((1, 1, 64, 64), "input must be B×3×H×W, got shape (1, 1, 64, 64)"),
-        ((1, 3, 31, 64), "at least 32 pixels, got 31×64"),
-        ((1, 3, 64, 16), "at least 32 pixels, got 64×16"),
+        (torch.zeros(3, 64, 64), ("B×3×H×W", (3, 64, 64))),
+        (torch.zeros(1, 1, 64, 64), ("B×3×H×W", (1, 1, 64, 64))),
+        (torch.zeros(1, 3, 31, 64), (32, 31, 64)),
+        (torch.zeros(1, 3, 64, 16), (32, 64, 16)),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), (torch.uint8,)),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.int64), (torch.int64,)),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.bool), (torch.bool,)),
+        (np.zeros((1, 3, 64, 64), dtype=np.float32), ("ndarray",)),
     ],
+    ids=str,
 )
-def test_images_of_the_wrong_shape_are_refused(small_model, shape, message):
+def test_what_is_not_a_batch_of_images_is_refused(image, named, small_model):
     for function in (small_model, small_model.forward_features, small_model.forward_intermediates):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            function(torch.randn(shape))
-
-
-def test_an_array_that_is_no_tensor_is_refused(small_model):
-    with pytest.raises(ValueError, match="input must be a tensor, got ndarray"):
-        small_model(np.zeros((1, 3, 64, 64), dtype=np.float32))
+        with raises(ValueError, "input", *named):
+            function(image)
 
 
 def test_numbers_of_numpy_are_taken_as_python_ones():
@@ -361,18 +357,10 @@ def test_numbers_of_numpy_are_taken_as_python_ones():
     assert model.config == HATNet(**SMALL, num_classes=5, drop_rate=0.25).config
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
-def test_images_that_are_not_floating_are_refused(dtype, small_model):
-    image = torch.zeros(1, 3, 64, 64, dtype=dtype)
-    for function in (small_model, small_model.forward_intermediates):
-        with pytest.raises(ValueError, match=f"input must be floating and normalised, got {dtype}"):
-            function(image)
-
-
 @pytest.mark.parametrize("arguments", [{"grid_sizes": (8, 0, 7)}, {"pool_sizes": (8, 4, -2)}, {"grid_sizes": (8, 7)}])
 def test_grids_and_pools_that_are_not_positive_are_refused_and_nothing_changes(arguments, small_model):
     before = dict(small_model.config)
-    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must"):
+    with raises(ValueError, *arguments):
         small_model.set_grid(**arguments)
     assert small_model.config == before
 
@@ -385,26 +373,25 @@ def test_importing_hatnet_core_imports_torch_and_nothing_else_outside_the_standa
 
 
 @pytest.mark.parametrize(
-    ("argument", "value", "message"),
+    ("argument", "value", "named"),
     [
-        ("attention", ("window", "plain", "window"), "attention must be one of 'hierarchical', 'window', got 'plain'"),
-        ("attention", "window", "attention must hold 3 of hierarchical, window, got 'window'"),
-        ("depthwise", "false", "depthwise must be True or False, got 'false'"),
-        ("activation", "relu", "activation must be one of 'silu', 'gelu', got 'relu'"),
-        ("embed_dims", (8, 16, 17, 24), "head_dim must divide .* head_dim=8 and dim=17"),
-        ("embed_dims", (8, 16, 24), "embed_dims must hold 4 integers, got (8, 16, 24)"),
-        ("depths", (1, 1, 0, 1), "depths must be an integer of at least 1, got 0"),
-        ("num_classes", -1, "num_classes must be a positive integer, or 0 for no classifier, got -1"),
-        ("num_classes", 2.5, "num_classes must be a positive integer, or 0 for no classifier, got 2.5"),
-        ("num_classes", "10", "num_classes must be a positive integer, or 0 for no classifier, got '10'"),
-        ("embed_dims", 5, "embed_dims must hold 4 integers, got 5"),
-        ("drop_rate", 2, "drop_rate must be a number in [0, 1), got 2"),
-        ("proj_drop_rate", -0.1, "proj_drop_rate must be a number in [0, 1), got -0.1"),
-        ("drop_path_rate", 1.5, "drop_path_rate must be a number in [0, 1), got 1.5"),
-        ("in_chans", 0, "in_chans must be an integer of at least 1, got 0"),
+        ("attention", ("window", "plain", "window"), ("attention", "'hierarchical'", "'window'", "'plain'")),
+        ("attention", "window", ("attention", 3, "'window'")),
+        ("depthwise", "false", ("depthwise", "'false'")),
+        ("activation", "relu", ("activation", "'silu'", "'gelu'", "'relu'")),
+        ("embed_dims", (8, 16, 17, 24), ("head_dim", 8, 17)),
+        ("embed_dims", (8, 16, 24), ("embed_dims", 4, (8, 16, 24))),
+        ("embed_dims", 5, ("embed_dims", 4, 5)),
+        ("depths", (1, 1, 0, 1), ("depths", 1, 0)),
+        ("num_classes", -1, ("num_classes", -1)),
+        ("num_classes", 2.5, ("num_classes", 2.5)),
+        ("num_classes", "10", ("num_classes", "'10'")),
+        ("drop_rate", 2, ("drop_rate", 2)),
+        ("proj_drop_rate", -0.1, ("proj_drop_rate", -0.1)),
+        ("drop_path_rate", 1.5, ("drop_path_rate", 1.5)),
+        ("in_chans", 0, ("in_chans", 1, 0)),
     ],
 )
-def test_bad_arguments_are_refused_by_name_and_value(argument, value, message):
-    pattern = message if ".*" in message else re.escape(message)
-    with pytest.raises(ValueError, match=pattern):
+def test_bad_arguments_are_refused_by_name_and_value(argument, value, named):
+    with raises(ValueError, *named):
         HATNet(**{**SMALL, argument: value})

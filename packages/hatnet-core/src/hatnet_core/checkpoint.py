@@ -41,6 +41,9 @@ SIZE = 224
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What parameters may be stored as."""
 
+BUFFERS = (".running_mean", ".running_var", ".num_batches_tracked")
+"""Endings of batch-norm statistics, listed after the parameters of a foreign model."""
+
 REMEDIES = (
     ("lora_", "call merge_and_unload() of the PEFT model"),
     (".base_layer.", "call merge_and_unload() of the PEFT model"),
@@ -430,7 +433,7 @@ def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iter
     """Names, shapes and kinds of ``state`` that are not those of ``own``, some of each."""
     if missing := sorted(own.keys() - state.keys()):
         yield f"missing {some(missing)}"
-    if unknown := sorted(state.keys() - own.keys()):
+    if unknown := sorted(state.keys() - own.keys(), key=lambda name: (name.endswith(BUFFERS), name)):
         yield f"unknown {some(unknown)}"
     if shapes := [
         f"{name} is {tuple(state[name].shape)} and should be {tuple(own[name].shape)}"
@@ -439,7 +442,9 @@ def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iter
     ]:
         yield some(shapes)
     if kinds := [
-        f"{name} is {_kind(t)} and should be dense, of a floating dtype" for name, t in state.items() if _kind(t)
+        f"{name} is {_kind(t)} and should be dense, of a floating dtype"
+        for name, t in state.items()
+        if name in own and _kind(t)
     ]:
         yield some(kinds)
 
@@ -471,7 +476,8 @@ def _check_same_arguments(model: HATNet, path: Path) -> None:
 
 def _log_dropped(path: Path, dropped: list[str]) -> None:
     if dropped:
-        logger.warning("%s: dropped %d parameters: %s", path, len(dropped), some(dropped))
+        parameters = "parameter" if len(dropped) == 1 else "parameters"
+        logger.warning("%s: dropped %d %s: %s", path, len(dropped), parameters, some(dropped))
 
 
 def _describe(state: Mapping[str, Tensor]) -> str:
