@@ -9,6 +9,7 @@ from mmengine.registry import MODELS, Registry
 from hatnet_core import HATNet, create_model, list_models, save_checkpoint
 from hatnet_core.pretrained import RELEASED_URL
 from hatnet_dense import HATNetBackbone
+from hatnet_testing import check, raises
 
 CHANNELS = {
     "hatnet_tiny": (48, 96, 240, 384),
@@ -148,14 +149,14 @@ def test_a_run_folder_of_hatnet_train_stands_for_its_weights_and_the_log_says_ho
             backbone.init_weights()
     finally:
         logger.removeHandler(caplog.handler)
-    assert f"all {len(backbone.state_dict())} tensors loaded from {tmp_path}" in caplog.text
+    check(caplog.text, len(backbone.state_dict()), tmp_path)
 
 
 def test_a_checkpoint_without_a_name_of_the_model_is_refused_loudly(tmp_path):
     torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pth")
     backbone = build(init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / "other.pth")})
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    with pytest.raises(ValueError, match="holds no HAT-Net; expected hatnet_tiny"):
+    with raises(ValueError, tmp_path / "other.pth", "hatnet_tiny"):
         backbone.init_weights()
     for name, value in backbone.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
@@ -171,9 +172,8 @@ def test_the_address_of_the_released_file_stands_for_it_and_no_other_is_fetched(
     torch.testing.assert_close(backbone.model.stem.conv1.weight, model.stem.conv1.weight, rtol=0, atol=0)
     for address in ("https://example.org/model.pth", f"{RELEASED_URL}/HAT-Net_Small.pth"):
         other = build(init_cfg={"type": "Pretrained", "checkpoint": address})
-        with pytest.raises(ValueError, match="is not downloaded: expected a path, or the released file") as error:
+        with raises(ValueError, address):
             other.init_weights()
-        assert address in str(error.value)
 
 
 def test_the_arguments_reach_the_model():
@@ -224,25 +224,23 @@ def test_init_weights_keeps_the_random_weights_without_a_checkpoint():
 def test_a_checkpoint_that_is_missing_or_of_another_model_is_refused(tmp_path):
     save_checkpoint(create_model("hatnet_tiny", num_classes=0), tmp_path / "tiny.safetensors")
     small = build(variant="hatnet_small", init_cfg={"type": "Pretrained", "checkpoint": tmp_path / "tiny.safetensors"})
-    with pytest.raises(ValueError, match="holds hatnet_tiny; expected hatnet_small"):
+    with raises(ValueError, tmp_path / "tiny.safetensors", "hatnet_tiny", "hatnet_small"):
         small.init_weights()
     absent = build(init_cfg={"type": "Pretrained", "checkpoint": "absent.pth"})
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at absent\.pth"):
+    with raises(FileNotFoundError, "absent.pth"):
         absent.init_weights()
 
 
 @pytest.mark.parametrize("frozen_stages", [-2, 5, 1.0, True, None])
 def test_frozen_stages_out_of_range_are_refused_with_their_value(frozen_stages):
-    with pytest.raises(ValueError, match=r"frozen_stages must be a whole number from -1 \(none\) to 4") as error:
+    with raises(ValueError, "frozen_stages", repr(frozen_stages)):
         build(frozen_stages=frozen_stages)
-    assert repr(frozen_stages) in str(error.value)
 
 
 @pytest.mark.parametrize("out_indices", [(4,), (0, -1), (), 3, (0, 1.0), ("0",)])
 def test_out_indices_that_name_no_stage_are_refused_with_their_value(out_indices):
-    with pytest.raises(ValueError, match="out_indices must name stages out of 0, 1, 2, 3, got ") as error:
+    with raises(ValueError, "out_indices", repr(out_indices)):
         build(out_indices=out_indices)
-    assert repr(out_indices) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -255,27 +253,26 @@ def test_out_indices_that_name_no_stage_are_refused_with_their_value(out_indices
     ],
 )
 def test_an_init_cfg_that_it_does_not_load_is_refused_with_its_value(init_cfg):
-    with pytest.raises(ValueError, match=r"init_cfg must be dict\(type='Pretrained', checkpoint=PATH\)") as error:
+    with raises(ValueError, "init_cfg", repr(init_cfg)):
         build(init_cfg=init_cfg)
-    assert repr(init_cfg) in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "value", "named"),
     [
-        ({"variant": "resnet"}, "unknown model 'resnet'"),
-        ({"grid_sizes": (8, 8)}, r"grid_sizes must hold 3 integers, got \(8, 8\)"),
-        ({"pool_sizes": (16, 8, 0)}, "pool_sizes must be an integer of at least 1, got 0"),
-        ({"drop_path_rate": 1.5}, r"drop_path_rate must be a number in \[0, 1\), got 1\.5"),
+        ("variant", "resnet", ["'resnet'"]),
+        ("grid_sizes", (8, 8), ["grid_sizes", (8, 8)]),
+        ("pool_sizes", (16, 8, 0), ["pool_sizes", 0]),
+        ("drop_path_rate", 1.5, ["drop_path_rate", 1.5]),
     ],
 )
-def test_other_arguments_out_of_range_are_refused_with_their_value(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        build(**arguments)
+def test_other_arguments_out_of_range_are_refused_with_their_value(name, value, named):
+    with raises(ValueError, *named):
+        build(**{name: value})
 
 
 def test_an_image_of_the_wrong_shape_is_refused_with_it():
-    with pytest.raises(ValueError, match=r"input must be B×3×H×W, got shape \(1, 1, 64, 64\)"):
+    with raises(ValueError, "input", (1, 1, 64, 64)):
         build()(torch.zeros(1, 1, 64, 64))
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import re
 
 import pytest
 from mmengine.optim import build_optim_wrapper
@@ -12,6 +11,7 @@ from hatnet_core.pretrained import RELEASED_FILES, RELEASED_URL
 from hatnet_dense.config import CONFIGS, config_names, config_path, innermost
 from hatnet_dense.config import load_config as read_config
 from hatnet_dense.flops import build_model, count
+from hatnet_testing import raises
 
 VARIANTS = {"t": "hatnet_tiny", "s": "hatnet_small", "m": "hatnet_medium", "l": "hatnet_large"}
 PATTERNS = [
@@ -158,8 +158,9 @@ def test_a_config_is_found_by_name_with_and_without_its_ending_and_by_path():
 
 
 def test_a_path_that_leads_nowhere_is_not_taken_for_a_config_of_this_package(tmp_path):
-    with pytest.raises(ValueError, match="no config "):
-        config_path(tmp_path / "mask-rcnn_hatnet-t_fpn_1x_coco.py")
+    path = tmp_path / "mask-rcnn_hatnet-t_fpn_1x_coco.py"
+    with raises(ValueError, path):
+        config_path(path)
 
 
 def test_options_change_the_config_as_in_the_libraries_own_tools():
@@ -180,30 +181,29 @@ def test_a_config_without_the_hooks_gets_them_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "named"),
     [
-        ("default_scope = 'mmpose'\nmodel = dict()", "is no config of mmdet or mmseg: .*got 'mmpose'"),
-        ("default_scope = 'mmdet'", "is no config of mmdet or mmseg"),
-        ("model = dict(", "cannot read config .*mine.py: SyntaxError"),
-        ("_base_ = './absent.py'", "cannot read config .*mine.py: FileNotFoundError"),
+        ("default_scope = 'mmpose'\nmodel = dict()", ["default_scope", "'mmpose'"]),
+        ("default_scope = 'mmdet'", ["model", "NoneType"]),
+        ("model = dict(", ["SyntaxError"]),
+        ("_base_ = './absent.py'", ["FileNotFoundError"]),
     ],
 )
-def test_a_file_that_is_no_config_is_refused(text, message, tmp_path):
+def test_a_file_that_is_no_config_is_refused(text, named, tmp_path):
     (tmp_path / "mine.py").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with raises(ValueError, tmp_path / "mine.py", *named):
         read_config(tmp_path / "mine.py")
 
 
 def test_an_unknown_name_is_refused_with_those_that_are_alike():
-    with pytest.raises(ValueError, match=r"no config mask-rcnn_hatnet-xl: .* such as mask-rcnn_hatnet-"):
+    with raises(ValueError, "mask-rcnn_hatnet-xl", "mask-rcnn_hatnet-t_fpn_1x_coco"):
         read_config("mask-rcnn_hatnet-xl")
 
 
 @pytest.mark.parametrize("option", ["train_cfg", "=1", "a=(1,[2"])
 def test_a_malformed_option_is_refused_with_it(option):
-    with pytest.raises(ValueError, match="--cfg-options must be KEY=VALUE, got ") as error:
+    with raises(ValueError, "--cfg-options", repr(option)):
         read_config("mask-rcnn_hatnet-t_fpn_1x_coco", [option])
-    assert repr(option) in str(error.value)
 
 
 def test_a_config_of_the_libraries_is_named_with_two_colons():
@@ -212,55 +212,43 @@ def test_a_config_of_the_libraries_is_named_with_two_colons():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "named"),
     [
-        ("torch::a.py", "no library 'torch': expected mmdet or mmseg before '::'"),
-        ("mmdet::a.py", "no config a.py in mmdet: expected a file below"),
-        ("mmdet::../../__init__.py", "no config ../../__init__.py in mmdet: expected a file below"),
+        ("torch::a.py", ["'torch'", "mmdet", "mmseg"]),
+        ("mmdet::a.py", ["a.py", "mmdet"]),
+        ("mmdet::../../__init__.py", ["../../__init__.py", "mmdet"]),
     ],
 )
-def test_a_config_that_the_library_does_not_have_is_refused(name, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+def test_a_config_that_the_library_does_not_have_is_refused(name, named):
+    with raises(ValueError, *named):
         load_config(name)
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("name", "option", "key", "expected"),
     [
-        (
-            "retinanet_hatnet-t_fpn_1x_coco",
-            ["variant=hatnet_large"],
-            "neck.in_channels is [48, 96, 240, 384]: expected [",
-        ),
-        (
-            "retinanet_hatnet-t_fpn_1x_coco",
-            ["out_indices=(1,2,3)"],
-            "neck.in_channels is [48, 96, 240, 384]: expected [96",
-        ),
-        (
-            "upernet_hatnet-t_8xb2-160k_ade20k-512x512",
-            ["variant=hatnet_small"],
-            "decode_head.in_channels is [48, 96, ",
-        ),
-        ("mask2former_hatnet-t_8xb2-lsj-50e_coco", ["variant=hatnet_small"], "panoptic_head.in_channels is [48, 96, "),
+        ("retinanet_hatnet-t_fpn_1x_coco", "variant=hatnet_large", "neck", [64, 128, 320, 640]),
+        ("retinanet_hatnet-t_fpn_1x_coco", "out_indices=(1,2,3)", "neck", [96, 240, 384]),
+        ("upernet_hatnet-t_8xb2-160k_ade20k-512x512", "variant=hatnet_small", "decode_head", [64, 128, 320, 512]),
+        ("mask2former_hatnet-t_8xb2-lsj-50e_coco", "variant=hatnet_small", "panoptic_head", [64, 128, 320, 512]),
     ],
 )
-def test_a_variant_whose_channels_are_not_those_behind_it_is_refused_with_both(name, options, message):
-    with pytest.raises(ValueError, match=re.escape(f"model.{message}")):
-        read_config(name, [f"model.backbone.{option}" for option in options])
+def test_a_variant_whose_channels_are_not_those_behind_it_is_refused_with_both(name, option, key, expected):
+    with raises(ValueError, f"model.{key}.in_channels", [48, 96, 240, 384], expected):
+        read_config(name, [f"model.backbone.{option}"])
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
+    ("option", "named"),
     [
-        ("train_dataloader.dataset.pipeline.99.type=A", "does not fit the config: KeyError: .*Index 99 exceeds"),
-        ("custom_hooks=5", "custom_hooks must be a list of dicts with a type, got 5"),
-        ("custom_hooks=[5]", r"custom_hooks must be a list of dicts with a type, got \[5\]"),
-        ("model=None", "and a model of type NoneType"),
+        ("train_dataloader.dataset.pipeline.99.type=A", ["train_dataloader.dataset.pipeline.99.type=A", "Index 99"]),
+        ("custom_hooks=5", ["custom_hooks", 5]),
+        ("custom_hooks=[5]", ["custom_hooks", [5]]),
+        ("model=None", ["model", "NoneType"]),
     ],
 )
-def test_an_option_that_does_not_fit_the_config_is_named(option, message):
-    with pytest.raises(ValueError, match=message):
+def test_an_option_that_does_not_fit_the_config_is_named(option, named):
+    with raises(ValueError, *named):
         read_config("retinanet_hatnet-t_fpn_1x_coco", [option])
 
 

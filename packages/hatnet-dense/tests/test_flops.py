@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hatnet_core.flop_handles import HANDLES
 from hatnet_dense.config import load_config
 from hatnet_dense.flops import build_model, count, traceable
+from hatnet_testing import raises
 
 SIZE = (96, 160)
 
@@ -98,19 +99,14 @@ def test_a_model_of_the_library_itself_is_counted_and_products_outside_the_fused
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["model.type=Foo"], "cannot build the model of this config: KeyError: 'Foo is not in the mmdet::model"),
-        (
-            ["model.bbox_head.foo=1"],
-            "cannot build the model of this config: TypeError: .* unexpected keyword argument",
-        ),
-    ],
+    ("option", "named"),
+    [("model.type=Foo", ["KeyError", "Foo"]), ("model.bbox_head.foo=1", ["TypeError", "foo"])],
 )
-def test_a_model_that_cannot_be_built_is_one_line(options, message):
-    with pytest.raises(ValueError, match=message) as error:
-        build_model(load_config("retinanet_hatnet-t_fpn_1x_coco", options))
+def test_a_model_that_cannot_be_built_is_one_line(option, named):
+    with raises(ValueError, *named) as error:
+        build_model(load_config("retinanet_hatnet-t_fpn_1x_coco", [option]))
     assert len(str(error.value)) < 400
+    assert "\n" not in str(error.value)
 
 
 def test_a_run_that_takes_too_much_memory_is_one_line(monkeypatch):
@@ -118,5 +114,6 @@ def test_a_run_that_takes_too_much_memory_is_one_line(monkeypatch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore")
 
     monkeypatch.setattr("hatnet_dense.flops.FlopAnalyzer.by_operator", exhausted)
-    with pytest.raises(ValueError, match=r"^cannot run this model on 64×96: RuntimeError: .* memory$"):
+    with raises(ValueError, "64×96", "RuntimeError: DefaultCPUAllocator: can't allocate memory") as error:
         count(load_config("retinanet_hatnet-t_fpn_1x_coco"), 64, 96)
+    assert "\n" not in str(error.value)

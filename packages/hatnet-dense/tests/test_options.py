@@ -10,6 +10,7 @@ from mmengine.runner import FlexibleRunner, Runner
 from hatnet_dense.config import config_path, load_config
 from hatnet_dense.options import FIXED, check_option, read_keys, suggestions
 from hatnet_dense_cli import main
+from hatnet_testing import error_line, raises
 
 DETECTOR = "retinanet_hatnet-t_fpn_1x_coco"
 SEGMENTER = "semfpn_hatnet-t_4xb4-80k_ade20k-512x512"
@@ -44,19 +45,18 @@ read = functools.cache(load_config)  # MMEngine takes a second for each
 )
 def test_an_option_that_nothing_reads_is_refused_with_the_name_that_works(option, works):
     key = option.partition("=")[0]
-    with pytest.raises(ValueError, match=key) as refused:
+    with raises(ValueError, key, works):
         check_option(read(DETECTOR), key)
-    assert works in str(refused.value)
 
 
 def test_the_preprocessor_of_a_segmenter_is_that_of_its_model():
-    with pytest.raises(ValueError, match=r"model\.data_preprocessor\.size"):
+    with raises(ValueError, "data_preprocessor.size", "model.data_preprocessor.size"):
         check_option(read(SEGMENTER), "data_preprocessor.size")
 
 
 def test_the_command_refuses_it_with_status_1(tmp_path, capsys):
     assert main(["train", DETECTOR, "--work-dir", str(tmp_path / "run"), "--cfg-options", "max_epochs=1"]) == 1
-    assert "train_cfg.max_epochs" in capsys.readouterr().err.splitlines()[-1]
+    error_line(capsys.readouterr().err, "hatnet-dense train", "max_epochs", "train_cfg.max_epochs")
     assert not (tmp_path / "run").exists()
 
 
@@ -70,9 +70,8 @@ def test_new_keys_that_are_read_are_taken():
 def test_a_variable_of_a_config_that_it_does_not_use_is_refused_with_its_file(name, value, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(f"_base_ = {str(config_path(DETECTOR))!r}\n{name} = {value}\n")
-    with pytest.raises(ValueError, match=name) as refused:
+    with raises(ValueError, name, path):
         load_config(path)
-    assert str(path) in str(refused.value)
     path.write_text(path.read_text() + f"work_dir = str({name})\n")
     load_config(path)
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
@@ -19,15 +18,13 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from hatnet_core.zero import read_zero
-from hatnet_dense.annotations import annotation_problems
+from hatnet_dense.annotations import annotation_problems, counted
 from hatnet_dense.config import demand, innermost
 from hatnet_dense.data_check import is_empty, naming_files, no_record, shortened
 from hatnet_dense.errors import cut, said
+from hatnet_dense.evaluation import fill_with_zeros
 from hatnet_dense.plain_checkpoint import plain, read_checkpoint, read_training_run
 from hatnet_dense.workers import Workers
-
-COCO_METRICS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
-"""What CocoMetric measures of boxes and masks by default."""
 
 WARMUPS = ("LinearLR", "ConstantLR", "QuadraticWarmupLR")
 """Schedulers with which a learning rate begins below its own value."""
@@ -118,7 +115,7 @@ def evaluate(
         processes but the first.
 
     Raises:
-        ValueError: if the config has no test data, or data or checkpoint do not fit.
+        ValueError: if the config has no test data, data or checkpoint do not fit, or nothing is measured.
         FileNotFoundError: if the data or the checkpoint is not there.
     """
     config.work_dir = str(work_dir)
@@ -134,10 +131,14 @@ def evaluate(
             config.default_hooks.visualization.interval = 1
             config.visualizer.save_dir = str(show_dir.absolute())
     with Workers("test_dataloader") as workers, _processes(config, launcher):
-        metrics = _runner(config, launcher, "test", workers).test()
+        runner = _runner(config, launcher, "test", workers)
+        metrics = runner.test()
+        # one that only formats writes a file instead
+        if not metrics and not any(getattr(m, "format_only", False) for m in runner.test_loop.evaluator.metrics):
+            raise ValueError("test_evaluator must measure something, got no metrics")
         if not is_main_process():
             return None
-        return {name: float(value) for name, value in metrics.items()} or _no_metrics(config.test_evaluator)
+        return {name: float(value) for name, value in metrics.items()}
 
 
 def write_metrics(metrics: dict[str, float], path: Path) -> None:
@@ -177,27 +178,6 @@ def _write_whole(folder: Path, dataset_meta: Mapping[str, Any], path: Path) -> N
         torch.save(content, place)
 
 
-def _no_metrics(evaluators: Any) -> dict[str, float]:
-    """The metrics of a model that finds nothing: 0, which CocoMetric leaves to its caller.
-
-    Raises:
-        ValueError: if no evaluator that measures is known here.
-    """
-    evaluators = [evaluators] if isinstance(evaluators, Mapping) else evaluators
-    if any(evaluator.get("format_only") for evaluator in evaluators):
-        return {}  # it writes a file instead
-    coco = [evaluator for evaluator in evaluators if evaluator.get("type") == "CocoMetric"]
-    if not coco:
-        raise ValueError("the evaluators of the config measured nothing")
-    print_log("metrics are 0: the model found nothing in the test data", "current", level=logging.WARNING)
-    return {
-        f"{evaluator.get('prefix') or 'coco'}/{kind}_{item}": 0.0
-        for evaluator in coco
-        for kind in np.atleast_1d(evaluator.get("metric", "bbox")).tolist()
-        for item in evaluator.get("metric_items") or COCO_METRICS
-    }
-
-
 def _long_warmups(schedulers: Any, iterations: int, per_epoch: int) -> Iterator[str]:
     """Name the schedulers with which the learning rate is still rising when a run of so many iterations ends."""
     for i, scheduler in enumerate([schedulers] if isinstance(schedulers, Mapping) else schedulers):
@@ -205,9 +185,10 @@ def _long_warmups(schedulers: Any, iterations: int, per_epoch: int) -> Iterator[
             continue
         end = scheduler["end"] * (per_epoch if scheduler.get("by_epoch", True) else 1)
         if end > iterations > scheduler.get("begin", 0):
+            length = counted(iterations, "iteration", "iterations")
             yield (
-                f"param_scheduler.{i}.end must be at most the {iterations:,} iterations of the run, got {end:,}: the "
-                "learning rate does not reach optim_wrapper.optimizer.lr"
+                f"param_scheduler.{i}.end must be at most the {length} of the run, got {end:,}: the learning rate "
+                "does not reach optim_wrapper.optimizer.lr"
             )
 
 
@@ -224,8 +205,10 @@ def _runner(config: Config, launcher: str, phase: str, workers: Workers) -> Any:
     try:
         runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
         runner.build_dataloader = workers.reporting(naming_files(runner.build_dataloader))
-        for loop in ("train_loop", "val_loop") if phase == "train" else ("test_loop",):
-            getattr(runner, loop)
+        for name in ("train_loop", "val_loop") if phase == "train" else ("test_loop",):
+            loop = getattr(runner, name)
+            if name != "train_loop" and loop is not None:
+                fill_with_zeros(loop.evaluator)
     except FileNotFoundError:
         raise
     except Exception as error:  # datasets are of the libraries, or of the user
