@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hatnet_dense_cli import main
 from mmengine.utils import get_installed_path
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-
-from hatnet_dense_cli import main
 
 SHAPES = Path(__file__).parent / "shapes"
 TOOLS = {"mask-rcnn": "mmdet"}

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hatnet_dense_cli import main
 from PIL import Image
 
 from conftest import SHAPES
-from hatnet_dense_cli import main
 
 RETINANET, MASK_RCNN, SEMFPN = (str(SHAPES / f"{name}.py") for name in ("retinanet", "mask-rcnn", "semfpn"))
 

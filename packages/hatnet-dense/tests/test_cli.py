@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hatnet_dense_cli import main, parser
 
 from hatnet_core.commands import SHARED
 from hatnet_dense.config import CONFIGS, config_names
 from hatnet_dense.errors import said
-from hatnet_dense_cli import main, parser
 
 
 def status(arguments):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from hatnet_dense_cli import main
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.registry import METRICS
 
@@ -12,7 +13,6 @@ from hatnet_dense import runs
 from hatnet_dense.config import load_config
 from hatnet_dense.evaluation import ITEMS, PROPOSAL_ITEMS, fill_with_zeros
 from hatnet_dense.flops import build_model
-from hatnet_dense_cli import main
 from hatnet_testing import check, raises
 
 NOTHING = {"bboxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0), "masks": []}

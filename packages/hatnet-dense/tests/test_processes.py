@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from hatnet_dense_cli import main
 
 SHAPES = Path(__file__).parent / "shapes"

@@ -1,4 +1,3 @@
-import dataclasses
 import random
 from contextlib import contextmanager
 
@@ -161,7 +160,7 @@ def test_a_policy_that_timm_does_not_know_is_refused():
 
 
 def test_images_of_any_size_leave_as_squares_of_bytes():
-    full = dataclasses.replace(build_config("imagenet", {"data": "synthetic"}), image_size=32)
+    full = build_config("imagenet", {"data": "synthetic", "image_size": 32})
     for height, width in [(1, 1), (1, 300), (33, 32), (500, 375)]:
         result = augmented(TrainTransform(full), torch.zeros(3, height, width, dtype=torch.uint8), 0)
         assert result.shape == (3, 32, 32)

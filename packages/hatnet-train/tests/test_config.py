@@ -1,13 +1,19 @@
-import dataclasses
+import json
+import os
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 
-from hatnet_testing import raises
+from hatnet_testing import raises, usage_error
 from hatnet_train import TrainConfig, build_config
+from hatnet_train import config as config_module
+from hatnet_train.config import FIELDS, FieldError, field_help
 
 
 def test_every_field_says_what_it_is():
-    assert all(len(field.metadata["help"]) > 15 for field in dataclasses.fields(TrainConfig))
+    assert all(len(field_help(name)) > 15 for name in FIELDS)
 
 
 def test_the_rate_is_scaled_linearly_with_the_batch_where_a_batch_is_given_for_it():
@@ -69,10 +75,65 @@ def test_a_bound_that_is_another_field_is_named():
             build_config("digits", given)
 
 
-def test_every_field_that_has_a_range_is_checked():
-    checked = TrainConfig._model_checks, TrainConfig._run_checks, TrainConfig._data_checks
-    config = build_config("digits", {})
-    names = {name for checks in checked for name in checks(config)}
-    unchecked = {field.name for field in dataclasses.fields(TrainConfig)} - names
-    switches = {"activation_checkpointing", "compile", "deterministic"}
-    assert unchecked == {"init", "rand_augment", *switches}  # no range, or others' words
+def test_values_of_json_become_those_of_the_fields():
+    config = build_config("digits", {"grid_sizes": [4, 4, 4], "lr": 1})
+    assert config.model.grid_sizes == (4, 4, 4)
+    assert isinstance(config.optimisation.lr, float)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(("values", "name"), [({"batchsize": 3}, "batchsize"), ({"epochs": "7"}, "epochs")])
+def test_an_unknown_field_and_a_value_of_another_type_are_refused(values, name):
+    with raises(FieldError, name):
+        build_config("digits", values)
+
+
+def test_a_missing_field_is_refused():
+    with raises(FieldError, "data"):
+        build_config("imagenet", {})
+    with raises(FieldError, "variant"):
+        TrainConfig.from_dict({"data": "digits"})
+
+
+NEW = """
+    patience: Annotated[int, MAY_CHANGE, Meta(ge=0, le=9)] = 4
+    \"\"\"Epochs without a better accuracy before the run ends.\"\"\"
+"""
+
+TRY = """
+import sys
+from hatnet_train import build_config
+from hatnet_train.config import FIELDS, field_help
+from hatnet_train.state import differences
+
+old = build_config("digits", {}).to_dict()
+del old["patience"]
+assert FIELDS["patience"].may_change
+assert field_help("patience") == "Epochs without a better accuracy before the run ends."
+for changed in ({"patience": 5}, {}):
+    assert differences(old, {}, build_config("digits", changed).to_dict(), {}) == ""
+"""
+
+
+def test_one_edit_adds_a_field_to_flags_help_checks_json_and_resume(tmp_path):
+    copy = tmp_path / "hatnet_train"
+    shutil.copytree(Path(config_module.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (copy / "config.py").read_text()
+    (copy / "config.py").write_text(source.replace("    max_skipped_steps:", NEW + "\n    max_skipped_steps:", 1))
+
+    def run(*arguments):
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    command = ["-m", "hatnet_train", "config", "--recipe", "digits"]
+    shown = run(*command, "--help").stdout
+    assert {"--patience", "INT", "4"} <= set(re.findall(r"[\w-]+", shown))
+    assert json.loads(run(*command).stdout)["patience"] == 4
+    assert json.loads(run(*command, "--patience", "5").stdout)["patience"] == 5
+    for value in ("10", "-1", "many"):
+        refused = run(*command, "--patience", value)
+        assert refused.returncode == 2
+        usage_error(refused.stderr, "--patience", value)
+    done = run("-c", TRY)
+    assert done.returncode == 0, done.stderr

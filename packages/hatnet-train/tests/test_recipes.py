@@ -12,17 +12,22 @@ DATA = {"data": "synthetic", "init": "weights.safetensors"}
 def test_every_recipe_builds_with_a_model_that_exists(recipe):
     config = build_config(recipe, {} if recipe == "digits" else DATA)
     with torch.device("meta"):
-        assert create_model(config.variant).num_classes == 1000
+        assert create_model(config.model.variant).num_classes == 1000
 
 
 def test_imagenet_is_the_papers_section_4_1():
     config = build_config("imagenet", DATA)
-    assert (config.variant, config.image_size, config.epochs, config.batch_size) == ("hatnet_small", 224, 300, 8 * 128)
-    assert (config.peak_lr, config.weight_decay) == (1e-3, 0.05)
-    assert config.hflip == 0.5
-    assert config.mixup > 0
-    assert config.label_smoothing == 0.1
-    assert round(config.image_size / config.crop_fraction) == 256
+    assert (
+        config.model.variant,
+        config.images.image_size,
+        config.optimisation.epochs,
+        config.optimisation.batch_size,
+    ) == ("hatnet_small", 224, 300, 8 * 128)
+    assert (config.peak_lr, config.optimisation.weight_decay) == (1e-3, 0.05)
+    assert config.augmentation.hflip == 0.5
+    assert config.augmentation.mixup > 0
+    assert config.augmentation.label_smoothing == 0.1
+    assert round(config.images.image_size / config.images.crop_fraction) == 256
 
 
 def test_an_ablation_has_100_epochs_and_half_the_batch_and_rate():
@@ -56,7 +61,7 @@ def test_stochastic_depth_goes_with_the_variant_unless_given(variant, rate):
 
 def test_overrides_go_over_the_recipe():
     config = build_config("digits", {"variant": "hatnet_small", "lr": 2e-5})
-    assert (config.variant, config.lr, config.batch_size) == ("hatnet_small", 2e-5, 32)
+    assert (config.model.variant, config.optimisation.lr, config.optimisation.batch_size) == ("hatnet_small", 2e-5, 32)
 
 
 def test_warmup_keeps_its_share_of_other_epochs_unless_given():

@@ -51,7 +51,8 @@ class Export(Command):
 
     Examples:
       hatnet-export --checkpoint runs/digits --out digits.onnx
-      hatnet-export --checkpoint HAT-Net_Small.pth --variant hatnet_small --out small.pt2
+      hatnet-export --checkpoint HAT-Net_Small.pth --variant hatnet_small \\
+          --out small.pt2
     """
 
     out: Annotated[Path, file_ending(*SUFFIXES)]

@@ -7,13 +7,16 @@ this is in docs/commands.md.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import logging
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +47,9 @@ TRACEBACK = "HATNET_TRACEBACK"
 
 EXPECTED = (ValueError, ImportError, OSError, ArithmeticError)
 """Errors whose message is enough. Any other is shown with its type."""
+
+WIDTH = 79
+"""Columns of a description; tyro wraps the options to the terminal."""
 
 PACKAGES = ("hatnet_core", "hatnet_train", "hatnet_dense", "hatnet_analysis")
 """Loggers whose records a command writes to standard error."""
@@ -99,11 +105,14 @@ class BadImages:
         else:
             logger.warning("skipped: %s", problem)
 
-    def finish(self, images: int, bad: int | None = None) -> None:
-        """Raise ValueError after all images if ``bad`` of them, by default those skipped here, fail the command."""
+    def finish(self, images: int, bad: int | None = None) -> int:
+        """Return the exit status after all images, of which ``bad``, by default those skipped here, are bad."""
         bad = len(self.problems) if bad is None else bad
-        if bad and (self.on_bad_image == "strict" or bad == images):
-            raise ValueError(f"{bad} of {images} images could not be read or predicted")
+        if not bad or (self.on_bad_image == "replace" and bad < images):
+            return 0
+        if images > 1:
+            logger.error("%d of %d images could not be read or predicted", bad, images)
+        return FAILED
 
 
 def option(
@@ -155,6 +164,23 @@ def pixels(high: int) -> PrimitiveConstructorSpec[tuple[int, int]]:
         instance_from_str=read,
         is_instance=lambda value: value is None or isinstance(value, tuple),
         str_from_instance=lambda value: [str(side) for side in dict.fromkeys(value or ())],
+    )
+
+
+def paths(metavar: str) -> PrimitiveConstructorSpec[tuple[Path, ...]]:
+    """Type of a positional argument that is one path or more."""
+
+    def read(words: list[str]) -> tuple[Path, ...]:
+        if not words:
+            raise ValueError(f"expected at least one {metavar}")
+        return tuple(map(_path, words))
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"{metavar} [{metavar} ...]",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: list(map(str, value)),
     )
 
 
@@ -255,14 +281,18 @@ def run(
         settings: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes,)}
         if default is not None and (values := default(command, words)) is not None:
             settings["default"] = values
-        with _flushed(), _help_may_be_cut():
-            options: Command = tyro.cli(
-                command, prog=name, args=words, description=inspect.cleandoc(command.__doc__ or ""), **settings
-            )
+        with _flushed(), _help_may_be_cut(), _silent_unless_first_rank():
+            options: Command = tyro.cli(command, prog=name, args=words, description=_description(command), **settings)
         with log_to_stderr(name, logging.WARNING if options.quiet else logging.INFO - 10 * options.verbose) as log:
             return _work(options, name, log, explain or error_text)
     except OutputClosedError:
         return CLOSED
+
+
+def _description(command: type[Command]) -> str:
+    """Return the docstring with its paragraphs wrapped, but not its lists of examples."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(part if "\n  " in part else textwrap.fill(part, WIDTH) for part in paragraphs)
 
 
 def _work(options: Command, name: str, log: logging.Logger, explain: Callable[[Exception, Command], str]) -> int:
@@ -275,7 +305,7 @@ def _work(options: Command, name: str, log: logging.Logger, explain: Callable[[E
         log.info("interrupted")
         return INTERRUPTED
     except UsageError as error:
-        sys.stderr.write(f"{name}: error: {in_flags(str(error), options)} (see {name} --help)\n")
+        log.error("%s (see %s --help)", in_flags(str(error), options), name)
         return USAGE
     except Exception as error:  # libraries raise whatever they like
         if os.environ.get(TRACEBACK) or options.verbose:
@@ -304,7 +334,7 @@ def log_to_stderr(name: str, level: int = logging.INFO) -> Iterator[logging.Logg
     """
     handler = logging.StreamHandler()
     handler.setFormatter(_Line(name))
-    handler.addFilter(lambda record: os.environ.get("RANK", "0") == "0" or getattr(record, "all_ranks", False))
+    handler.addFilter(lambda record: _first_rank() or getattr(record, "all_ranks", False))
     loggers = [logging.getLogger(package) for package in PACKAGES]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -316,6 +346,19 @@ def log_to_stderr(name: str, level: int = logging.INFO) -> Iterator[logging.Logg
         for logger, before in zip(loggers, levels, strict=True):
             logger.removeHandler(handler)
             logger.setLevel(before)
+
+
+def _first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _silent_unless_first_rank() -> Iterator[None]:
+    if _first_rank():
+        yield
+    else:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
 
 
 class _Line(logging.Formatter):

@@ -25,9 +25,9 @@ from hatnet_core.console import (
     Device,
     Format,
     SomePath,
-    UsageError,
     one_of,
     option,
+    paths,
     pixels,
     real,
     run,
@@ -123,8 +123,10 @@ class Train(OfRun):
     """Train the model of a config. Checkpoints and logs go to --work-dir.
 
     Examples:
-      hatnet-dense train retinanet_hatnet-t_fpn_1x_coco --cfg-options train_cfg.max_epochs=1
-      torchrun --nproc-per-node 8 --no-python hatnet-dense train mask-rcnn_hatnet-s_fpn_1x_coco --launcher pytorch
+      hatnet-dense train retinanet_hatnet-t_fpn_1x_coco \\
+          --cfg-options train_cfg.max_epochs=1
+      torchrun --nproc-per-node 8 --no-python hatnet-dense train \\
+          mask-rcnn_hatnet-s_fpn_1x_coco --launcher pytorch
     """
 
     resume: Annotated[str | None, _optional_word("auto", "CHECKPOINT"), arg(help_behavior_hint="")] = None
@@ -166,7 +168,8 @@ class Test(OfRun):
     """Evaluate a checkpoint with the evaluators of its config. The metrics are printed as JSON.
 
     Examples:
-      hatnet-dense test retinanet_hatnet-t_fpn_1x_coco epoch_12.pth --out metrics.json
+      hatnet-dense test retinanet_hatnet-t_fpn_1x_coco \\
+          epoch_12.pth --out metrics.json
     """
 
     checkpoint: Positional[SomePath]
@@ -198,13 +201,14 @@ class Predict(BadImages, OfConfig):
     """Predict image files: drawn predictions, and JSON or label images.
 
     Examples:
-      hatnet-dense predict mask-rcnn_hatnet-s_fpn_1x_coco epoch_12.pth photographs --out found
+      hatnet-dense predict mask-rcnn_hatnet-s_fpn_1x_coco \\
+          epoch_12.pth photographs --out found
     """
 
     checkpoint: Positional[SomePath]
     """Checkpoint of a training run."""
 
-    images: Positional[tuple[SomePath, ...]]
+    images: Positional[Annotated[tuple[Path, ...], paths("IMAGE")]]
     """Image files, or folders, which are searched recursively."""
 
     out: Annotated[Path, PATH, arg(metavar="DIR")]
@@ -215,10 +219,8 @@ class Predict(BadImages, OfConfig):
 
     device: Device = "auto"
 
-    def run(self) -> None:
+    def run(self) -> int:
         """Predict."""
-        if not self.images:
-            raise UsageError("an image file or folder is required")
         out = writable_folder(self.out)
         config = self.load()
         from hatnet_dense.annotations import counted
@@ -228,7 +230,7 @@ class Predict(BadImages, OfConfig):
         done = len(record["images"])
         if done:
             say(f"predictions of {counted(done, 'image', 'images')}: {out / 'predictions.json'}")
-        self.finish(done + len(self.problems))
+        return self.finish(done + len(self.problems))
 
 
 @dataclass(frozen=True, kw_only=True)

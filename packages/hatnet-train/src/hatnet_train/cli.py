@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 from hatnet_core import console
 from hatnet_core.console import (
     PATH,
+    USAGE,
     BadImages,
     Batch,
     Checkpoint,
@@ -32,6 +34,7 @@ from hatnet_core.console import (
     Variant,
     one_of,
     option,
+    paths,
     real,
     say,
     whole,
@@ -51,7 +54,7 @@ from hatnet_train.config import (
     TrainConfig,
     field_help,
 )
-from hatnet_train.errors import explain
+from hatnet_train.errors import GRACE_SECONDS, explain
 from hatnet_train.recipes import NEEDED, RECIPES, build_config, recipe_values
 from hatnet_train.signals import REQUEUE, Preempted, Signals
 from hatnet_train.workers import kill
@@ -155,8 +158,10 @@ class Train(Run):
     Examples:
       hatnet-train --recipe digits --out runs/digits
       hatnet-train --recipe digits --out runs/digits --resume auto
-      deepspeed --num_accelerators 2 --module hatnet_train --recipe digits --out runs/digits
-      deepspeed --hostfile hosts --module hatnet_train --recipe imagenet --data shards --out runs/small
+      deepspeed --num_accelerators 2 --module hatnet_train \\
+          --recipe digits --out runs/digits
+      deepspeed --hostfile hosts --module hatnet_train \\
+          --recipe imagenet --data shards --out runs/small
 
     Other commands, each with its --help:
       hatnet-train config          print the configuration as JSON
@@ -300,7 +305,8 @@ class Evaluate(BadImages, Launched):
 
     Examples:
       hatnet-eval --checkpoint runs/small --data imagenet
-      hatnet-eval --checkpoint HAT-Net_Small.pth --variant hatnet_small --data shards --size 256 --out top1.json
+      hatnet-eval --checkpoint HAT-Net_Small.pth --variant hatnet_small \\
+          --data shards --size 256 --out top1.json
     """
 
     checkpoint: Checkpoint
@@ -326,7 +332,7 @@ class Evaluate(BadImages, Launched):
     out: Annotated[Path | None, PATH, arg(metavar="FILE")] = None
     """Write the result to this JSON file, too."""
 
-    def run(self) -> None:
+    def run(self) -> int:
         """Evaluate."""
         if self.out is not None:
             writable_file(self.out)
@@ -346,7 +352,7 @@ class Evaluate(BadImages, Launched):
             on_bad=self.skip,
         )
         if row is None:  # rank 0 reports
-            return
+            return 0
         if self.out is not None:
             write_file(self.out, (json.dumps(row, indent=2) + "\n").encode())
         if self.format == "json":
@@ -358,7 +364,7 @@ class Evaluate(BadImages, Launched):
                 f"over {row['images']} images{not_counted} at {row['size']} pixels, "
                 f"{row['images_per_second']:.0f} images/s"
             )
-        self.finish(row["images"] + row["bad_images"], row["bad_images"])
+        return self.finish(row["images"] + row["bad_images"], row["bad_images"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,7 +376,7 @@ class Predict(BadImages, Command):
       hatnet-predict scans/val --checkpoint runs/digits
     """
 
-    images: Positional[tuple[SomePath, ...]]
+    images: Positional[Annotated[tuple[Path, ...], paths("IMAGE")]]
     """Image files in any format that Pillow reads, or folders."""
 
     checkpoint: Checkpoint
@@ -384,10 +390,8 @@ class Predict(BadImages, Command):
 
     format: Format = "table"
 
-    def run(self) -> None:
+    def run(self) -> int:
         """Classify."""
-        if not self.images:
-            raise UsageError("an image file or folder is required")
         from hatnet_train.classifier import load_classifier
         from hatnet_train.predict import find_images, predictions
 
@@ -405,7 +409,7 @@ class Predict(BadImages, Command):
         finally:
             if rows and self.format == "json":  # of the images so far, whatever stopped the rest
                 say(json.dumps(rows, indent=2))
-        self.finish(len(rows) + len(self.problems))
+        return self.finish(len(rows) + len(self.problems))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -446,7 +450,7 @@ class WriteShards(BadImages, Command):
     )
     """Processes that write."""
 
-    def run(self) -> None:
+    def run(self) -> int:
         """Write, or check."""
         if self.verify == (self.out is not None):
             raise UsageError("one of --out and --verify is required, and not both")
@@ -459,7 +463,7 @@ class WriteShards(BadImages, Command):
 
             verify(self.data)
             say(f"{self.data}: all shards are as they were written")
-            return
+            return 0
         from hatnet_train.data.shard_writer import write_shards
 
         index = write_shards(
@@ -477,7 +481,7 @@ class WriteShards(BadImages, Command):
             size = sum(shard["bytes"] for shard in written)
             number = "1 shard" if len(written) == 1 else f"{len(written)} shards"
             say(f"{name}: {split['images']} images in {number}, {size / 1e6:.1f} MB")
-        self.finish(sum(split["images"] for split in index["splits"].values()) + len(self.problems))
+        return self.finish(sum(split["images"] for split in index["splits"].values()) + len(self.problems))
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
@@ -485,6 +489,9 @@ def train(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     words.sort(key=lambda word: word.startswith("--local_rank="))  # the deepspeed launcher puts it first
     modes = [word for word in words if word.partition("=")[0] in MODES]
+    if len(modes) > 1:
+        sys.stderr.write(f"hatnet-train: error: {modes[0]} cannot be combined with {modes[1]}\n")
+        return USAGE
     if modes:
         name, _, value = modes[0].partition("=")
         words.remove(modes[0])
@@ -510,10 +517,16 @@ def shards(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(prog: str, commands: Any, arguments: Sequence[str] | None) -> int:
+    status: Any
     try:
-        return console.run(prog, commands, arguments, version=__version__, default=_defaults, explain=explain)
+        status = console.run(prog, commands, arguments, version=__version__, default=_defaults, explain=explain)
+    except SystemExit as end:
+        status = end.code or 0
     finally:
         kill()  # whatever the command ended with, it leaves no worker
+    if status == USAGE and os.environ.get("RANK", "0") != "0":
+        time.sleep(GRACE_SECONDS)  # the launcher ends all processes: rank 0 reports this first
+    return int(status)
 
 
 def _defaults(command: type[Command], words: list[str]) -> Any:

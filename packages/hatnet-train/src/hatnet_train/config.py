@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
@@ -327,21 +326,24 @@ class Field:
         try:
             return msgspec.convert(value, self.type)
         except msgspec.ValidationError as error:
-            raise FieldError(name, f"must be {self._expected(str(error))}, got {value!r}") from error
-
-    def _expected(self, text: str) -> str:
-        """Say what msgspec expected: of ``Expected `int` >= 1 - at `$[2]```, "an integer >= 1"."""
-        kind = get_args(self.type)[0] if get_origin(self.type) is Annotated else self.type
-        if get_origin(kind) is Literal:
-            return f"one of {', '.join(map(str, get_args(kind)))}"
-        text = re.sub(r" - at .*|, got .*|Expected |`", "", text)
-        for word, meaning in WORDS.items():
-            text = text.replace(word, meaning)
-        return text
+            raise FieldError(name, f"must be {_described(self.type)}, got {value!r}") from error
 
 
-WORDS = {f"<= {LARGEST:g}": "that is finite", "int ": "an integer ", "float ": "a number ", "array ": "a list "}
-"""Words of msgspec in ours."""
+def _described(kind: Any) -> str:
+    """Say what a type and its range allow, such as "an integer from 1"."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) is tuple:
+        return f"{len(get_args(kind))} numbers, each {_described(get_args(kind)[0])}"
+    if get_origin(kind) is not Annotated:
+        names = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
+        return names.get(kind) or _described(get_args(kind)[0])  # of a type or None
+    text = _described(get_args(kind)[0])
+    for meta in kind.__metadata__:
+        bounds = {"from": meta.ge, "above": meta.gt, "to": meta.le if meta.le != LARGEST else None, "below": meta.lt}
+        text += "".join(f" {word} {bound}" for word, bound in bounds.items() if bound is not None)
+    return text
+
 
 KNOWN = tuple(list_models(ablations=True))
 

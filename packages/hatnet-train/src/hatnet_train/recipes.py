@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hatnet_train.config import FieldError, TrainConfig, field_help
+from hatnet_train.config import FIELDS, FieldError, TrainConfig, field_help
 
 DROP_PATH_RATES = {"hatnet_tiny": 0.1, "hatnet_small": 0.1, "hatnet_medium": 0.3, "hatnet_large": 0.3}
 """Stochastic depth by variant, our choice: that of PVTv2-B1 to B4, which have these sizes; the paper gives none."""
@@ -97,6 +97,7 @@ def build_config(recipe: str, overrides: dict[str, Any]) -> TrainConfig:
     """
     if recipe not in RECIPES:
         raise ValueError(f"unknown recipe {recipe!r}; known recipes: {', '.join(RECIPES)}")
+    overrides = {name: FIELDS[name].checked(name, v) if name in FIELDS else v for name, v in overrides.items()}
     values = {**recipe_values(recipe, overrides.get("variant")), **overrides}
     for name in NEEDED.get(recipe, ("data",)):
         if not values.get(name):
