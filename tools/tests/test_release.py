@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hatnet_testing import check
+
 ROOT = Path(__file__).parents[2]
 ABOUT = "packages/hatnet-core/src/hatnet_core/__about__.py"
-STEPS_OR_VERSION = "major, minor, patch, or three numbers such as 1.2.0 (no pre-release)"
 CHANGELOG = "# Changelog\n\n<!-- releases, the latest first; written by nox -s bump -->\n"
 IDENTITY = {f"GIT_{who}_{what}": "somebody" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 ENVIRONMENT = {**os.environ, **IDENTITY, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
@@ -123,23 +124,16 @@ def test_sections_of_the_changelog_stand_latest_first(released):
 
 
 @pytest.mark.parametrize(
-    ("step", "expected"),
-    [
-        ("0.0.9", "cannot bump hatnet-train to 0.0.9: it is at 0.1.0, and versions only rise"),
-        *(
-            (step, f"cannot bump hatnet-train to {step!r}: expected {STEPS_OR_VERSION}")
-            for step in ["huge", "0.1", "v0.2.0", "0.2.0rc1", "0.2.0.dev1", "0.2.0.post1", "0.2.0+here", "1!0.2.0"]
-        ),
-    ],
+    "step", ["0.0.9", "huge", "0.1", "v0.2.0", "0.2.0rc1", "0.2.0.dev1", "0.2.0.post1", "0.2.0+here", "1!0.2.0"]
 )
-def test_a_wrong_step_is_refused_in_one_line_and_writes_nothing(repository, step, expected):
-    before = repository.content()
-    assert repository.release("bump", "hatnet-train", step) == (1, f"{expected}\n")
-    assert repository.content() == before
+def test_a_wrong_step_is_refused_in_one_line(repository, step):
+    said = refused(repository, "bump", "hatnet-train", step)
+    check(said, "hatnet-train", step, *(["0.1.0"] if step == "0.0.9" else ["major", "minor", "patch"]))
+    assert len(said.splitlines()) == 1
 
 
 def refused(repository, *arguments):
-    """What is said when nothing is written."""
+    """What is printed when nothing is written."""
     before = repository.content()
     status, said = repository.release(*arguments)
     assert status == 1
@@ -150,13 +144,13 @@ def refused(repository, *arguments):
 def test_a_released_version_is_not_released_again(released):
     released.write("packages/hatnet-train/changes/+more.added.md", "More.\n")
     released.commit()
-    assert "CHANGELOG.md says that it is released" in refused(released, "bump", "hatnet-train", "0.1.0")
+    check(refused(released, "bump", "hatnet-train", "0.1.0"), "CHANGELOG.md", "0.1.0")
     released.git("tag", "hatnet-train-v0.2.0")
-    assert "tag hatnet-train-v0.2.0 exists" in refused(released, "bump", "hatnet-train", "minor")
+    check(refused(released, "bump", "hatnet-train", "minor"), "tag", "hatnet-train-v0.2.0")
 
 
 def test_a_package_without_news_is_not_released(released):
-    assert "hatnet-train/changes holds no fragment" in refused(released, "bump", "hatnet-train", "minor")
+    check(refused(released, "bump", "hatnet-train", "minor"), "hatnet-train/changes", "fragment")
 
 
 @pytest.mark.parametrize(
@@ -167,14 +161,14 @@ def test_what_is_no_fragment_by_its_name_is_not_lost_but_refused(repository, com
     repository.write(f"packages/hatnet-train/changes/{name}", "Something.\n")
     repository.commit()
     said = refused(repository, *command).splitlines()[-1]
-    assert f"changes/{name} is no fragment by its name: expected +WORDS.TYPE.md or NUMBER.TYPE.md, TYPE one" in said
+    check(said, f"changes/{name}", "+WORDS.TYPE.md", "NUMBER.TYPE.md")
 
 
 def test_an_empty_fragment_is_refused(repository):
     repository.write("packages/hatnet-train/changes/+empty.fixed.md", " \n\n")
     repository.commit()
     for command in (["changes"], ["bump", "hatnet-train", "minor"]):
-        assert "changes/+empty.fixed.md is empty: expected a sentence" in refused(repository, *command)
+        check(refused(repository, *command), "changes/+empty.fixed.md", "empty")
 
 
 def test_a_fragment_may_be_named_after_an_issue(repository):
@@ -186,9 +180,9 @@ def test_a_fragment_may_be_named_after_an_issue(repository):
 
 def test_work_that_is_not_committed_is_not_released(repository):
     repository.write("packages/hatnet-train/src/hatnet_train/new.py", "")
-    assert "src/hatnet_train/new.py has changes that are not" in refused(repository, "bump", "hatnet-train", "minor")
+    check(refused(repository, "bump", "hatnet-train", "minor"), "src/hatnet_train/new.py", "commit")
     # the range of hatnet-train would have to be staged with what is not committed there
-    assert "src/hatnet_train/new.py has changes that are not" in refused(repository, "bump", "hatnet-core", "minor")
+    check(refused(repository, "bump", "hatnet-core", "minor"), "src/hatnet_train/new.py", "commit")
     assert repository.release("bump", "hatnet-core", "patch")[0] == 0
 
 
@@ -205,7 +199,8 @@ def test_a_version_that_others_exclude_widens_their_range_in_the_same_commit(rel
     released.commit()
     before = released.read(TRAIN)
     status, said = released.release("bump", "hatnet-core", step)
-    assert (status, said.splitlines()[-1]) == (0, "then release those whose last release excludes it: hatnet-train")
+    assert status == 0
+    check(said.splitlines()[-1], "hatnet-train")
     released.git("commit", "--quiet", "--message", f"hatnet-core {version}")  # of what is staged, no more
     assert released.git("status", "--porcelain") == ""
     assert released.read(TRAIN) == before.replace(">=0.1,<0.2", range_)
@@ -245,7 +240,7 @@ def test_a_range_without_an_end_to_move_is_refused_and_writes_nothing(repository
     repository.write(TRAIN, f'[project]\ndependencies = ["hatnet-core{range_}"]\n')
     repository.commit()
     said = refused(repository, "bump", "hatnet-core", "minor")
-    assert said == f"{TRAIN} requires hatnet-core{range_}: expected a range that ends, such as >=0.1.0,<0.3\n"
+    check(said, TRAIN, f"hatnet-core{range_}", ">=0.1.0,<0.3")
 
 
 def test_a_range_that_cannot_be_staged_leaves_everything_as_it_was(repository):
@@ -261,7 +256,8 @@ def test_a_tag_that_is_no_release_is_passed_over(released, tmp_path):
     add_fragment(released)
     released.commit()
     status, said = released.release("lowest", "hatnet-train", str(tmp_path / "out"))
-    assert (status, said.splitlines()[0].endswith("the lowest release is hatnet-core-v0.1.0")) == (0, True)
+    assert status == 0
+    check(said.splitlines()[0], "hatnet-core-v0.1.0")
     assert released.release("bump", "hatnet-core", "minor")[0] == 0
 
 
@@ -358,15 +354,15 @@ def clone(repository, folder, *options):
     return Repository(folder)
 
 
-def test_a_clone_without_tags_says_what_it_cannot_judge(released, tmp_path):
+def test_a_clone_without_tags_reports_what_it_cannot_judge(released, tmp_path):
     touch(released)
     released.commit()
     copy = clone(released, tmp_path / "copy")
     status, said = copy.release("changes")
     assert status == 0
-    assert "not judged: hatnet-core 0.1.0 was released" in said
-    status, said = copy.release("changes", "HEAD~1")  # told what to compare with, it can
-    assert (status, "not judged" in said) == (1, False)
+    check(said, "hatnet-core", "0.1.0")
+    status, said = copy.release("changes", "HEAD~1")  # given a commit to compare with, it can
+    assert (status, "0.1.0" in said) == (1, False)
 
 
 def test_a_base_that_a_shallow_clone_lacks_is_an_error(released, tmp_path):
@@ -375,7 +371,8 @@ def test_a_base_that_a_shallow_clone_lacks_is_an_error(released, tmp_path):
     base = released.git("rev-parse", "HEAD~1")
     copy = clone(released, tmp_path / "copy", "--depth=1")
     status, said = copy.release("changes", base)
-    assert (status, f"no commit {base} in this clone" in said) == (1, True)
+    assert status == 1
+    check(said, base, "clone")
 
 
 @pytest.mark.parametrize("dropped", [False, True], ids=["zeros", "dropped"])
@@ -393,7 +390,8 @@ def test_a_push_that_follows_no_commit_is_judged_as_without_one(released, tmp_pa
     add_fragment(copy)
     copy.commit()
     status, said = copy.release("changes", base)
-    assert (status, said.splitlines()[0].startswith(f"no commit {base} in all of the history")) == (0, True)
+    assert status == 0
+    check(said.splitlines()[0], base)
 
 
 def test_a_tag_names_the_package_to_build(released):
@@ -401,17 +399,18 @@ def test_a_tag_names_the_package_to_build(released):
 
 
 @pytest.mark.parametrize(
-    ("tag", "expected"),
+    ("tag", "named"),
     [
-        ("hatnet-core-v0.2.0", "tag hatnet-core-v0.2.0 says 0.2.0, "),
-        ("hatnet-cord-v0.1.0", "'hatnet-cord-v0.1.0' is no tag of a release"),
-        ("v0.1.0", "'v0.1.0' is no tag of a release"),
-        ("hatnet-core-v", "'hatnet-core-v' is no tag of a release"),
+        ("hatnet-core-v0.2.0", ["0.2.0", "__about__.py", "0.1.0"]),
+        ("hatnet-cord-v0.1.0", ["PACKAGE-vVERSION", "hatnet-core"]),
+        ("v0.1.0", ["PACKAGE-vVERSION", "hatnet-core"]),
+        ("hatnet-core-v", ["PACKAGE-vVERSION", "hatnet-core"]),
     ],
 )
-def test_a_tag_that_does_not_agree_with_the_sources_is_refused(released, tag, expected):
+def test_a_tag_that_does_not_agree_with_the_sources_is_refused(released, tag, named):
     status, said = released.release("tagged", tag)
-    assert (status, said.startswith(expected), len(said.splitlines())) == (1, True, 1)
+    assert (status, len(said.splitlines())) == (1, 1)
+    check(said, tag, *named)
 
 
 def test_a_commit_that_main_lacks_is_not_released(released):
@@ -420,17 +419,18 @@ def test_a_commit_that_main_lacks_is_not_released(released):
     head = released.git("rev-parse", "HEAD")[:12]
     status, said = released.release("tagged", "hatnet-core-v0.1.0")
     assert (status, len(said.splitlines())) == (1, 1)
-    assert said.startswith(f"the commit of hatnet-core-v0.1.0, {head}, is not on origin/main as this clone knows it")
+    check(said, "hatnet-core-v0.1.0", head, "origin/main")
     released.git("update-ref", "refs/remotes/origin/main", "HEAD")
     released.git("switch", "--quiet", "--detach", "HEAD~1")  # main went on since
     assert released.release("tagged", "hatnet-core-v0.1.0") == (0, "core\n")
     released.git("update-ref", "-d", "refs/remotes/origin/main")
-    assert "is not on origin/main" in released.release("tagged", "hatnet-core-v0.1.0")[1]
+    check(released.release("tagged", "hatnet-core-v0.1.0")[1], "hatnet-core-v0.1.0", "origin/main")
 
 
 def test_a_tag_without_a_section_of_the_changelog_is_refused(repository):
     status, said = repository.release("tagged", "hatnet-core-v0.1.0")
-    assert (status, "has no section of 0.1.0" in said) == (1, True)
+    assert status == 1
+    check(said, "CHANGELOG.md", "0.1.0")
 
 
 def test_the_lowest_core_is_that_of_the_lowest_tag_that_is_admitted(released, tmp_path):
@@ -443,20 +443,22 @@ def test_the_lowest_core_is_that_of_the_lowest_tag_that_is_admitted(released, tm
         released.git("tag", f"hatnet-core-v{released.read(ABOUT).split(chr(34))[1]}")
     released.write("packages/hatnet-train/pyproject.toml", '[project]\ndependencies = ["hatnet-core>=0.1.1,<0.2"]\n')
     status, said = released.release("lowest", "hatnet-train", str(tmp_path / "out"))
-    assert (status, said.splitlines()[0].endswith("the lowest release is hatnet-core-v0.1.1")) == (0, True)
+    assert status == 0
+    check(said.splitlines()[0], "hatnet-core-v0.1.1")
     assert (Path(said.splitlines()[-1]) / "src/hatnet_core/__about__.py").read_text() == '__version__ = "0.1.1"\n'
 
 
 def test_while_nothing_is_released_the_lowest_core_is_that_of_the_workspace(repository, tmp_path):
     status, said = repository.release("lowest", "hatnet-train", str(tmp_path / "out"))
     assert (status, said.splitlines()[-1]) == (0, "packages/hatnet-core")
-    assert "hatnet-core has no release yet" in said
+    check(said.splitlines()[0], "hatnet-core")
 
 
 def test_a_released_core_whose_tags_are_missing_is_an_error(released, tmp_path):
     copy = clone(released, tmp_path / "copy")
     status, said = copy.release("lowest", "hatnet-train", str(tmp_path / "out"))
-    assert (status, "git fetch --tags" in said) == (1, True)
+    assert status == 1
+    check(said, "hatnet-core", "git fetch --tags")
 
 
 def test_what_is_published_is_what_was_used():

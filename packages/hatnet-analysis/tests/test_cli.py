@@ -3,6 +3,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -15,96 +16,74 @@ from hatnet_analysis import __version__, count_flops
 from hatnet_analysis.cli import main, parser
 from hatnet_core import create_model, list_models, save_checkpoint
 from hatnet_core.commands import SHARED
+from hatnet_testing import check, error_line, usage_error
 
 USAGE = [
-    (["flops", "hatnet_huge"], ["'hatnet_huge'", "expected one of hatnet_tiny, hatnet_small"]),
-    (["flops", "hatnet_smal"], ["'hatnet_smal'", "did you mean hatnet_small?"]),
-    (["flops", "hatnet_tiny", "--size", "224", "16"], ["--size", "'16'", "pixels from 32 to 65536"]),
-    (["params", "hatnet_tiny", "--sise", "64", "64"], ["'--sise'", "see hatnet-analysis params --help"]),
-    (["flops", "hatnet_tiny", "--size", "2²", "64"], ["--size", "'2²'", "whole number of pixels"]),
-    (["flops", "hatnet_tiny", "--size", "-64", "64"], ["--size", "'-64'", "whole number of pixels"]),
-    (["flops", "hatnet_tiny", "--size", "10" * 20, "64"], ["--size", "10" * 20, "to 65536"]),
-    (["flops", "hatnet_tiny", "--format", "xml"], ["--format", "'xml'", "markdown"]),
-    (["flops", "hatnet_tiny", "--form", "json"], ["'--form'", "did you mean --format?"]),
-    (["flops"], ["required: MODEL"]),
-    (["speed"], ["'speed'", "flops"]),
-    (["paramz"], ["'paramz'", "did you mean params?"]),
-    ([], ["required: COMMAND"]),
-    (["flops", "timm/resnet_50"], ["unknown model 'timm/resnet_50'", "timm/resnet50"]),
-    (["flops", "timm/"], ["unknown model 'timm/'; expected timm/ and a name of timm.list_models()"]),
-    (["params", "hatnet_tiny", "--by", "operator"], ["--by", "'operator'", "stage"]),
-    (["complexity", "timm/resnet18"], ["Eq. 15 is about HAT-Net", "'timm/resnet18'"]),
-    (["complexity", "hatnet_tiny", "--growth"], ["--growth", "takes no model, got hatnet_tiny"]),
-    (["complexity", "--out", "growth.png"], ["--out has an effect only with --growth, got growth.png"]),
-    (["complexity", "--sizes", "64", "96"], ["--sizes has an effect only with --growth, got 64 96"]),
-    (["complexity", "--device", "cpu"], ["--device has an effect only with --growth, got cpu"]),
-    (["complexity", "--growth", "--size", "64", "96"], ["--size has an effect only without --growth", "got 64 96"]),
-    (["complexity", "--growth", "--out", "growth.txt"], ["--out", "'growth.txt' does not end in .png or .svg"]),
-    (["paper", "--table", "1", "--device", "cpu"], ["--device has an effect only with the table memory, got cpu"]),
-    (["paper", "--table", "5"], ["--table", "'5'", "eq15"]),
-    (["throughput", "hatnet_tiny", "--batch", "0"], ["--batch", "'0'", "whole number from 1 up"]),
-    (["throughput", "hatnet_tiny", "--dtype", "int8"], ["--dtype", "'int8'", "bfloat16"]),
-    (["attention", "absent.png"], ["required: --point"]),
-    (["attention", "absent.png", "--point", "a", "1"], ["--point", "'a' is not a number of pixels"]),
-    (["attention", "absent.png", "--point", "1", "1", "--stage", "1"], ["--stage", "choose from 2, 3, 4, 5"]),
-    (["attention", "absent.png", "--point", "1", "1", "--block", "-1"], ["--block", "'-1' is not a whole number"]),
-    (["attention", "absent.png", "--point", "1", "1", "--variant", "hatnet_l"], ["'hatnet_l', did you mean hatnet_"]),
-    (["report"], ["required: --out"]),
-    (["report", "--out", "x", "--sections", "prices"], ["--sections", "'prices'", "attention"]),
-    (
-        ["report", "--out", "x", "--sections", "attention", "--table", "1"],
-        ["--table", "with the section tables, got 1"],
-    ),
-    (
-        ["report", "--out", "x", "--sections", "tables", "--image", "a.png"],
-        ["--image", "section attention, got a.png"],
-    ),
-    (["report", "--out", "x", "--sections", "tables", "--checkpoint", "a"], ["--checkpoint", "section attention"]),
-    (
-        ["report", "--out", "x", "--sections", "compare", "--variant", "hatnet_tiny"],
-        ["--variant", "section attention"],
-    ),
-    (["report", "--out", "x", "--sections", "attention", "--device", "cpu"], ["--device", "the sections complexity"]),
-    (
-        ["report", "--out", "x", "--sections", "tables", "--table", "1", "--device", "cpu"],
-        ["--device has an effect only with", "the table memory, got cpu"],
-    ),
+    ("flops hatnet_huge", ["hatnet_huge", "hatnet_tiny", "hatnet_small"]),
+    ("flops hatnet_smal", ["hatnet_smal", "hatnet_small"]),
+    ("flops hatnet_tiny --size 224 16", ["--size", 16, 32, 65536]),
+    ("params hatnet_tiny --sise 64 64", ["--sise", "hatnet-analysis params --help"]),
+    ("flops hatnet_tiny --size 2² 64", ["--size", "2²"]),
+    ("flops hatnet_tiny --size -64 64", ["--size", -64]),
+    (f"flops hatnet_tiny --size {'10' * 20} 64", ["--size", "10" * 20, 65536]),
+    ("flops hatnet_tiny --format xml", ["--format", "xml", "markdown"]),
+    ("flops hatnet_tiny --form json", ["--form", "--format"]),
+    ("flops", ["MODEL"]),
+    ("speed", ["speed", "flops"]),
+    ("paramz", ["paramz", "params"]),
+    ("", ["COMMAND"]),
+    ("flops timm/resnet_50", ["timm/resnet_50", "timm/resnet50"]),
+    ("flops timm/", ["'timm/'", "timm.list_models()"]),
+    ("params hatnet_tiny --by operator", ["--by", "operator", "stage"]),
+    ("complexity timm/resnet18", ["Eq. 15", "timm/resnet18", "hatnet_tiny"]),
+    ("complexity hatnet_tiny --growth", ["--growth", "hatnet_tiny"]),
+    ("complexity --out growth.png", ["--out", "--growth", "growth.png"]),
+    ("complexity --sizes 64 96", ["--sizes", "--growth", "64 96"]),
+    ("complexity --device cpu", ["--device", "--growth", "cpu"]),
+    ("complexity --growth --size 64 96", ["--size", "--growth", "64 96"]),
+    ("complexity --growth --out growth.txt", ["--out", "growth.txt", ".png", ".svg"]),
+    ("paper --table 1 --device cpu", ["--device", "table", "memory", "cpu"]),
+    ("paper --table 5", ["--table", 5, "eq15"]),
+    ("throughput hatnet_tiny --batch 0", ["--batch", 0]),
+    ("throughput hatnet_tiny --dtype int8", ["--dtype", "int8", "bfloat16"]),
+    ("attention absent.png", ["--point"]),
+    ("attention absent.png --point a 1", ["--point", "'a'"]),
+    ("attention absent.png --point 1 1 --stage 1", ["--stage", 1, 2, 3, 4, 5]),
+    ("attention absent.png --point 1 1 --block -1", ["--block", -1]),
+    ("attention absent.png --point 1 1 --variant hatnet_l", ["--variant", "hatnet_l", "hatnet_large"]),
+    ("report", ["--out"]),
+    ("report --out x --sections prices", ["--sections", "prices", "attention"]),
+    ("report --out x --sections attention --table 1", ["--table", "section", "tables", 1]),
+    ("report --out x --sections tables --image a.png", ["--image", "section", "attention", "a.png"]),
+    ("report --out x --sections tables --checkpoint a", ["--checkpoint", "section", "attention"]),
+    ("report --out x --sections compare --variant hatnet_tiny", ["--variant", "section", "attention", "hatnet_tiny"]),
+    ("report --out x --sections attention --device cpu", ["--device", "complexity", "compare", "memory", "cpu"]),
+    ("report --out x --sections tables --table 1 --device cpu", ["--device", "complexity", "compare", "memory"]),
 ]
-"""Command lines that are wrong in themselves, and what is said of them."""
-
-POINT = ["--point", "1", "1"]
+"""Command lines that are wrong in themselves, and what is named."""
 
 FAILURES = [
-    (["flops", "timm/coatnet_0_224", "--size", "100"], ["cannot run timm/coatnet_0_224 at 100×100"]),
-    (["complexity", "hatnet_small_window4"], ["hatnet_small_window4 at 224×224: stage 4 attends in windows"]),
-    (["complexity", "--growth", "--sizes", "100"], ["sizes must be multiples of 32, got 100"]),
-    (["complexity", "--growth", "--device", "tpu"], ["device must be auto, cpu, or a GPU", "got 'tpu'"]),
-    (["paper", "--table", "memory", "--device", "cuda:99"], ["device must be auto, cpu, or a GPU", "got 'cuda:99'"]),
-    (["throughput", "hatnet_tiny", "--device", "cuda:99"], ["device must be auto, cpu, or a GPU", "got 'cuda:99'"]),
-    (
-        ["compare", "hatnet_tiny", "--out", "nowhere/a.png"],
-        ["--out must be a file in a folder that exists and can be written, got 'nowhere/a.png'"],
-    ),
-    (["compare", "hatnet_tiny", "--out", "folder.png"], ["--out must be a file in a folder that exists"]),
-    (["attention", "absent.png", *POINT], ["no image at absent.png"]),
-    (["attention", "folder.png", *POINT], ["no image at folder.png: expected an existing image file"]),
-    (["attention", "text.png", *POINT, "--variant", "hatnet_tiny"], ["text.png is not a readable image"]),
-    (["attention", "image.png", *POINT], ["expected --checkpoint, or --variant"]),
-    (["attention", "image.png", *POINT, "--checkpoint", "no.pth"], ["no checkpoint at no.pth: expected an existing"]),
-    (["attention", "image.png", *POINT, "--checkpoint", "text.png"], ["text.png is not a checkpoint of plain"]),
-    (["attention", "image.png", *POINT, "--checkpoint", "folder.png"], ["folder.png"]),
-    (
-        ["attention", "image.png", "--point", "999", "1", "--variant", "hatnet_tiny"],
-        ["point must be inside the image of 256×256, got x=999, y=1"],
-    ),
-    (
-        ["attention", "image.png", *POINT, "--variant", "hatnet_tiny", "--block", "9"],
-        ["block of stage 2 must be from 0 to 1, got 9"],
-    ),
-    (["report", "--out", "x", "--image", "absent.png"], ["no image at absent.png"]),
-    (["report", "--out", "text.png"], ["--out must be a folder that can be made and written, got 'text.png'"]),
+    ("flops timm/coatnet_0_224 --size 100", ["timm/coatnet_0_224", "100×100"]),
+    ("complexity hatnet_small_window4", ["hatnet_small_window4", "224×224", "stage 4", "windows"]),
+    ("complexity --growth --sizes 100", ["sizes", 32, 100]),
+    ("complexity --growth --device tpu", ["device", "'tpu'"]),
+    ("paper --table memory --device cuda:99", ["device", "'cuda:99'"]),
+    ("throughput hatnet_tiny --device cuda:99", ["device", "'cuda:99'"]),
+    ("compare hatnet_tiny --out nowhere/a.png", ["--out", "'nowhere/a.png'"]),
+    ("compare hatnet_tiny --out folder.png", ["--out", "'folder.png'"]),
+    ("attention absent.png --point 1 1", ["absent.png"]),
+    ("attention folder.png --point 1 1", ["folder.png"]),
+    ("attention text.png --point 1 1 --variant hatnet_tiny", ["text.png", "image"]),
+    ("attention image.png --point 1 1", ["--checkpoint", "--variant"]),
+    ("attention image.png --point 1 1 --checkpoint no.pth", ["no.pth"]),
+    ("attention image.png --point 1 1 --checkpoint text.png", ["text.png", "checkpoint"]),
+    ("attention image.png --point 1 1 --checkpoint folder.png", ["folder.png"]),
+    ("attention image.png --point 999 1 --variant hatnet_tiny", ["point", "256×256", "x=999", "y=1"]),
+    ("attention image.png --point 1 1 --variant hatnet_tiny --block 9", ["block", "stage 2", 0, 1, 9]),
+    ("report --out x --image absent.png", ["absent.png"]),
+    ("report --out text.png", ["--out", "'text.png'"]),
 ]
-"""Command lines that name what cannot be used, and what is said of it."""
+"""Command lines that name what cannot be used, and what is named."""
 
 
 @pytest.fixture
@@ -133,7 +112,9 @@ def run(*arguments):
 
 def test_the_installed_command_counts_and_writes_nothing_else():
     done = run("flops", "hatnet_tiny", "--size", "32", "48", "--format", "json")
-    assert (done.returncode, done.stderr) == (0, "counting hatnet_tiny at 32×48 ...\n")
+    assert done.returncode == 0
+    check(done.stderr, "hatnet_tiny", "32×48")
+    assert len(done.stderr.splitlines()) == 1  # progress
     total = count_flops(create_model("hatnet_tiny"), 32, 48).total
     assert json.loads(done.stdout) == [
         {
@@ -146,30 +127,28 @@ def test_the_installed_command_counts_and_writes_nothing_else():
     ]
 
 
-@pytest.mark.parametrize(("arguments", "said", "expected"), [(*USAGE[0], 2), (*FAILURES[8], 1)])
-def test_the_installed_command_refuses_bad_input_in_one_line(arguments, said, expected):
-    done = run(*arguments)
-    assert (done.returncode, done.stdout) == (expected, "")
-    assert done.stderr.startswith(f"hatnet-analysis {arguments[0]}: error: ")
-    assert done.stderr.count("\n") == 1
-    assert all(words in done.stderr for words in said)
+def test_the_installed_command_refuses_bad_input_in_one_line():
+    done = run("attention", "absent.png", "--point", "1", "1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == error_line(done.stderr, "hatnet-analysis attention", "absent.png") + "\n"
+    done = run("flops", "hatnet_huge")
+    assert (done.returncode, done.stdout) == (2, "")
+    usage_error(done.stderr, "hatnet_huge")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "expected"),
-    [*((*wrong, 2) for wrong in USAGE), *((*wrong, 1) for wrong in FAILURES)],
+    ("line", "named", "expected"), [*((*wrong, 2) for wrong in USAGE), *((*wrong, 1) for wrong in FAILURES)]
 )
-def test_bad_input_is_a_status_and_one_line_that_names_it_and_what_was_expected(
-    arguments, said, expected, files, capsys
-):
+def test_bad_input_is_a_status_and_a_message_that_names_it_and_what_was_expected(line, named, expected, files, capsys):
     before = sorted(files.iterdir())
-    assert status(arguments) == expected
+    assert status(line.split()) == expected
     out, err = capsys.readouterr()
+    if expected == 1:
+        error_line(err, f"hatnet-analysis {line.split()[0]}", *named)
+    else:
+        usage_error(err, *named)
     assert out == ""
-    *progress, last = err.splitlines()
-    assert last.startswith("hatnet-analysis")
-    assert all(line.endswith(" ...") for line in progress)
-    assert all(words in last for words in said)
+    assert "Traceback" not in err
     assert sorted(files.iterdir()) == before
 
 
@@ -207,14 +186,14 @@ FAILING = {
 
 @pytest.mark.parametrize("command", FAILING)
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "named"),
     [
-        (RuntimeError("can't allocate memory\nframe #0"), "can't allocate memory"),
-        (MemoryError(), "MemoryError"),
-        (TypeError("int() of a list"), "TypeError: int() of a list"),
+        (RuntimeError("can't allocate memory\nframe #0"), ["can't allocate memory"]),
+        (MemoryError(), ["MemoryError"]),
+        (TypeError("int() of a list"), ["TypeError", "int() of a list"]),
     ],
 )
-def test_whatever_a_model_raises_is_one_line(command, error, said, small, capsys, monkeypatch, tmp_path):
+def test_whatever_a_model_raises_is_one_line(command, error, named, small, capsys, monkeypatch, tmp_path):
     def fails(*arguments, **keywords):
         raise error
 
@@ -222,10 +201,8 @@ def test_whatever_a_model_raises_is_one_line(command, error, said, small, capsys
     assert status(small[command]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    *progress, last = err.splitlines()
-    assert last.startswith(f"hatnet-analysis {small[command][0]}: error: ")
-    assert said in last
-    assert all(line.endswith(" ...") for line in progress)
+    error_line(err, f"hatnet-analysis {small[command][0]}", *named)
+    assert "Traceback" not in err
     assert not (tmp_path / "page").exists()
 
 
@@ -235,13 +212,11 @@ def test_a_size_that_does_not_fit_is_named_with_the_model(small, capsys, monkeyp
 
     monkeypatch.setattr("hatnet_analysis.flops.count_flops", out_of_memory)
     assert status(["flops", "hatnet_tiny", "--size", "65536"]) == 1
-    expected = (
-        "cannot run hatnet_tiny at 65536×65536, expected a size that it takes and that fits: can't allocate memory\n"
-    )
-    assert capsys.readouterr().err.endswith(expected)
+    named = ["hatnet_tiny", "65536×65536", "can't allocate memory"]
+    error_line(capsys.readouterr().err, "hatnet-analysis flops", *named)
     assert status([*small["attention"], "--size", "60000"]) == 1  # refused before the image is scaled
-    expected = "cannot run hatnet_tiny at 60000×60000: attention weights of 15,470,730 GiB; expected at most 4 GiB\n"
-    assert capsys.readouterr().err.endswith(expected)
+    named = ["hatnet_tiny", "60000×60000", "15,470,730 GiB", "4 GiB"]
+    error_line(capsys.readouterr().err, "hatnet-analysis attention", *named)
 
 
 @pytest.mark.parametrize("command", FAILING)
@@ -251,7 +226,7 @@ def test_a_reader_that_has_closed_ends_the_command_without_a_word(command, small
     with open(writer, "w", encoding="utf-8") as nobody:  # noqa: PTH123  # a descriptor; Python flushes it at the end
         monkeypatch.setattr(sys, "stdout", nobody)
         assert status(small[command]) == 141
-    assert all(line.endswith(" ...") for line in capfd.readouterr().err.splitlines())
+    assert not re.search("Traceback|error", capfd.readouterr().err)  # nothing but progress
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -261,8 +236,8 @@ def test_a_full_disk_is_one_line():
         done = subprocess.run(
             [command, "params", "hatnet_tiny"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
-    line = "hatnet-analysis params: error: standard output: No space left on device\n"
-    assert (done.returncode, done.stderr) == (1, line)
+    assert done.returncode == 1
+    assert done.stderr == error_line(done.stderr, "hatnet-analysis params", "No space left on device") + "\n"
 
 
 @pytest.mark.parametrize("style", ["table", "markdown", "json"])
@@ -305,8 +280,7 @@ def test_params_lists_every_model_asked_for_in_order(capsys):
 def test_a_table_is_for_reading_in_millions(capsys):
     main(["params", "hatnet_tiny"])
     heading, rule, row = capsys.readouterr().out.splitlines()
-    assert heading.split("  ")[0] == "model"
-    assert heading.endswith("params (M)")
+    assert heading.split()[0] == "model"
     assert set(rule) == {"-", " "}
     assert row.split() == ["hatnet_tiny", "12.65"]
 
@@ -314,15 +288,14 @@ def test_a_table_is_for_reading_in_millions(capsys):
 def test_markdown_is_a_table_of_github(capsys):
     main(["flops", "hatnet_tiny", "--size", "32", "32", "--format", "markdown"])
     heading, rule, row = capsys.readouterr().out.splitlines()
-    cells = [cell.strip() for cell in heading.strip("|").split("|")]
-    assert cells == ["model", "height", "width", "FLOPs, paper (G)", "FLOPs, complete (G)"]
     assert set(rule) <= set("|-:")
-    assert row.count("|") == 6
+    assert heading.count("|") == rule.count("|") == row.count("|") == 6
+    assert row.strip("|").split()[0] == "hatnet_tiny"
 
 
 def test_progress_is_shown_beside_the_output(capsys):
     main(["flops", "hatnet_tiny", "--size", "32", "32"])
-    assert capsys.readouterr().err == "counting hatnet_tiny at 32×32 ...\n"
+    check(capsys.readouterr().err, "hatnet_tiny", "32×32")
 
 
 COMMANDS = ["params", "flops", "complexity", "paper", "throughput", "compare", "attention", "report"]
@@ -331,7 +304,7 @@ COMMANDS = ["params", "flops", "complexity", "paper", "throughput", "compare", "
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_what_can_be_asked_for_and_fits_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    for arguments, expected in ((["--help"], COMMANDS), ([command, "--help"], ["example:", "default", "--"])):
+    for arguments, expected in ((["--help"], COMMANDS), ([command, "--help"], [command, "--"])):
         assert status(arguments) == 0
         out = capsys.readouterr().out
         assert all(words in out for words in expected)
@@ -371,7 +344,6 @@ def test_growth_is_a_table_a_picture_and_one_json(capsys, tmp_path):
     main(["complexity", "--growth", "--sizes", "64", "128", "--out", str(tmp_path / "growth.png")])
     out = capsys.readouterr().out
     assert out.count("H-MHSA") >= 3
-    assert "from where on one is dearer than the other:" in out
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
     main(["complexity", "--growth", "--sizes", "64", "128", "--format", "json"])
     (record,) = json.loads(capsys.readouterr().out)
@@ -388,7 +360,7 @@ def test_attention_is_drawn_and_listed(capsys, tmp_path):
     (record,) = json.loads(capsys.readouterr().out)
     assert (record["row"], record["column"]) == (8, 43)  # of 56×56, the image being 256×256
     assert status([*command[:-2], "256", "40"]) == 1
-    assert "point must be inside the image of 256×256, got x=256, y=40" in capsys.readouterr().err
+    error_line(capsys.readouterr().err, "hatnet-analysis attention", "point", "256×256", "x=256", "y=40")
 
 
 def test_throughput_of_two_models_is_a_ratio(capsys):
@@ -396,7 +368,7 @@ def test_throughput_of_two_models_is_a_ratio(capsys):
     out, err = capsys.readouterr()
     assert "ratio" in out.splitlines()[0]
     assert out.splitlines()[2].split()[-1] == "1.00"
-    assert "round 1 of 1: timm/resnet18 ..." in err
+    check(err, "hatnet_tiny", "timm/resnet18")
 
 
 def test_the_attention_of_a_checkpoint_is_that_at_the_size_of_its_training(capsys, tmp_path):

@@ -11,6 +11,7 @@ from hatnet_analysis.flops import example_image, trace
 from hatnet_analysis.models import load_model
 from hatnet_core import HATNet, create_model
 from hatnet_core.flop_handles import ACTIVATION_PRODUCTS
+from hatnet_testing import raises
 
 PARTS = ["stem", "stages.0", "stages.1", "stages.2", "stages.3", "head"]
 SMALL = {"embed_dims": (8, 16, 16, 24), "depths": (1, 2, 1, 1), "head_dim": 8, "mlp_ratios": (2, 2, 2, 2)}
@@ -185,13 +186,13 @@ class Similarity(nn.Module):
 def test_an_operator_that_cannot_be_counted_is_refused_by_name(layer, operator):
     model = HATNet(**SMALL)
     model.stages[1].blocks[0].attn = layer
-    with pytest.raises(ValueError, match=f"cannot count {operator}: expected operators that fvcore counts"):
+    with raises(ValueError, operator):
         count_flops(model, 64, 64)
 
 
 @pytest.mark.parametrize(("height", "width"), [(31, 64), (64, 16), (0, 0)])
 def test_an_image_below_32_pixels_is_refused_with_its_size(height, width):
-    with pytest.raises(ValueError, match=f"height and width must be at least 32 pixels, got {height}×{width}"):
+    with raises(ValueError, "height", "width", 32, f"{height}×{width}"):
         count_flops(HATNet(**SMALL), height, width)
 
 
@@ -276,7 +277,7 @@ def test_pixels_that_fill_no_patch_cost_nothing_in_a_model_of_timm():
 
 def test_a_recurrent_model_is_refused_for_its_lstm():
     model = nn.Sequential(nn.Flatten(2), nn.LSTM(64 * 64, 4, batch_first=True))
-    with pytest.raises(ValueError, match="cannot count aten::lstm: expected operators that fvcore counts"):
+    with raises(ValueError, "aten::lstm"):
         count_flops(model, 64, 64)
 
 

@@ -15,10 +15,12 @@ from PIL import Image
 
 from hatnet_analysis.attention_input import to_input
 from hatnet_analysis.attention_maps import record_weights, rollout
+from hatnet_analysis.choices import SECTIONS, TABLES
 from hatnet_analysis.growth import CONTENDERS, growth
 from hatnet_analysis.report import SIZE, _filled, _rows, write_report
 from hatnet_analysis.throughput import COMPARED
 from hatnet_core import create_model, save_checkpoint
+from hatnet_testing import raises
 
 
 def decoded(packed, size):
@@ -62,7 +64,8 @@ def test_the_explorer_holds_the_weights_of_every_block_of_the_checkpoint(tmp_pat
     page = path.read_text(encoding="utf-8")
     assert "{{" not in page
     assert not re.search(r"""(src|href)=["'](?!data:|\#)""", page)  # nothing to load
-    assert "12.3 M parameters, the weights of model.safetensors" in page
+    assert "12.3 M" in page
+    assert "model.safetensors" in page
     data = json.loads(re.search(r'id="explorer-data">(.*?)</script>', page, re.DOTALL)[1])
     with Image.open(io.BytesIO(base64.b64decode(data["image"].partition(",")[2]))) as shown:
         assert shown.size == (448, 299)  # as 90 to 60
@@ -144,34 +147,34 @@ def test_speed_stands_in_the_page_as_a_plot_and_a_table(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        ({"sections": ["prices"]}, "unknown section 'prices'; expected one of tables, complexity"),
-        ({"tables": ["5"]}, "unknown table '5'; expected one of 1, 2"),
-        ({"device": "cuda:99"}, "device must be auto, cpu, or a GPU that is there"),
-        ({"sections": ["attention"], "variant": "hatnet_huge"}, "unknown model 'hatnet_huge'"),
+        ({"sections": ["prices"]}, ("section", "'prices'", *SECTIONS)),
+        ({"tables": ["5"]}, ("table", "'5'", *TABLES)),
+        ({"device": "cuda:99"}, ("device", "'cuda:99'")),
+        ({"sections": ["attention"], "variant": "hatnet_huge"}, ("'hatnet_huge'", "hatnet_tiny")),
     ],
 )
-def test_what_is_refused_leaves_no_folder(arguments, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
+def test_what_is_refused_leaves_no_folder(arguments, named, tmp_path):
+    with raises(ValueError, *named):
         write_report(tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("sections", "absent", "message"),
+    ("sections", "absent", "named"),
     [
-        (["tables"], "timm", r"table 2 needs timm: pip install 'hatnet-analysis\[timm\]'"),
-        (["tables"], "hatnet_dense", r"table 2 needs hatnet-dense: pip install 'hatnet-analysis\[dense\]'"),
-        (["compare"], "timm", r"timm/resnet50 needs timm: pip install 'hatnet-analysis\[timm\]'"),
+        (["tables"], "timm", ("table 2", "timm", "hatnet-analysis[timm]")),
+        (["tables"], "hatnet_dense", ("table 2", "hatnet-dense", "hatnet-analysis[dense]")),
+        (["compare"], "timm", ("timm/resnet50", "hatnet-analysis[timm]")),
     ],
 )
 def test_a_library_that_is_not_installed_is_named_before_any_measurement(
-    sections, absent, message, tmp_path, measured, monkeypatch
+    sections, absent, named, tmp_path, measured, monkeypatch
 ):
     monkeypatch.setattr("hatnet_analysis.paper.find_spec", lambda name: None if name == absent else object())
     monkeypatch.setitem(sys.modules, absent, None)
-    with pytest.raises(ImportError, match=message):
+    with raises(ImportError, *named):
         write_report(tmp_path / "page", sections)
     assert measured == []
     assert not (tmp_path / "page").exists()
@@ -180,7 +183,7 @@ def test_a_library_that_is_not_installed_is_named_before_any_measurement(
 @pytest.mark.parametrize("name", ["file", "file/below", "new/" + "long" * 100])
 def test_a_folder_that_cannot_be_one_is_refused_before_any_measurement(name, tmp_path, measured):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"needs a folder that can be made and written, got "):
+    with raises(ValueError, tmp_path / name):
         write_report(tmp_path / name, ["tables"])
     assert measured == []
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -188,7 +191,7 @@ def test_a_folder_that_cannot_be_one_is_refused_before_any_measurement(name, tmp
 
 def test_a_page_that_would_replace_a_folder_is_refused_before_any_measurement(tmp_path, measured):
     (tmp_path / "index.html").mkdir()
-    with pytest.raises(ValueError, match=r"written to .*index\.html, which is a folder; expected a file or nothing"):
+    with raises(ValueError, tmp_path / "index.html"):
         write_report(tmp_path, ["tables"])
     assert measured == []
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
@@ -211,7 +214,7 @@ def test_a_measurement_that_fails_leaves_what_was_there_before(tmp_path, measure
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "index.html").write_text("of last week")
     for out in ("new", "new/below", "old", "old/new"):
-        with pytest.raises(ValueError, match="no such model"):
+        with raises(ValueError, "no such model"):
             write_report(tmp_path / out, ["tables"])
     assert measured == ["1"] * 4
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "old", tmp_path / "old" / "index.html"]

@@ -15,6 +15,7 @@ from hatnet_analysis.attention_input import to_input
 from hatnet_analysis.attention_maps import look, record_weights
 from hatnet_analysis.report import write_report
 from hatnet_core import create_model, save_checkpoint
+from hatnet_testing import check
 
 CHROMIUM = os.environ["CHROMIUM"]
 
@@ -125,8 +126,8 @@ def test_the_image_is_shown_in_its_own_aspect_ratio(page):
 
 def test_a_click_shows_the_grid_and_the_pooled_position_that_the_weights_point_at(page):
     text = click(page, 180, 150)
-    assert text.startswith("stage 2, position (37, 22) of 56×56, grid at (32, 16)")
-    assert "strongest pooled position at (40, 24)" in text  # of the spot at row 41, column 25 of the map
+    # the strongest pooled position, last, is that of the spot at row 41, column 25 of the map
+    check(text, "stage 2", "pooled", "(37, 22)", "56×56", "(32, 16)", "(40, 24)")
     pooled = screenshot(page, "global")
     cell = pooled[162:190, 196:252].mean((0, 1))  # rows 40-47 and columns 24-31 of the map, in pixels
     elsewhere = pooled[20:40, 40:80].mean((0, 1))
@@ -190,7 +191,7 @@ def test_the_head_that_is_chosen_is_the_one_that_is_drawn(page, explored):
     ],
 )
 def test_a_click_at_the_edge_is_the_position_there(page, x, y, position):
-    assert click(page, x, y).startswith(f"stage 2, position {position} of 56×56, grid at ")
+    check(click(page, x, y), "stage 2", position, "56×56")
 
 
 def test_a_mouse_beside_the_edge_is_taken_as_on_it(page):
@@ -198,16 +199,17 @@ def test_a_mouse_beside_the_edge_is_taken_as_on_it(page):
     for x, y, position in ((-1, -1, (0, 0)), (box["width"] + 1, box["height"] + 1, (55, 55))):
         event = {"clientX": box["x"] + x, "clientY": box["y"] + y}
         page.locator("#explorer-image").dispatch_event("click", event)
-        assert f"position {position} of" in page.locator("#explorer-text").inner_text()
+        check(page.locator("#explorer-text").inner_text(), position)
 
 
 def test_stage_5_has_no_local_step_and_as_many_heads_as_the_model(page):
     page.locator("#explorer-block").select_option(label="stage 5, block 2")
     text = page.locator("#explorer-text").inner_text()
-    assert "no local step, strongest position at" in text  # not pooled
+    check(text, "stage 5")
+    assert "pooled" not in text
     assert page.locator("#explorer-head option").count() == 1 + 8
     page.locator("#explorer-head").select_option("7")
-    assert "stage 5, position" in click(page, 20, 200)
+    check(click(page, 20, 200), "stage 5")
 
 
 def test_the_tables_are_on_the_page(page):
