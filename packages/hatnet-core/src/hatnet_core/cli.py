@@ -44,14 +44,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Export(Command):
-    """Write a HAT-Net as an ONNX graph (.onnx), a torch.export program (.pt2) or weights (.safetensors).
+    r"""Write a HAT-Net as an ONNX graph (.onnx), a torch.export program (.pt2) or weights (.safetensors).
 
     Graphs and programs take any batch size, height and width. They are checked against the model, also at sizes
     that were not traced, before the file appears.
 
     Examples:
       hatnet-export --checkpoint runs/digits --out digits.onnx
-      hatnet-export --checkpoint HAT-Net_Small.pth --variant hatnet_small \\
+      hatnet-export --checkpoint HAT-Net_Small.pth --variant hatnet_small \
           --out small.pt2
     """
 

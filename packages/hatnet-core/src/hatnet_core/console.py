@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,9 +46,6 @@ TRACEBACK = "HATNET_TRACEBACK"
 
 EXPECTED = (ValueError, ImportError, OSError, ArithmeticError)
 """Errors whose message is enough. Any other is shown with its type."""
-
-WIDTH = 79
-"""Columns of a description; tyro wraps the options to the terminal."""
 
 PACKAGES = ("hatnet_core", "hatnet_train", "hatnet_dense", "hatnet_analysis")
 """Loggers whose records a command writes to standard error."""
@@ -282,17 +278,13 @@ def run(
         if default is not None and (values := default(command, words)) is not None:
             settings["default"] = values
         with _flushed(), _help_may_be_cut(), _silent_unless_first_rank():
-            options: Command = tyro.cli(command, prog=name, args=words, description=_description(command), **settings)
+            options: Command = tyro.cli(
+                command, prog=name, args=words, description=inspect.getdoc(command), **settings
+            )
         with log_to_stderr(name, logging.WARNING if options.quiet else logging.INFO - 10 * options.verbose) as log:
             return _work(options, name, log, explain or error_text)
     except OutputClosedError:
         return CLOSED
-
-
-def _description(command: type[Command]) -> str:
-    """Return the docstring with its paragraphs wrapped, but not its lists of examples."""
-    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
-    return "\n\n".join(part if "\n  " in part else textwrap.fill(part, WIDTH) for part in paragraphs)
 
 
 def _work(options: Command, name: str, log: logging.Logger, explain: Callable[[Exception, Command], str]) -> int:

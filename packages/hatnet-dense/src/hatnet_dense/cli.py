@@ -120,12 +120,12 @@ class OfRun(OfConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Train(OfRun):
-    """Train the model of a config. Checkpoints and logs go to --work-dir.
+    r"""Train the model of a config. Checkpoints and logs go to --work-dir.
 
     Examples:
-      hatnet-dense train retinanet_hatnet-t_fpn_1x_coco \\
+      hatnet-dense train retinanet_hatnet-t_fpn_1x_coco \
           --cfg-options train_cfg.max_epochs=1
-      torchrun --nproc-per-node 8 --no-python hatnet-dense train \\
+      torchrun --nproc-per-node 8 --no-python hatnet-dense train \
           mask-rcnn_hatnet-s_fpn_1x_coco --launcher pytorch
     """
 
@@ -165,10 +165,10 @@ class Train(OfRun):
 
 @dataclass(frozen=True, kw_only=True)
 class Test(OfRun):
-    """Evaluate a checkpoint with the evaluators of its config. The metrics are printed as JSON.
+    r"""Evaluate a checkpoint with the evaluators of its config. The metrics are printed as JSON.
 
     Examples:
-      hatnet-dense test retinanet_hatnet-t_fpn_1x_coco \\
+      hatnet-dense test retinanet_hatnet-t_fpn_1x_coco \
           epoch_12.pth --out metrics.json
     """
 
@@ -198,10 +198,10 @@ class Test(OfRun):
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(BadImages, OfConfig):
-    """Predict image files: drawn predictions, and JSON or label images.
+    r"""Predict image files: drawn predictions, and JSON or label images.
 
     Examples:
-      hatnet-dense predict mask-rcnn_hatnet-s_fpn_1x_coco \\
+      hatnet-dense predict mask-rcnn_hatnet-s_fpn_1x_coco \
           epoch_12.pth photographs --out found
     """
 

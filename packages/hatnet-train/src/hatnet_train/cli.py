@@ -150,7 +150,7 @@ class Run(Options, Launched):
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Run):
-    """Train a HAT-Net with DeepSpeed: alone, or in every process that a launcher starts.
+    r"""Train a HAT-Net with DeepSpeed: alone, or in every process that a launcher starts.
 
     Launchers are deepspeed, torchrun, srun and mpirun. Weights, metrics, curves and checkpoints go to --out. The
     defaults below are those of --recipe imagenet, or of the recipe on the command line.
@@ -158,9 +158,9 @@ class Train(Run):
     Examples:
       hatnet-train --recipe digits --out runs/digits
       hatnet-train --recipe digits --out runs/digits --resume auto
-      deepspeed --num_accelerators 2 --module hatnet_train \\
+      deepspeed --num_accelerators 2 --module hatnet_train \
           --recipe digits --out runs/digits
-      deepspeed --hostfile hosts --module hatnet_train \\
+      deepspeed --hostfile hosts --module hatnet_train \
           --recipe imagenet --data shards --out runs/small
 
     Other commands, each with its --help:
@@ -299,13 +299,13 @@ MODES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(BadImages, Launched):
-    """Measure top-1 and top-5 accuracy of a checkpoint on held-out images, each counted once.
+    r"""Measure top-1 and top-5 accuracy of a checkpoint on held-out images, each counted once.
 
     Runs alone, or in every process that a launcher starts. The result is printed.
 
     Examples:
       hatnet-eval --checkpoint runs/small --data imagenet
-      hatnet-eval --checkpoint HAT-Net_Small.pth --variant hatnet_small \\
+      hatnet-eval --checkpoint HAT-Net_Small.pth --variant hatnet_small \
           --data shards --size 256 --out top1.json
     """
 
