@@ -9,8 +9,9 @@ import time
 import pytest
 from runs import assert_same_bits, distance, rows, steps
 
+from hatnet_testing import check, error_line
 from hatnet_train.checkpoint import committed
-from launches import until
+from launches import lines_naming, until
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def interrupted(launch, everything, tmp_path):
             until(lambda: max(steps(out), default=0) >= 4, 120, started.text)
             started.send(ranks - 1, number)
             assert started.wait(60) == [75] * ranks, started.text()
-            assert f"hatnet-train: saved at step {steps(out)[0]} as SIGTERM or SIGUSR1 asked for" in started.log(0)
+            assert lines_naming(started.log(0), "hatnet-train: ", f"step {steps(out)[0]} ", "--resume auto")
         assert 4 < steps(out)[0] < 9
         assert not (out / "model.safetensors").exists()
         return out
@@ -44,8 +45,9 @@ def test_a_run_that_was_asked_to_end_goes_on_bit_for_bit_at_every_zero_stage(
     stage, number, interrupted, whole, train, everything
 ):
     out = interrupted("--zero-stage", stage, number=number)
-    said = train(*everything, "--zero-stage", stage, "--out", out, "--resume", "auto")
-    assert "hatnet-train: going on from step " in said
+    step = steps(out)[0]
+    log = train(*everything, "--zero-stage", stage, "--out", out, "--resume", "auto")
+    assert lines_naming(log, "hatnet-train: ", f"step {step}", f"step-{step:010d}")
     assert_same_bits(out, whole(stage))
     record = json.loads((out / "config.json").read_text())
     assert len(record["resumed"]) == 1
@@ -66,8 +68,8 @@ def test_a_folder_that_a_run_is_writing_to_is_refused(launch, train, everything,
     out = tmp_path / "run"
     with launch([*everything, "--out", out], ranks=1) as started:
         until((out / "config.json").exists, 120, started.text)
-        said = train(*everything, "--out", out, "--resume", "auto", ranks=1, expected=1)
-        assert f"run folder {out} is in use by another run, which has to end first" in said
+        log = train(*everything, "--out", out, "--resume", "auto", ranks=1, expected=1)
+        assert "--" not in error_line(log, "hatnet-train", out)  # no option helps
         assert started.wait() == [0], started.text()
 
 
@@ -77,12 +79,12 @@ def test_a_run_goes_on_with_another_number_of_processes_and_zero_stage(
 ):
     """Without dropout and stochastic depth, whose draws are those of a process."""
     moved = tmp_path / "moved"
-    said = train(
+    log = train(
         *[*everything, "--drop-rate", "0", "--drop-path-rate", "0"],
         *["--zero-stage", stage, "--out", moved, "--resume", still / "checkpoints" / "step-0000000005"],
         ranks=ranks,
     )
-    assert "going on from step 5, " in said
+    assert lines_naming(log, "hatnet-train: ", "step 5", "step-0000000005")
     assert distance(moved, still) < 1e-3
     for ours, theirs in zip(rows(moved), rows(still), strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
@@ -90,33 +92,27 @@ def test_a_run_goes_on_with_another_number_of_processes_and_zero_stage(
 
 
 @pytest.mark.slow
-def test_what_a_run_cannot_go_on_with_is_refused_with_the_reason(train, everything, still, images, tmp_path):
-    flags = ["--drop-rate", "0", "--drop-path-rate", "0", "--out", tmp_path / "run"]
-    older = still / "checkpoints" / "step-0000000005"
-    for other, expected, ranks in (
-        (["--lr", "1e-3"], f"cannot go on from {older}: --lr was 0.0003 and is 0.001; expected what it was", 1),
-        (
-            [],
-            "--batch-size must be a multiple of 20 (an even share for each of 5 processes × accumulation 2), got 24",
-            5,
-        ),
-        (["--data", "digits"], f"cannot go on from {older}: training data was 72 images, ", 1),
+def test_what_a_run_cannot_resume_with_is_refused_with_the_reason(train, everything, still, tmp_path):
+    def refused(*arguments, named, ranks=1):
+        log = train(*everything, "--drop-rate", "0", "--drop-path-rate", "0", *arguments, ranks=ranks, expected=1)
+        check(lines_naming(log, "hatnet-train: error: ")[0], *named)
+        assert "Traceback" not in log
+
+    new, older = ["--out", tmp_path / "run"], still / "checkpoints" / "step-0000000005"
+    for other, named, ranks in (
+        (["--lr", "1e-3"], [older, "--lr", "0.0003", "0.001"], 1),
+        ([], ["--batch-size", "--accumulation", 20, 5, 24], 5),
+        (["--data", "digits"], [older, "training data", "72 images"], 1),
+        (["--resume", tmp_path], [tmp_path], 1),
     ):
-        said = train(*everything, *flags, *other, "--resume", older, ranks=ranks, expected=1)
-        assert f"hatnet-train: error: {expected}" in said
-        assert "Traceback" not in said
+        refused(*new, "--resume", older, *other, named=named, ranks=ranks)
         assert not (tmp_path / "run").exists()
-    said = train(*everything, *flags[:4], "--out", still, "--resume", older, ranks=1, expected=1)
-    assert f"cannot go on from {older} in {still}, which holds step-0000000009-evaluated; expected another" in said
+    refused("--out", still, "--resume", older, named=[older, still, "step-0000000009-evaluated", "--out", "--resume"])
     bare = shutil.copytree(still, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints"))
-    auto = [*everything, *flags[:4], "--out", bare, "--resume", "auto"]
-    said = train(*auto, ranks=1, expected=1)
-    assert f"{bare} holds a run that is done, without checkpoints to go on from; expected another --out" in said
+    auto = ["--out", bare, "--resume", "auto"]
+    refused(*auto, named=[bare, "checkpoints", "--out"])
     (bare / "manifest.json").unlink()
-    said = train(*auto, "--lr", "1", ranks=1, expected=1)
-    assert f"cannot go on in {bare}: --lr was 0.0003 and is 1.0; expected what it was begun with" in said
-    said = train(*everything, *flags, "--resume", tmp_path, ranks=1, expected=1)
-    assert f"cannot go on from {tmp_path}: no checkpoint there; expected a run folder or a checkpoint" in said
+    refused(*auto, "--lr", "1", named=[bare, "--lr", "0.0003", "1.0"])
 
 
 @pytest.mark.slow
@@ -149,7 +145,7 @@ def test_a_run_that_cannot_save_in_time_ends_all_the_same(launch, everything, tm
         for rank in (0, 1):
             started.send(rank, signal.SIGTERM)
         assert started.wait(60) == [75, 75], started.text()
-        assert "not saved within the 0.01 s of --preempt-seconds; --resume auto goes on from" in started.text()
+        assert lines_naming(started.text(), "hatnet-train: error: ", "0.01 s", "--preempt-seconds", "--resume auto")
     assert steps(out)[0] >= 2
 
 
@@ -166,7 +162,7 @@ def test_a_process_that_waits_for_a_hanging_one_ends_in_that_time_too(launch, ev
         until(lambda: started.poll(0) is not None, 30, started.text)
         assert time.monotonic() - begin < 5
         assert started.poll(0) == 75
-        assert "not saved within the 2 s of --preempt-seconds" in started.log(0)
+        error_line(started.log(0), "hatnet-train", "2 s", "--preempt-seconds", "--resume auto")
 
 
 def test_nothing_of_a_run_is_for_everybody_to_change(whole):

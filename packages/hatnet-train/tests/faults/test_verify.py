@@ -4,8 +4,10 @@ import shutil
 
 import pytest
 
+from hatnet_testing import error_line
 from hatnet_train.checkpoint import committed, read_manifest
 from hatnet_train.verify import check_run
+from launches import lines_naming
 
 
 @pytest.fixture
@@ -33,15 +35,17 @@ def remove(path):
     path.unlink()
 
 
+def verdict(log, path):
+    """What ``--verify`` prints of a checkpoint or a run folder."""
+    (line,) = [line for line in log.splitlines() if line.startswith(f"{path}: ")]
+    return line.removeprefix(f"{path}: ")
+
+
 def test_a_run_as_it_was_written_is_usable(train, run):
-    said = train("--verify", run, ranks=1)
+    log = train("--verify", run, ranks=1)
     old, new = reversed(committed(run / "checkpoints"))
-    assert said.splitlines()[1:] == [
-        f"{old}: usable",
-        f"{new}: usable",
-        f"{run}: usable",
-        f"--resume auto goes on from {new}",
-    ]
+    assert verdict(log, old) == verdict(log, new) == verdict(log, run)
+    assert lines_naming(log, "--resume", new)
 
 
 @pytest.mark.parametrize("damage", [flip, shorten, remove])
@@ -61,15 +65,16 @@ def test_every_file_is_compared_with_its_manifest(damage, run):
         path.write_bytes(before)
 
 
-def test_what_is_damaged_is_told_and_what_is_left_to_go_on_from(train, run):
+def test_damaged_files_are_named_and_the_checkpoint_to_resume_from(train, run):
     old, new = reversed(committed(run / "checkpoints"))
     flip(new / "optimizer.safetensors")
-    said = train("--verify", run, ranks=1, expected=1)
-    assert f"{old}: usable\n{new}: damaged\n  {new / 'optimizer.safetensors'} has other content than " in said
-    assert f"--resume auto goes on from {old}" in said
-    assert f"hatnet-train: error: 1 of 3 are damaged: {new}" in said
+    log = train("--verify", run, ranks=1, expected=1)
+    assert verdict(log, old) == verdict(log, run) != verdict(log, new)
+    assert lines_naming(log, new / "optimizer.safetensors")
+    assert lines_naming(log, "--resume", old)
+    error_line(log, "hatnet-train", 1, 3, new)
 
 
-def test_what_is_no_run_folder_is_said(train, tmp_path):
-    said = train("--verify", tmp_path, ranks=1, expected=1)
-    assert f"hatnet-train: error: neither config.json nor checkpoints in {tmp_path}; expected a run folder" in said
+def test_a_folder_that_is_not_of_a_run_is_refused(train, tmp_path):
+    log = train("--verify", tmp_path, ranks=1, expected=1)
+    error_line(log, "hatnet-train", tmp_path, "config.json")

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from hatnet_core import create_model, save_checkpoint
+from hatnet_testing import error_line
 from hatnet_train.data.augment import MEAN, STD
 from launches import Launch, Warm, until
+
+NAMES = {"train": "hatnet-train", "evaluate": "hatnet-eval"}
 
 SECONDS = 30.0
 """Longest time from a failure to the end of the command: three times what is promised, on a busy machine."""
@@ -39,33 +42,28 @@ def ended(started):
         with pytest.raises(ProcessLookupError):
             os.killpg(pid, 0)
     assert time.monotonic() - begin < SECONDS
-    return started.poll(0), started.log(0)
-
-
-def error_of(said):
-    (line,) = [line for line in said.splitlines() if ": error: " in line]
-    return line
+    return started.poll(0), started.log(0).replace("\0", "")  # torch ends its report of a bus error with one
 
 
 @pytest.mark.parametrize(
     ("command", "fault", "named"),
     [
-        ("train", "memory", ("MemoryError", "a smaller --batch-size", "fewer --workers")),
-        pytest.param("evaluate", "memory", ("a smaller --batch,", "fewer --workers"), marks=pytest.mark.slow),
-        ("evaluate", "odd", ("OddError: odd error",)),
-        ("train", "killed", ("was killed", "fewer --workers")),
-        ("evaluate", "exit", ("was killed", "fewer --workers")),
-        ("evaluate", "bus error", ("/dev/shm", "--shm-size", "fewer --workers")),
+        ("train", "memory", ("MemoryError", "--batch-size", "--workers")),
+        pytest.param("evaluate", "memory", ("MemoryError", "--batch", "--workers"), marks=pytest.mark.slow),
+        ("evaluate", "odd", ("OddError", "odd error")),
+        ("train", "killed", ("killed", "--workers")),
+        ("evaluate", "exit", ("killed", "--workers")),
+        ("evaluate", "bus error", ("/dev/shm", "--shm-size", "--workers")),
     ],
 )
 def test_a_worker_that_fails_ends_the_command(command, fault, named, launch, commands, tmp_path):
     arguments = [command, fault, tmp_path / "mark", *commands(command, tmp_path)]
     with launch(arguments, ranks=1, module="faulty", function="failing_images") as started:
         until((tmp_path / "mark").exists, 120, started.text)
-        status, said = ended(started)
+        status, log = ended(started)
     assert status == 1
-    assert all(name in error_of(said) for name in named)
-    assert ("Traceback" in said) == (fault == "odd")
+    error_line(log, NAMES[command], *named)
+    assert ("Traceback" in log) == (fault == "odd")
 
 
 def test_the_trace_of_an_unexpected_error_leads_into_the_worker(launch, commands, tmp_path):
@@ -93,10 +91,10 @@ def test_a_small_dev_shm_is_named_with_its_size_and_remedies(command, secluded, 
         assert process.wait(30) == [0], process.text()
     with Launch(secluded, tmp_path, 1, commands(command, tmp_path), function=command) as started:
         until(lambda: ": error: " in started.log(0) or started.poll(0) is not None, 120, started.text)
-        status, said = ended(started)
+        status, log = ended(started)
     assert status == 1
-    assert all(part in error_of(said) for part in ("/dev/shm", "(0.25 MB)", "--shm-size", "fewer --workers"))
-    assert "Traceback" not in said
+    error_line(log, NAMES[command], "/dev/shm", "0.25 MB", "--shm-size", "--workers")
+    assert "Traceback" not in log
 
 
 @pytest.mark.parametrize(("command", "more"), [("train", 4), ("evaluate", 9), ("train", 14), ("evaluate", 14)])
@@ -105,10 +103,10 @@ def test_too_few_file_descriptors_are_named_with_the_limit_and_remedies(command,
     arguments = [command, more, *commands(command, tmp_path)]
     with launch(arguments, ranks=1, module="faulty", function="few_descriptors") as started:
         until(lambda: ": error: " in started.log(0) or started.poll(0) is not None, 120, started.text)
-        status, said = ended(started)
+        status, log = ended(started)
     assert status == 1
-    assert all(part in error_of(said) for part in ("open files", "ulimit -n", "fewer --workers"))
-    assert "Traceback" not in said
+    error_line(log, NAMES[command], "ulimit -n", "--workers")
+    assert "Traceback" not in log
 
 
 def test_workers_of_a_run_that_is_killed_end_soon(launch, commands, tmp_path):
