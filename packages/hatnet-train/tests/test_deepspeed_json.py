@@ -3,6 +3,7 @@ import json
 import pytest
 from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
 
+from hatnet_testing import raises
 from hatnet_train import build_config
 from hatnet_train.deepspeed_config import deepspeed_config
 from hatnet_train.deepspeed_json import KEYS, fields_of, read_deepspeed_json
@@ -69,7 +70,7 @@ def test_a_section_that_is_not_enabled_leaves_the_precision_to_the_recipe(sectio
 @pytest.mark.parametrize("name", ["bf16", "torch_autocast"])
 def test_the_recipes_own_precision_cannot_be_switched_off_by_the_way(name, written):
     user = written({name: {"enabled": False}})
-    with pytest.raises(ValueError, match=f"{name} is switched off, but precision is bf16: set --precision"):
+    with raises(ValueError, name, "bf16", "--precision"):
         deepspeed_config(build_config("digits", {"precision": "bf16"}), world_size=1, user=user)
     deepspeed_config(build_config("digits", {"precision": "fp32"}), world_size=1, user=user)
 
@@ -78,62 +79,46 @@ def test_autocast_of_the_file_gives_the_precision_but_not_in_float16_under_zero(
     user = written({"torch_autocast": {"enabled": True, "dtype": "float16"}})
     assert fields_of(user) == {"precision": "fp16"}
     deepspeed_config(build_config("digits", fields_of(user)), world_size=1, user=user)
-    with pytest.raises(ValueError, match="torch_autocast in float16 does not recover from overflows under ZeRO"):
+    with raises(ValueError, "torch_autocast", "float16", "fp16"):
         deepspeed_config(build_config("digits", {**fields_of(user), "zero_stage": 2}), world_size=1, user=user)
 
 
 @pytest.mark.parametrize(
-    ("user", "expected"),
+    ("content", "named"),
     [
-        ({"train_batch_size": "64"}, "train_batch_size must be of type int, got '64'"),
-        ({"zero_optimization": {"stage": True}}, r"zero_optimization\.stage must be of type int, got True"),
-        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "one precision can be enabled, got bf16, fp16"),
-        (
-            {"torch_autocast": {"enabled": True, "dtype": "float8"}},
-            "dtype must be one of bfloat16, float16, got 'float8",
-        ),
-        (
-            {"torch_autocast": {"enabled": True, "dtype": ["x"]}},
-            r"dtype must be one of bfloat16, float16, got \['x'\]",
-        ),
+        ("{", ["JSON"]),
+        ("[1]", ["object", [1]]),
+        ({"gradient_cliping": 1.0}, ["'gradient_cliping'", "gradient_clipping"]),
+        ({"elasticity": {"enabled": True}}, ["'elasticity'"]),
+        ({"train_batch_size": "64"}, ["train_batch_size", "int", "'64'"]),
+        ({"zero_optimization": True}, ["zero_optimization", True]),
+        ({"zero_optimization": {"stage": True}}, ["zero_optimization.stage", "int", True]),
+        ({"optimizer": "AdamW"}, ["optimizer", "'AdamW'"]),
+        ({"optimizer": {"params": [1]}}, ["optimizer.params", [1]]),
+        ({"optimizer": {"type": "SGD"}}, ["optimizer", "AdamW", '{"type": "SGD"}']),
+        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, ["optimizer", "AdamW", "adam_w_mode"]),
+        ({"bf16": True}, ["bf16", True]),
+        ({"bf16": {"enabled": "yes"}}, ["bf16.enabled", "'yes'"]),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, ["precision", "bf16", "fp16"]),
+        ({"torch_autocast": {"enabled": True, "dtype": "float8"}}, ["dtype", "bfloat16", "float16", "'float8'"]),
+        ({"torch_autocast": {"enabled": True, "dtype": ["x"]}}, ["dtype", "bfloat16", "float16", ["x"]]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "--warmup-epochs"]),
     ],
 )
-def test_values_that_mean_nothing_are_refused(user, expected, written):
-    with pytest.raises(ValueError, match=expected):
-        fields_of(written(user))
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("{", "is not JSON: "),
-        ("[1]", "must hold a JSON object, got list"),
-        ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping', did you mean gradient_clipping?"),
-        ({"elasticity": {"enabled": True}}, "unknown key 'elasticity'"),
-        ({"zero_optimization": True}, "zero_optimization must be an object, got True"),
-        ({"optimizer": "AdamW"}, "optimizer must be an object, got 'AdamW'"),
-        ({"optimizer": {"params": [1]}}, r"optimizer\.params must be an object, got \[1\]"),
-        ({"bf16": True}, "bf16 must be an object, got True"),
-        ({"bf16": {"enabled": "yes"}}, r"bf16\.enabled must be true or false, got 'yes'"),
-        ({"scheduler": {"type": "WarmupLR"}}, "has a scheduler, but the recipe has one: set --warmup-epochs"),
-        ({"optimizer": {"type": "SGD"}}, r"the optimizer must be AdamW \(Sec\. 4\.1\), got {\"type\": \"SGD\"}"),
-        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "the optimizer must be AdamW"),
-    ],
-)
-def test_a_file_that_says_what_cannot_be_is_refused_by_path(content, expected, written):
-    with pytest.raises(ValueError, match=rf"ds\.json:? .*{expected}"):
+def test_a_wrong_file_is_refused_by_path(content, named, written, tmp_path):
+    with raises(ValueError, tmp_path / "ds.json", *named):
         written(content)
 
 
 def test_another_micro_batch_is_refused(written):
     user = written({"train_micro_batch_size_per_gpu": 4})
-    with pytest.raises(ValueError, match=r"train_micro_batch_size_per_gpu is 4, but batch_size 32 .* gives 16"):
+    with raises(ValueError, "train_micro_batch_size_per_gpu", 4, "batch_size", 32, 16):
         deepspeed_config(build_config("digits", {}), world_size=2, user=user)
 
 
 @pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
-def test_states_elsewhere_than_on_the_devices_are_refused(name, written):
-    with pytest.raises(ValueError, match=rf"ds\.json: zero_optimization\.{name} must be left out"):
+def test_states_elsewhere_than_on_the_devices_are_refused(name, written, tmp_path):
+    with raises(ValueError, tmp_path / "ds.json", f"zero_optimization.{name}"):
         written({"zero_optimization": {"stage": 2, name: {"device": "cpu"}}})
     written({"zero_optimization": {"stage": 2, name: {"device": "none"}}})
 
@@ -141,7 +126,7 @@ def test_states_elsewhere_than_on_the_devices_are_refused(name, written):
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_a_section_of_half_precision_needs_zero(name, written):
     user = written({name: {"enabled": True}})
-    with pytest.raises(ValueError, match=f"a section {name} needs zero_stage 1 to 3, got 0"):
+    with raises(ValueError, name, "zero_stage", 0, f"--precision {name}", "torch_autocast"):
         deepspeed_config(build_config("digits", fields_of(user)), world_size=2, user=user)
 
 

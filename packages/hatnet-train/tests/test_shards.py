@@ -1,9 +1,9 @@
 import dataclasses
+import errno
 import io
 import json
 import os
 import pickle
-import re
 import shutil
 import sys
 import tarfile
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from hatnet_testing import check, raises
 from hatnet_train.data.folder import Folder
 from hatnet_train.data.shard_writer import write_shards
 from hatnet_train.data.shards import RECORD, Index, Shard, Shards, Split, verify
@@ -247,129 +248,105 @@ def set_record(i, **values):
     return lambda root: edit_records(root, change)
 
 
-def set_file(name):
-    return lambda root: edit_index(root, lambda index: index["splits"]["train"]["shards"][1].update(file=name))
+def set_shard(number, **values):
+    return lambda root: edit_index(root, lambda index: index["splits"]["train"]["shards"][number].update(values))
 
 
-def set_index(name, value):
-    return lambda root: edit_index(root, lambda index: index.update({name: value}))
+def set_index(**values):
+    return lambda root: edit_index(root, lambda index: index.update(values))
 
 
 BAD_FILES = {
-    "no index": (lambda root: (root / "index.json").unlink(), FileNotFoundError, r"no file .*index.json: expected"),
-    "not JSON": (lambda root: (root / "index.json").write_bytes(b"\xff{"), ValueError, r"index.json is not JSON \("),
-    "half the JSON": (lambda root: os.truncate(root / "index.json", 99), ValueError, r"index.json is not JSON \("),
-    "not ours": (set_index("format", "tar"), ValueError, "has format 'tar', expected 'hatnet-shards'"),
-    "a list": (lambda root: (root / "index.json").write_text("[]"), ValueError, "format None, expected 'hatnet-sh"),
-    "newer": (set_index("version", 2), ValueError, "index.json has version 2, expected 1"),
-    "no classes": (set_index("classes", []), ValueError, r"index.json: classes is \[\], expected names that differ"),
-    "twins": (set_index("classes", ["a", "a"]), ValueError, r"classes is \['a', 'a'\], expected names that differ"),
-    "numbers": (set_index("classes", [1, 2]), ValueError, r"classes is \[1, 2\], expected names that differ"),
-    "no splits": (set_index("splits", [1]), ValueError, r"index.json: splits is \[1\], expected an object"),
-    "odd split": (set_index("splits", {"../a": {}}), ValueError, r"split must be a name of letters.*, got '\.\./a'"),
-    "bad split": (set_index("splits", {"train": 7}), ValueError, "shards is None, expected a list"),
+    "no index": (lambda root: (root / "index.json").unlink(), FileNotFoundError, ["index.json"]),
+    "not JSON": (lambda root: (root / "index.json").write_bytes(b"\xff{"), ValueError, ["index.json", "JSON"]),
+    "half the JSON": (lambda root: os.truncate(root / "index.json", 99), ValueError, ["index.json", "JSON"]),
+    "not ours": (set_index(format="tar"), ValueError, ["index.json", "format", "'tar'", "hatnet-shards"]),
+    "a list": (
+        lambda root: (root / "index.json").write_text("[]"),
+        ValueError,
+        ["index.json", "format", None, "hatnet-shards"],
+    ),
+    "newer": (set_index(version=2), ValueError, ["index.json", "version", 2, 1]),
+    "no classes": (set_index(classes=[]), ValueError, ["index.json", "classes", []]),
+    "twins": (set_index(classes=["a", "a"]), ValueError, ["index.json", "classes", ["a", "a"]]),
+    "numbers": (set_index(classes=[1, 2]), ValueError, ["index.json", "classes[0]", 1]),
+    "no splits": (set_index(splits=[1]), ValueError, ["index.json", "splits", [1]]),
+    "odd split": (set_index(splits={"../a": {}}), ValueError, ["index.json", 'splits["../a"]']),
+    "bad split": (set_index(splits={"train": 7}), ValueError, ["index.json", 'splits["train"]', 7]),
     "wrong count": (
         lambda root: edit_index(root, lambda index: index["splits"]["train"].update(images=21)),
         ValueError,
-        "index.json: images is 21, expected the 20 of its shards",
+        ["index.json", "images", 21, 20],
     ),
-    "negative": (
-        lambda root: edit_index(root, lambda index: index["splits"]["train"]["shards"][0].update(bytes=-1)),
-        ValueError,
-        "index.json: bytes is -1, expected a number from 0 up",
-    ),
-    "above": (set_file("../train-000001.tar"), ValueError, r"file is '\.\./train-000001.tar', expected the name of"),
-    "absolute": (set_file("/etc/train.tar"), ValueError, "file is '/etc/train.tar', expected the name of"),
-    "inside": (set_file("a/b.tar"), ValueError, "file is 'a/b.tar', expected the name of a .tar file in the folder"),
-    "Windows": (set_file("..\\b.tar"), ValueError, r"file is '\.\.\\\\b.tar', expected the name of"),
-    "itself": (set_file(".."), ValueError, r"file is '\.\.', expected the name of"),
-    "missing shard": (
-        lambda root: (root / "train-000001.tar").unlink(),
-        FileNotFoundError,
-        r"no shard .*train-000001.tar: expected a file of \d+ bytes",
-    ),
+    "negative": (set_shard(0, bytes=-1), ValueError, ["index.json", 'splits["train"].shards[0].bytes', -1]),
+    "no hash": (set_shard(1, sha256="0"), ValueError, ["index.json", 'splits["train"].shards[1].sha256', "'0'"]),
+    "above": (set_shard(1, file="../train-000001.tar"), ValueError, ["index.json", "file", "'../train-000001.tar'"]),
+    "absolute": (set_shard(1, file="/etc/train.tar"), ValueError, ["index.json", "file", "'/etc/train.tar'"]),
+    "inside": (set_shard(1, file="a/b.tar"), ValueError, ["index.json", "file", "'a/b.tar'"]),
+    "Windows": (set_shard(1, file="..\\b.tar"), ValueError, ["index.json", "file", repr("..\\b.tar")]),
+    "itself": (set_shard(1, file=".."), ValueError, ["index.json", "file", "'..'"]),
+    "missing shard": (lambda root: (root / "train-000001.tar").unlink(), FileNotFoundError, ["train-000001.tar"]),
     "cut shard": (
         lambda root: os.truncate(root / "train-000001.tar", 5000),
         ValueError,
-        r"shard .*train-000001.tar has 5000 bytes, expected \d+: copy it again",
+        ["train-000001.tar", 5000],
     ),
 }
 
 
+def change_records(change):
+    """A change of the file of records: its error names that file and what else is given."""
+    return lambda root: change(root / "train.index.npy")
+
+
 BAD_RECORDS = {
-    "no records": (
-        lambda root: (root / "train.index.npy").unlink(),
-        FileNotFoundError,
-        r"no file .*train.index.npy: expected the records of 20 images",
-    ),
-    "cut records": (
-        lambda root: os.truncate(root / "train.index.npy", 200),
-        ValueError,
-        r"train.index.npy cannot be read \(.*\): expected an array of 20 records",
-    ),
-    "empty records": (
-        lambda root: os.truncate(root / "train.index.npy", 0),
-        ValueError,
-        r"train.index.npy cannot be read \(",
-    ),
-    "pickled records": (
-        lambda root: np.save(root / "train.index.npy", np.array([{}])),
-        ValueError,
-        r"train.index.npy cannot be read \(",
-    ),
+    "no records": (change_records(Path.unlink), FileNotFoundError, [20]),
+    "cut records": (change_records(lambda path: os.truncate(path, 200)), ValueError, [20]),
+    "empty records": (change_records(lambda path: os.truncate(path, 0)), ValueError, [20]),
+    "pickled records": (change_records(lambda path: np.save(path, np.array([{}]))), ValueError, [20]),
     "an archive": (
-        lambda root: (root / "train.index.npy").write_bytes(archive(np.zeros(20, RECORD))),
+        change_records(lambda path: path.write_bytes(archive(np.zeros(20, RECORD)))),
         ValueError,
-        r"train.index.npy cannot be read \(.*magic string.*\): expected an array of 20 records",
+        ["magic string", 20],
     ),
-    "numbers": (
-        lambda root: np.save(root / "train.index.npy", np.zeros(20)),
-        ValueError,
-        r"train.index.npy has records of float64 and shape \(20,\), expected \[\('shard', '<u4'\), ",
-    ),
-    "too few": (
-        lambda root: edit_records(root, lambda records: records[:-1]),
-        ValueError,
-        r"train.index.npy has records of .* and shape \(19,\), expected .* and \(20,\)",
-    ),
-    "in no shard": (set_record(3, shard=99), ValueError, "index.npy: record 3 is shard 99, .*expected a place in"),
-    "in the first header": (set_record(3, offset=100), ValueError, "index.npy: record 3 is shard .*, offset 100, "),
-    "past the end": (set_record(3, offset=2**40), ValueError, "index.npy: record 3 is shard .* offset 1099511627776,"),
-    "around the end": (set_record(3, size=2**31), ValueError, "index.npy: record 3 is shard .*, size 2147483648, "),
-    "far out": (set_record(3, offset=2**64 - 1, size=2), ValueError, "index.npy: record 3 is shard .*, size 2, "),
-    "empty": (set_record(3, size=0), ValueError, "index.npy: record 3 is shard .*, size 0, "),
-    "of no class": (
-        set_record(3, label=3),
-        ValueError,
-        "index.npy: record 3 is .* label 3, expected .* and 3 classes",
-    ),
+    "numbers": (change_records(lambda path: np.save(path, np.zeros(20))), ValueError, ["float64", RECORD]),
+    "too few": (lambda root: edit_records(root, lambda records: records[:-1]), ValueError, [(19,), (20,)]),
+    "in no shard": (set_record(3, shard=99), ValueError, ["record 3", "shard 99"]),
+    "in the first header": (set_record(3, offset=100), ValueError, ["record 3", "offset 100"]),
+    "past the end": (set_record(3, offset=2**40), ValueError, ["record 3", "offset 1099511627776"]),
+    "around the end": (set_record(3, size=2**31), ValueError, ["record 3", "size 2147483648"]),
+    "far out": (set_record(3, offset=2**64 - 1, size=2), ValueError, ["record 3", "size 2"]),
+    "empty": (set_record(3, size=0), ValueError, ["record 3", "size 0"]),
+    "of no class": (set_record(3, label=3), ValueError, ["record 3", "label 3"]),
     "in another shard": (
         set_record(slice(None), shard=0, offset=512, size=9),
         ValueError,
-        r"index.npy has 20 images in train-000000.tar, expected 5",
+        ["train-000000.tar", 20, 5],
     ),
 }
 
 
 @pytest.mark.parametrize(
-    ("damage", "error", "message"),
-    [pytest.param(*case, id=name) for name, case in (BAD_FILES | BAD_RECORDS).items()],
+    ("damage", "error", "named"),
+    [
+        *(pytest.param(*case, id=name) for name, case in BAD_FILES.items()),
+        *(pytest.param(*case[:2], ["train.index.npy", *case[2]], id=name) for name, case in BAD_RECORDS.items()),
+    ],
 )
-def test_damaged_shards_are_refused_in_a_line_that_names_file_and_expectation(shards, damage, error, message):
+def test_damaged_shards_are_refused_in_a_line_that_names_file_and_value(shards, damage, error, named):
     damage(shards)
-    with pytest.raises(error, match=message) as caught:
+    with raises(error, shards, *named) as caught:
         Shards(shards, "train")
-    assert str(shards) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_split_that_is_not_there_is_refused(shards):
-    with pytest.raises(FileNotFoundError, match="has no split test: expected train or val, found train, val"):
+    with raises(FileNotFoundError, shards, "test", "train", "val"):
         Shards(shards, "test")
 
 
 def test_classes_that_training_did_not_have_are_refused_and_others_find_their_places(shards):
-    with pytest.raises(ValueError, match="has classes that the training data has not: ant, odd; expected the same"):
+    with raises(ValueError, shards, "ant", "odd"):
         Shards(shards, "val", ["bee", "wasp"])
     own, given_ = Shards(shards, "val"), Shards(shards, "val", ["wasp", "odd", "bee", "ant"])
     assert [given_.classes[label] for label in given_.labels] == [own.classes[label] for label in own.labels]
@@ -389,7 +366,7 @@ def test_verify_names_the_first_file_that_is_not_as_it_was_written(shards, name,
     content = bytearray((shards / name).read_bytes())
     content[place] ^= 1  # of the records, the size of the last image: it still is inside its shard
     (shards / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{re.escape(str(shards / name))} is damaged: its SHA-256 is \w+, expected"):
+    with raises(ValueError, shards / name, "SHA-256"):
         verify(shards, progress=False)
 
 
@@ -398,17 +375,17 @@ def test_a_damaged_image_is_named_by_its_shard_and_key(shards):
     with (shards / f"val-{record['shard']:06d}.tar").open("r+b") as file:
         file.seek(int(record["offset"]))
         file.write(b"not an image")
-    with pytest.raises(ValueError, match=r"cannot read .*val-00000\d.tar: odd/named_wrongly.png as an image"):
+    with raises(ValueError, shards / f"val-{record['shard']:06d}.tar", "odd/named_wrongly.png"):
         Shards(shards, "val").image(8)
 
 
 def test_a_shard_that_goes_or_shrinks_while_it_is_in_use_is_named(shards):
     opened = Shards(shards, "train")
     (shards / "train-000000.tar").unlink()
-    with pytest.raises(ValueError, match=r"cannot read .*train-000000.tar: No such file"):
+    with raises(ValueError, shards / "train-000000.tar", os.strerror(errno.ENOENT)):
         opened.image(0)
-    assert opened.name(0) == f"{shards / 'train-000000.tar'}: image at byte 512"
+    check(opened.name(0), shards / "train-000000.tar", 512)
     os.truncate(shards / "train-000001.tar", 600)
     second = int(np.flatnonzero(np.load(shards / "train.index.npy")["shard"])[0])
-    with pytest.raises(ValueError, match=r"image \d+ from .*train-000001.tar: found 88 bytes at 512, expected \d+"):
+    with raises(ValueError, f"image {second}", shards / "train-000001.tar", 88, 512):
         opened.image(second)

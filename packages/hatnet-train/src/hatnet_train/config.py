@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
@@ -21,6 +20,7 @@ from msgspec import Meta
 
 from hatnet_core.config import KERNELS
 from hatnet_core.variants import MIN_SIZE, list_models
+from hatnet_train.records import Count, in_words
 
 MAX_SIZE = 2048
 """Largest ``image_size`` in pixels, our choice: a typing error should not take all memory."""
@@ -44,10 +44,11 @@ MAY_CHANGE = Meta(extra={"may_change": True})
 """Marks a field that a resumed run may choose anew: it decides how the run is computed, not what."""
 
 Positive: TypeAlias = Annotated[int, Meta(ge=1)]
-Count: TypeAlias = Annotated[int, Meta(ge=0)]
 Amount: TypeAlias = Annotated[float, Meta(ge=0, le=LARGEST)]
 Probability: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Fraction: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
+Share: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
+ImageSize: TypeAlias = Annotated[int, Meta(ge=MIN_SIZE, le=MAX_SIZE)]
 Triple: TypeAlias = tuple[Positive, Positive, Positive]
 
 
@@ -98,10 +99,10 @@ class ImageOptions:
     data: Annotated[str, MAY_CHANGE, Meta(min_length=1)]
     """ImageNet-layout folder, folder of shards, digits or synthetic (a folder of that name: ./digits)."""
 
-    image_size: Annotated[int, Meta(ge=MIN_SIZE, le=MAX_SIZE)]
+    image_size: ImageSize
     """Side of the square input in pixels, from 32 (Sec. 4.1: 224)."""
 
-    crop_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.875
+    crop_fraction: Share = 0.875
     """Evaluation: fraction of the short side that the centre crop takes, in (0, 1] (DeiT)."""
 
     workers: Annotated[int, MAY_CHANGE, Meta(ge=0, le=MAX_WORKERS)] = 4
@@ -112,7 +113,7 @@ class ImageOptions:
 class AugmentationOptions:
     """Options that change training images only."""
 
-    min_scale: Annotated[float, Meta(gt=0, le=1)]
+    min_scale: Share
     """Smallest area of a random crop, in (0, 1] (timm: 0.08); 1 takes the centre square."""
 
     max_shift: Count = 0
@@ -330,18 +331,11 @@ class Field:
             raise FieldError(name, f"must be {self._expected(str(error))}, got {value!r}") from error
 
     def _expected(self, text: str) -> str:
-        """Say what msgspec expected: of ``Expected `int` >= 1 - at `$[2]```, "an integer >= 1"."""
         kind = get_args(self.type)[0] if get_origin(self.type) is Annotated else self.type
         if get_origin(kind) is Literal:
             return f"one of {', '.join(map(str, get_args(kind)))}"
-        text = re.sub(r" - at .*|, got .*|Expected |`", "", text)
-        for word, meaning in WORDS.items():
-            text = text.replace(word, meaning)
-        return text
+        return in_words(text).replace(f"<= {LARGEST:g}", "that is finite")
 
-
-WORDS = {f"<= {LARGEST:g}": "that is finite", "int ": "an integer ", "float ": "a number ", "array ": "a list "}
-"""Words of msgspec in ours."""
 
 KNOWN = tuple(list_models(ablations=True))
 
