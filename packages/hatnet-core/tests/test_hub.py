@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from conftest import SMALL
 from hatnet_core import HATNet, load_checkpoint
 from hatnet_core.hub import HubHATNet
+from hatnet_testing import check, raises
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_the_model_card_describes_the_model(model, tmp_path):
     model.save_pretrained(tmp_path, model_card_kwargs={"repo_id": "someone/digits", "description": "Reads digits."})
     card = (tmp_path / "README.md").read_text()
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    assert f"{millions:.1f} million parameters for 5 classes" in card
+    assert any(f"{millions:.1f} million" in line and "5 classes" in line for line in card.splitlines())
     assert 'HubHATNet.from_pretrained("someone/digits")' in card
     assert "Reads digits." in card
     for line in ("library_name: hatnet-core", "pipeline_tag: image-classification", "- hat-net"):
@@ -77,29 +78,30 @@ def test_the_model_card_describes_the_model(model, tmp_path):
 def test_a_folder_without_config_or_weights_is_refused_by_name(name, model, tmp_path):
     model.save_pretrained(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=name.replace(".", r"\.") + f".*{tmp_path}|{tmp_path}.*{name}"):
+    with raises(FileNotFoundError, tmp_path, name):
         HubHATNet.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "named"),
     [
-        (b"{", "is not JSON"),
-        (b"\xff\xfe", "is not JSON"),
-        (b"[1]", "must hold the arguments of HATNet, got list"),
-        (b'{"embed_dims": [8, 16, 16, 24]}', "builds no HAT-Net: .*depths"),
-        (b'{"embed_dims": [8, 16, 16, 24], "depths": [1, 2, 1, 1], "grid_size": 7}', "builds no HAT-Net: .*grid_size"),
+        (b"{", "JSON"),
+        (b"\xff\xfe", "JSON"),
+        (b"[" * 100_000, "JSON"),
+        (b"[1]", "list"),
+        (b'{"embed_dims": [8, 16, 16, 24]}', "depths"),
+        (b'{"embed_dims": [8, 16, 16, 24], "depths": [1, 2, 1, 1], "grid_size": 7}', "grid_size"),
     ],
 )
-def test_a_configuration_that_describes_no_hatnet_is_refused(content, message, model, tmp_path):
+def test_a_configuration_that_describes_no_hatnet_is_refused(content, named, model, tmp_path):
     model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=f"{tmp_path}/config.json {message}|{tmp_path}/config.json holds .*{message}"):
+    with raises(ValueError, tmp_path / "config.json", named):
         HubHATNet.from_pretrained(tmp_path)
 
 
 def test_a_folder_that_is_not_there_is_refused_before_the_hub_is_asked(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path}/nowhere"):
+    with raises(FileNotFoundError, tmp_path / "nowhere"):
         HubHATNet.from_pretrained(tmp_path / "nowhere")
 
 
@@ -115,7 +117,8 @@ def test_a_hub_that_cannot_be_reached_ends_in_one_short_error(tmp_path):
     result = subprocess.run([sys.executable, "-c", OFFLINE], env=environment, capture_output=True, text=True)
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
-    assert re.match(r"\w*Error: could not get config\.json of someone/digits from the hub", last)
+    assert re.match(r"\w*Error: ", last)
+    check(last, "config.json", "someone/digits")
     assert result.stderr.count("Traceback") == 1
 
 
@@ -133,7 +136,7 @@ def test_a_failed_save_leaves_the_model_that_was_there(model, tmp_path):
     (tmp_path / "README.md").write_text("edited")
     other = HubHATNet(**SMALL, num_classes=5)
     other.prune_intermediate_layers((0,))
-    with pytest.raises(ValueError, match="pruned"):
+    with raises(ValueError, "pruned"):
         other.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert torch.equal(HubHATNet.from_pretrained(tmp_path).head.weight, model.head.weight)
@@ -146,11 +149,11 @@ def test_weights_that_are_not_finite_or_not_of_this_model_are_refused(model, tmp
     weights = load_file(tmp_path / "model.safetensors")
     weights["head.bias"][2] = float("nan")
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"not finite as torch\.float32, in head\.bias"):
+    with raises(ValueError, tmp_path / "model.safetensors", "finite", torch.float32, "head.bias"):
         HubHATNet.from_pretrained(tmp_path)
     del weights["head.bias"]
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"missing head\.bias"):
+    with raises(ValueError, tmp_path / "model.safetensors", "missing", "head.bias"):
         HubHATNet.from_pretrained(tmp_path)
 
 
