@@ -87,6 +87,7 @@ def test_a_folder_without_config_or_weights_is_refused_by_name(name, model, tmp_
     [
         (b"{", "JSON"),
         (b"\xff\xfe", "JSON"),
+        (b"[" * 100_000, "JSON"),
         (b"[1]", "list"),
         (b'{"embed_dims": [8, 16, 16, 24]}', "depths"),
         (b'{"embed_dims": [8, 16, 16, 24], "depths": [1, 2, 1, 1], "grid_size": 7}', "grid_size"),

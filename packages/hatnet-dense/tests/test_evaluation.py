@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from hatnet_dense_cli import main
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.registry import METRICS
 
 from conftest import SHAPES
 from hatnet_dense import runs
+from hatnet_dense.cli import main
 from hatnet_dense.config import load_config
 from hatnet_dense.evaluation import ITEMS, PROPOSAL_ITEMS, fill_with_zeros
 from hatnet_dense.flops import build_model

@@ -5,9 +5,9 @@ import inspect
 import re
 
 import pytest
-from hatnet_dense_cli import main
 from mmengine.runner import FlexibleRunner, Runner
 
+from hatnet_dense.cli import main
 from hatnet_dense.config import config_path, load_config
 from hatnet_dense.options import FIXED, check_option, read_keys, suggestions
 from hatnet_testing import error_line, raises

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from hatnet_dense_cli import main
 from PIL import Image
 
 from conftest import SHAPES
+from hatnet_dense.cli import main
 from hatnet_dense.config import load_config
 from hatnet_dense.flops import build_model
 from hatnet_dense.predict import predict as predict_images

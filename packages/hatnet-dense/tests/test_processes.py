@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hatnet_dense_cli import main
+
+from hatnet_dense.cli import main
 
 SHAPES = Path(__file__).parent / "shapes"
 CONFIG = str(SHAPES / "retinanet.py")

@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 from hatnet_testing import raises
 from hatnet_train.checkpoint import (
     DAMAGED,
@@ -95,3 +97,32 @@ def test_a_manifest_that_lists_nothing_is_none(tmp_path):
     (tmp_path / MANIFEST).write_text(json.dumps({"version": 1, "files": {}}))
     with raises(ValueError, tmp_path / MANIFEST, "files"):
         read_manifest(tmp_path)
+
+
+ENTRY = {"bytes": 1, "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ([], ["version", None, 1]),
+        ({}, ["version", None, 1]),
+        ({"version": 2, "entries": []}, ["version", 2, 1]),
+        ({"version": 1}, ["files"]),
+        ({"version": 1, "files": {"a": 7}}, ['files["a"]', 7]),
+        ({"version": 1, "files": {"a": ENTRY, "b": {**ENTRY, "bytes": -1}}}, ['files["b"].bytes', -1]),
+        ({"version": 1, "files": {"a": ENTRY, "b": {"bytes": 1}}}, ['files["b"].sha256']),
+        ({"version": 1, "files": {"a": {**ENTRY, "sha256": "0" * 63 + "G"}}}, ['files["a"].sha256']),
+    ],
+)
+def test_a_wrong_value_of_a_manifest_is_named_with_file_and_field(content, named, tmp_path):
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    with raises(ValueError, tmp_path / MANIFEST, *named):
+        read_manifest(tmp_path)
+
+
+def test_further_keys_of_a_manifest_are_ignored(tmp_path):
+    files = {"a": {**ENTRY, "mode": 0o644}}
+    (tmp_path / MANIFEST).write_text(json.dumps({"version": 1, "step": 3, "top1": 5, "files": files}))
+    assert read_manifest(tmp_path).top1 == 5
+    assert read_manifest(tmp_path).files["a"].bytes == 1

@@ -53,7 +53,7 @@ def test_a_checkpoint_for_other_images_than_rgb_is_refused_by_path(tmp_path):
 
 def test_a_checkpoint_without_class_names_is_refused(tmp_path):
     save_checkpoint(create_model("hatnet_tiny", num_classes=2), tmp_path / "m.safetensors")
-    with raises(ValueError, tmp_path / "m.safetensors", "classes", "image_size", "crop_fraction", "mean", "std"):
+    with raises(ValueError, tmp_path / "m.safetensors", "classes"):
         load_classifier(tmp_path / "m.safetensors")
 
 
@@ -67,7 +67,9 @@ def test_a_checkpoint_without_class_names_is_refused(tmp_path):
         ({"image_size": 10**9}, "image_size"),
         ({"crop_fraction": 1.5}, "crop_fraction"),
         ({"mean": 0.5}, "mean"),
-        ({"std": [0.1, 0.1, 0.0]}, "std"),
+        ({"mean": [0, 0]}, "mean"),
+        ({"std": [0.1, 0.1, 0.0]}, "std[2]"),
+        ({"std": [1, 1, "1"]}, "std[2]"),
         ({"config": {"zz": 1}}, "zz"),
         ({"config": {"embed_dims": 5, "depths": 5}}, "embed_dims"),
     ],
@@ -78,6 +80,13 @@ def test_a_record_that_does_not_fit_the_weights_is_refused_by_path(record, named
     save_file(load_file(checkpoint), path, header)
     with raises(ValueError, path, named):
         load_classifier(path)
+
+
+def test_a_record_with_whole_numbers_is_read(checkpoint, tmp_path):
+    record = {**read_metadata(checkpoint), "mean": [0, 0, 0], "std": [1, 1, 1], "crop_fraction": 1}
+    save_file(load_file(checkpoint), tmp_path / "m.safetensors", {"hatnet": json.dumps(record)})
+    classifier = load_classifier(tmp_path / "m.safetensors")
+    assert (classifier.mean, classifier.std, classifier.crop_fraction) == ((0, 0, 0), (1, 1, 1), 1)
 
 
 def test_a_checkpoint_whose_weights_are_of_another_model_is_refused(checkpoint, tmp_path):

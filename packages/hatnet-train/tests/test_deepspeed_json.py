@@ -87,7 +87,7 @@ def test_autocast_of_the_file_gives_the_precision_but_not_in_float16_under_zero(
     ("content", "named"),
     [
         ("{", ["JSON"]),
-        ("[1]", ["JSON", "list"]),
+        ("[1]", ["object", [1]]),
         ({"gradient_cliping": 1.0}, ["'gradient_cliping'", "gradient_clipping"]),
         ({"elasticity": {"enabled": True}}, ["'elasticity'"]),
         ({"train_batch_size": "64"}, ["train_batch_size", "int", "'64'"]),

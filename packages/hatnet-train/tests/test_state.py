@@ -7,7 +7,7 @@ import torch
 from hatnet_testing import raises
 from hatnet_train.config import FIELDS, TrainConfig
 from hatnet_train.recipes import build_config
-from hatnet_train.state import RunState, Saved, check_same_run, differences, seed_step
+from hatnet_train.state import STATE, EngineState, RunState, Saved, check_same_run, differences, read_saved, seed_step
 from hatnet_train.verify import read_config
 
 CONFIG = build_config("digits", {"clip_grad": 1.0})
@@ -15,9 +15,10 @@ DATA = {"training data": "72 images, 0123", "held-out data": "12 images, 4567"}
 SAVED = Saved(
     folder=Path("run/checkpoints/step-0000000005"),
     state=RunState(step=5),
-    config=CONFIG.to_dict(),
+    config=json.loads(json.dumps(CONFIG.to_dict())),
     data=DATA,
-    **{name: {} for name in ("engine", "scalars", "weights", "average", "moments")},
+    engine=EngineState(0, 0, 0, {}),
+    **{name: {} for name in ("scalars", "weights", "average", "moments")},
 )
 
 
@@ -40,7 +41,7 @@ def test_how_a_run_is_computed_may_change_where_it_goes_on(name):
     ("name", "value"), [("lr", 0.1), ("batch_size", 64), ("precision", "bf16"), ("seed", 5), ("grid_sizes", [4, 4, 4])]
 )
 def test_what_a_run_computes_may_not_change(name, value):
-    before = CONFIG.to_dict()[name]
+    before = SAVED.config[name]
     assert value != before
     flag = "--" + name.replace("_", "-")
     with raises(ValueError, SAVED.folder, flag, before, value):
@@ -60,6 +61,41 @@ def test_what_a_step_draws_depends_on_seed_step_and_rank():
         values = torch.rand(4)
         assert torch.equal(drawn.setdefault(key, values), values)
     assert len({tuple(values.tolist()) for values in drawn.values()}) == 4
+
+
+RECORD = {
+    **{"step": 3, "rows": [{"top1": 1.0}], "skipped": [2], "bad_images": 0, "trained": 1, "loss": 1, "lr": 0.1},
+    **{"seconds": 1.0, "waited": 0.0, "config": {"seed": 1}, "data": {"training data": "3 images"}},
+    "engine": {"global_steps": 3, "skipped_steps": 0, "scheduler_step": 3, "loss_scaling": {"cur_scale": 2.0}},
+    "optimizer": {"step": 3.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"step": -1}, ["step", -1]),
+        ({"trained": True}, ["trained", True]),
+        ({"loss": "1"}, ["loss", "'1'"]),
+        ({"rows": [{}, 3]}, ["rows[1]", 3]),
+        ({"skipped": [1.5]}, ["skipped[0]", 1.5]),
+        ({"data": []}, ["data", []]),
+        ({"optimizer": {"step": 3.0, "beta": None}}, ['optimizer["beta"]', None]),
+        ({"engine": {**RECORD["engine"], "global_steps": -3}}, ["engine.global_steps", -3]),
+        ({"engine": {"global_steps": 3}}, ["engine.skipped_steps"]),
+    ],
+)
+def test_a_wrong_value_of_the_state_is_named_with_file_and_field(change, named, tmp_path):
+    (tmp_path / STATE).write_text(json.dumps({**RECORD, **change}))
+    with raises(ValueError, tmp_path / STATE, *named):
+        read_saved(tmp_path)
+
+
+@pytest.mark.parametrize("name", RECORD)
+def test_every_value_of_the_state_is_needed(name, tmp_path):
+    (tmp_path / STATE).write_text(json.dumps({key: value for key, value in RECORD.items() if key != name}))
+    with raises(ValueError, tmp_path / STATE, name):
+        read_saved(tmp_path)
 
 
 OLD_RUNS = {

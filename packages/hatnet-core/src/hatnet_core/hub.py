@@ -146,7 +146,7 @@ class HubHATNet(
         config, weights = (_file(name, file, options) for file in ("config.json", WEIGHTS))
         try:
             values = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
             raise ValueError(f"{config} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{config} must hold the arguments of HATNet, got {type(values).__name__}")

@@ -10,13 +10,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
+import reprlib
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from hatnet_train.records import Count, Sha256, read_json
 
 MANIFEST = "manifest.json"
 
@@ -25,6 +32,28 @@ VERSION = 1
 
 STAGING, REMOVED, DAMAGED = ".staging-", ".removed-", "damaged-"
 """What the names of folders begin with that are not, or no longer, checkpoints."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file in a manifest."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``manifest.json`` lists: the files by name, and the accuracy if the checkpoint was evaluated."""
+
+    files: Annotated[dict[str, Entry], Meta(min_length=1)]
+    top1: float = -math.inf
+
+    def __post_init__(self) -> None:
+        """Refuse names that lead out of the folder."""
+        for name in self.files:
+            if name in ("", ".", "..", MANIFEST) or re.search(r"[/\\\0]", name):
+                raise ValueError(f"files must be names of other files in the folder, got {reprlib.repr(name)}")
 
 
 def folder_name(step: int, *, evaluated: bool) -> str:
@@ -80,30 +109,19 @@ def committed(checkpoints: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a checkpoint.
 
     Raises:
         ValueError: if there is none, or not one of this layout, or it names files outside of the folder.
     """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read {path}: {_reason(error)}; expected a checkpoint of hatnet-train") from error
-    version = manifest.get("version") if isinstance(manifest, dict) else None
-    if version != VERSION:
-        raise ValueError(f"{path} is of layout {version!r}; expected {VERSION}")
-    files = manifest.get("files")
-    if not files or not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
-        raise ValueError(f"{path} does not list files with bytes and sha256; expected a checkpoint of hatnet-train")
-    return manifest
+    return read_json(folder / MANIFEST, Manifest, {"version": VERSION})
 
 
 def check(folder: Path) -> Iterator[str]:
     """What is wrong with a checkpoint, a text for each file that is not as the manifest says; none if it is whole."""
     try:
-        files = read_manifest(folder)["files"]
+        files = read_manifest(folder).files
     except ValueError as error:
         yield str(error)
         return
@@ -111,13 +129,13 @@ def check(folder: Path) -> Iterator[str]:
         path = folder / name
         try:
             if path.is_symlink() or not path.is_file():
-                yield f"{path} is missing; expected a file of {entry['bytes']} bytes"
-            elif path.stat().st_size != entry["bytes"]:
-                yield f"{path} has {path.stat().st_size} bytes; expected {entry['bytes']}"
-            elif _digest(path) != entry["sha256"]:
-                yield f"{path} has other content than was written: its SHA-256 is not {entry['sha256'][:16]}..."
+                yield f"{path} is missing; expected a file of {entry.bytes} bytes"
+            elif path.stat().st_size != entry.bytes:
+                yield f"{path} has {path.stat().st_size} bytes; expected {entry.bytes}"
+            elif _digest(path) != entry.sha256:
+                yield f"{path} has other content than was written: its SHA-256 is not {entry.sha256[:16]}..."
         except OSError as error:
-            yield f"cannot read {path}: {_reason(error)}"
+            yield f"cannot read {path}: {error.strerror or error}"
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -173,7 +191,7 @@ def write_manifest(folder: Path, names: Iterable[str], about: Mapping[str, Any])
     Raises:
         OSError: if one cannot be read, or the manifest not be written.
     """
-    listed = {name: _flush(folder / name) for name in names}
+    listed = {name: asdict(_flush(folder / name)) for name in names}
     content = json.dumps({"version": VERSION, **about, "files": listed}, indent=1)
     write_file(folder / MANIFEST, content.encode())
 
@@ -208,12 +226,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _flush(path: Path) -> dict[str, Any]:
+def _flush(path: Path) -> Entry:
     """Let a file reach the disk; its entry in the manifest."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return Entry(path.stat().st_size, digest)
 
 
 def _digest(path: Path) -> str:
@@ -226,27 +244,14 @@ def _take_away(folder: Path) -> None:
     folder.rename(folder.with_name(f"{REMOVED}{folder.name}-{secrets.token_hex(4)}"))
 
 
-def _is_entry(name: str, entry: Any) -> bool:
-    plain = name not in ("", ".", "..", MANIFEST) and not re.search(r"[/\\\0]", name)
-    if not plain or not isinstance(entry, dict):
-        return False
-    size, digest = entry.get("bytes"), entry.get("sha256")
-    return type(size) is int and size >= 0 and isinstance(digest, str) and bool(re.fullmatch("[0-9a-f]{64}", digest))
-
-
 def _top1(folder: Path) -> float:
     try:
-        top1 = read_manifest(folder).get("top1")
+        return read_manifest(folder).top1
     except ValueError:
-        return float("-inf")
-    return float(top1) if isinstance(top1, int | float) else float("-inf")
+        return -math.inf
 
 
 def _entries(folder: Path) -> list[Path]:
     with contextlib.suppress(OSError):
         return list(folder.iterdir())
     return []
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

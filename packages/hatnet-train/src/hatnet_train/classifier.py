@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeAlias
 
+from msgspec import Meta
 from torch import Tensor
 
 from hatnet_core import HATNet
 from hatnet_core.checkpoint import SIZE, find_metadata, load_model
-from hatnet_core.variants import MIN_SIZE
-from hatnet_train.config import MAX_SIZE
+from hatnet_train.config import ImageSize, Share
 from hatnet_train.data.augment import MEAN, STD, centre_crop, normalise
+from hatnet_train.records import convert
+
+Scale: TypeAlias = Annotated[float, Meta(gt=0)]
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A model in evaluation mode with its preprocessing.
+class Description:
+    """What a checkpoint of hatnet-train records about its classes and the preprocessing of its images.
 
     Attributes:
-        model: in evaluation mode.
-        classes: their names; the numbers where the checkpoint does not name them.
-        named: whether it does.
+        classes: their names.
         image_size: side of the square input in pixels.
         crop_fraction: share of the short side that the centre crop takes.
         mean: of the normalisation, for values in [0, 1].
-        std: likewise.
+        std: of the normalisation.
+    """
+
+    classes: Annotated[list[str], Meta(min_length=1)]
+    image_size: ImageSize
+    crop_fraction: Share
+    mean: tuple[float, float, float]
+    std: tuple[Scale, Scale, Scale]
+
+
+@dataclass(frozen=True)
+class Classifier(Description):
+    """A model with its preprocessing.
+
+    Attributes:
+        model: in evaluation mode.
+        named: whether the checkpoint names the classes; else ``classes`` are numbers.
     """
 
     model: HATNet
-    classes: Sequence[str]
     named: bool
-    image_size: int
-    crop_fraction: float
-    mean: Sequence[float]
-    std: Sequence[float]
 
     def preprocess(self, image: Tensor) -> Tensor:
         """From an image [3, H, W] uint8 to the normalised centre crop [3, image_size, image_size] float32."""
@@ -68,34 +79,12 @@ def load_classifier(checkpoint: Path, variant: str | None = None) -> Classifier:
     if model.in_chans != 3:
         raise ValueError(f"{checkpoint} holds a model of in_chans={model.in_chans}; expected 3, for RGB images")
     if variant is not None:
-        record = {"classes": [str(i) for i in range(model.num_classes)], "image_size": SIZE}
-        record |= {"crop_fraction": 0.875, "mean": list(MEAN), "std": list(STD)}
+        description = Description([str(i) for i in range(model.num_classes)], SIZE, 0.875, MEAN, STD)
     else:
-        _check_record(record, model.num_classes, checkpoint)
-    return Classifier(
-        model=model.eval(),
-        classes=record["classes"],
-        named=variant is None,
-        image_size=record["image_size"],
-        crop_fraction=record["crop_fraction"],
-        mean=record["mean"],
-        std=record["std"],
-    )
-
-
-def _check_record(record: dict[str, Any], num_classes: int, checkpoint: Path) -> None:
-    classes, size, fraction = record.get("classes"), record.get("image_size"), record.get("crop_fraction")
-    usable = {
-        "classes": isinstance(classes, list) and len(classes) == num_classes > 0,
-        "image_size": type(size) is int and MIN_SIZE <= size <= MAX_SIZE,
-        "crop_fraction": isinstance(fraction, float) and 0 < fraction <= 1,
-        "mean": _three_numbers(record.get("mean")),
-        "std": _three_numbers(record.get("std")) and min(record["std"]) > 0,
-    }
-    wrong = [name for name, holds in usable.items() if not holds]
-    if wrong:
-        raise ValueError(f"{checkpoint} has no usable {', '.join(wrong)}; expected a checkpoint of hatnet-train")
-
-
-def _three_numbers(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(isinstance(number, float) for number in value)
+        description = convert(record, Description, checkpoint)
+        if len(description.classes) != model.num_classes:
+            raise ValueError(
+                f"{checkpoint}: classes must be {model.num_classes} names, as many as the model has outputs, "
+                f"got {len(description.classes)}"
+            )
+    return Classifier(model=model.eval(), named=variant is None, **vars(description))

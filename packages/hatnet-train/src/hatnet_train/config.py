@@ -20,6 +20,7 @@ from msgspec import Meta
 
 from hatnet_core.config import KERNELS
 from hatnet_core.variants import MIN_SIZE, list_models
+from hatnet_train.records import Count
 
 MAX_SIZE = 2048
 """Largest ``image_size`` in pixels, our choice: a typing error should not take all memory."""
@@ -43,10 +44,11 @@ MAY_CHANGE = Meta(extra={"may_change": True})
 """Marks a field that a resumed run may choose anew: it decides how the run is computed, not what."""
 
 Positive: TypeAlias = Annotated[int, Meta(ge=1)]
-Count: TypeAlias = Annotated[int, Meta(ge=0)]
 Amount: TypeAlias = Annotated[float, Meta(ge=0, le=LARGEST)]
 Probability: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Fraction: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
+Share: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
+ImageSize: TypeAlias = Annotated[int, Meta(ge=MIN_SIZE, le=MAX_SIZE)]
 Triple: TypeAlias = tuple[Positive, Positive, Positive]
 
 
@@ -97,10 +99,10 @@ class ImageOptions:
     data: Annotated[str, MAY_CHANGE, Meta(min_length=1)]
     """ImageNet-layout folder, folder of shards, digits or synthetic (a folder of that name: ./digits)."""
 
-    image_size: Annotated[int, Meta(ge=MIN_SIZE, le=MAX_SIZE)]
+    image_size: ImageSize
     """Side of the square input in pixels, from 32 (Sec. 4.1: 224)."""
 
-    crop_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.875
+    crop_fraction: Share = 0.875
     """Evaluation: fraction of the short side that the centre crop takes, in (0, 1] (DeiT)."""
 
     workers: Annotated[int, MAY_CHANGE, Meta(ge=0, le=MAX_WORKERS)] = 4
@@ -111,7 +113,7 @@ class ImageOptions:
 class AugmentationOptions:
     """Options that change training images only."""
 
-    min_scale: Annotated[float, Meta(gt=0, le=1)]
+    min_scale: Share
     """Smallest area of a random crop, in (0, 1] (timm: 0.08); 1 takes the centre square."""
 
     max_shift: Count = 0

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hatnet_train.records import read_json
+
 FIELDS = {
     ("train_batch_size",): ("batch_size", int),
     ("gradient_accumulation_steps",): ("accumulation", int),
@@ -53,12 +55,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no DeepSpeed configuration at {path}: expected a JSON file")
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    content = read_json(path, dict[str, Any])
     for key in sorted(content.keys() - KEYS):
         similar = difflib.get_close_matches(key, KEYS, n=1)
         hint = f", did you mean {similar[0]}?" if similar else "; expected a key of DeepSpeed"

@@ -15,9 +15,10 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import deepspeed
+import msgspec
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -27,6 +28,7 @@ from torch import Tensor
 from hatnet_core import save_checkpoint
 from hatnet_core.checkpoint import WEIGHTS
 from hatnet_train.config import FIELDS, TrainConfig
+from hatnet_train.records import Count, read_json
 from hatnet_train.sharding import gather, masters, scatter
 from hatnet_train.weights import Ema, full_weights, whole_model
 
@@ -49,11 +51,11 @@ class RunState:
         waited: share of it that went by waiting for data, in seconds.
     """
 
-    step: int = 0
+    step: Count = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
-    bad_images: int = 0
-    trained: int = 0
+    bad_images: Count = 0
+    trained: Count = 0
     loss: float = 0.0
     lr: float = 0.0
     seconds: float = 0.0
@@ -66,6 +68,21 @@ class RunState:
 
 
 @dataclass
+class EngineState:
+    """Counters of the engine and numbers of the fp16 loss scaler."""
+
+    global_steps: Count
+    skipped_steps: Count
+    scheduler_step: Count
+    loss_scaling: dict[str, bool | int | float]
+
+
+REST = {"config": dict[str, Any], "data": dict[str, str], "engine": EngineState, "optimizer": dict[str, int | float]}
+RECORD: Any = msgspec.defstruct("RECORD", (get_type_hints(RunState, include_extras=True) | REST).items())
+"""All of state.json; no field has a default, as those of a new :class:`RunState` do."""
+
+
+@dataclass
 class Saved:
     """A checkpoint that was read: all that :func:`restore` and the trainer need."""
 
@@ -73,7 +90,7 @@ class Saved:
     state: RunState
     config: dict[str, Any]
     data: dict[str, str]
-    engine: dict[str, Any]
+    engine: EngineState
     scalars: dict[str, float]
     weights: dict[str, Tensor]
     average: dict[str, Tensor]
@@ -111,7 +128,7 @@ def contents(
         **dataclasses.asdict(state),
         "config": config.to_dict(),
         "data": dict(data),
-        "engine": _engine_state(engine),
+        "engine": dataclasses.asdict(_engine_state(engine)),
         "optimizer": _scalars(engine),
     }
     files: dict[str, Callable[[Path], None]] = {
@@ -130,15 +147,14 @@ def read_saved(folder: Path) -> Saved:
     Raises:
         ValueError: naming the file that is missing or holds something else.
     """
-    record = _read_state(folder / STATE)
-    fields = {name: record[name] for name in RunState.__dataclass_fields__}
+    record = read_json(folder / STATE, RECORD)
     return Saved(
         folder=folder,
-        state=RunState(**fields),
-        config=record["config"],
-        data=record["data"],
-        engine=record["engine"],
-        scalars=record["optimizer"],
+        state=RunState(**{name: getattr(record, name) for name in RunState.__dataclass_fields__}),
+        config=record.config,
+        data=record.data,
+        engine=record.engine,
+        scalars=record.optimizer,
         weights=_read_tensors(folder / WEIGHTS),
         average=_read_tensors(folder / AVERAGE) if (folder / AVERAGE).exists() else {},
         moments=_read_tensors(folder / OPTIMIZER),
@@ -186,17 +202,17 @@ def restore(engine: deepspeed.DeepSpeedEngine, ema: Ema | None, saved: Saved) ->
     if ema is not None:
         ema.load(saved.average)
     _load_moments(engine, saved.moments, saved.scalars)
-    engine.global_steps = saved.engine["global_steps"]
-    engine.skipped_steps = saved.engine["skipped_steps"]
+    engine.global_steps = saved.engine.global_steps
+    engine.skipped_steps = saved.engine.skipped_steps
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     engine.global_samples = engine.global_steps * engine.train_batch_size()
-    set_schedule(engine, saved.engine["scheduler_step"])
+    set_schedule(engine, saved.engine.scheduler_step)
     scaler = _scaler(engine)
     if scaler is not None:
         if hasattr(scaler, "load_state_dict"):
-            scaler.load_state_dict(dict(saved.engine["loss_scaling"]))
+            scaler.load_state_dict(dict(saved.engine.loss_scaling))
         else:
-            vars(scaler).update(saved.engine["loss_scaling"])
+            vars(scaler).update(saved.engine.loss_scaling)
 
 
 def _check_shapes(saved: Saved, *, averaged: bool) -> None:
@@ -207,7 +223,7 @@ def _check_shapes(saved: Saved, *, averaged: bool) -> None:
         moment, _, name = key.partition("/")
         moments.setdefault(moment, {})[name] = tensor.shape
     if any(shapes != expected for shapes in moments.values()) or (
-        not moments and saved.engine["global_steps"] > saved.engine["skipped_steps"]
+        not moments and saved.engine.global_steps > saved.engine.skipped_steps
     ):
         raise ValueError(f"{saved.folder / OPTIMIZER} does not hold moments of every weight, of its shape")
     if averaged and {name: tensor.shape for name, tensor in saved.average.items()} != expected:
@@ -224,15 +240,15 @@ def set_schedule(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
     scheduler.load_state_dict(state)
 
 
-def _engine_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
+def _engine_state(engine: deepspeed.DeepSpeedEngine) -> EngineState:
     scaler = _scaler(engine)
     values = {} if scaler is None else scaler.state_dict() if hasattr(scaler, "state_dict") else vars(scaler)
-    return {
-        "global_steps": engine.global_steps,
-        "skipped_steps": engine.skipped_steps,
-        "scheduler_step": engine.lr_scheduler.last_epoch,
-        "loss_scaling": {name: value for name, value in values.items() if isinstance(value, int | float)},
-    }
+    return EngineState(
+        global_steps=engine.global_steps,
+        skipped_steps=engine.skipped_steps,
+        scheduler_step=engine.lr_scheduler.last_epoch,
+        loss_scaling={name: value for name, value in values.items() if isinstance(value, int | float)},
+    )
 
 
 def _scaler(engine: deepspeed.DeepSpeedEngine) -> Any:
@@ -289,34 +305,6 @@ def _load_moments(
             optimizer.state[master][moment] = torch.zeros_like(master)
         tensors = {name.partition("/")[2]: t for name, t in moments.items() if name.startswith(f"{moment}/")}
         scatter(engine, tensors, lambda master: optimizer.state[master][moment])  # noqa: B023  called at once
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """state.json with all that is needed, of the right kinds."""
-    kinds: dict[str, Any] = {
-        **dict.fromkeys(("config", "data", "engine", "optimizer"), dict),
-        **dict.fromkeys(("step", "bad_images", "trained"), int),
-        **dict.fromkeys(("loss", "lr", "seconds", "waited"), (int, float)),
-        **dict.fromkeys(("rows", "skipped"), list),
-    }
-    try:
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    wrong = [
-        name for name, kind in kinds.items() if not isinstance(record, dict) or not isinstance(record.get(name), kind)
-    ]
-    if wrong:
-        raise ValueError(f"{path} has no usable {', '.join(wrong)}; expected the state of a run of hatnet-train")
-    counts = {name: record["engine"].get(name) for name in ("global_steps", "skipped_steps", "scheduler_step")}
-    counts |= {name: record[name] for name in ("step", "bad_images", "trained")}
-    wrong = [name for name, value in counts.items() if type(value) is not int or value < 0]
-    wrong += [name for name in ("rows",) if not all(isinstance(row, dict) for row in record[name])]
-    wrong += [name for name in ("skipped",) if not all(type(step) is int for step in record[name])]
-    wrong += [name for name in ("optimizer",) if not all(type(v) in (int, float) for v in record[name].values())]
-    if wrong or not isinstance(record["engine"].get("loss_scaling"), dict):
-        raise ValueError(f"{path} has no usable {', '.join(wrong or ['loss_scaling'])}; expected numbers of a run")
-    return dict(record)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hatnet_train import checkpoint
+from hatnet_train.records import convert, read_json
 
 CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What every config.json has of what ``run_record`` makes; the rest depends on the release."""
+
+    config: dict[str, Any]
+    data: dict[str, str] = field(default_factory=dict)
+    resumed: list[dict[str, Any]] = field(default_factory=list)
 
 
 def check_run(run: Path) -> dict[Path, list[str]]:
@@ -42,19 +52,11 @@ def is_done(run: Path) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """What a config.json holds.
+    """Read a config.json, all that it has.
 
     Raises:
         ValueError: if it cannot be read, or is none that :func:`run_record` made.
     """
-    try:
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-        raise ValueError(f"{path} has no config; expected the record of a run of hatnet-train")
-    if not isinstance(record.get("resumed", []), list):
-        raise ValueError(
-            f"{path} has no list of how the run was resumed; expected the record of a run of hatnet-train"
-        )
+    record = read_json(path, dict[str, Any])
+    convert(record, RunRecord, path)
     return record

@@ -51,7 +51,7 @@ def test_a_run_as_it_was_written_is_usable(train, run):
 @pytest.mark.parametrize("damage", [flip, shorten, remove])
 def test_every_file_is_compared_with_its_manifest(damage, run):
     new = committed(run / "checkpoints")[0]
-    listed = [folder / name for folder in (new, run) for name in read_manifest(folder)["files"]]
+    listed = [folder / name for folder in (new, run) for name in read_manifest(folder).files]
     assert {path.name for path in listed} == {
         *("model.safetensors", "model_ema.safetensors", "optimizer.safetensors", "state.json", "metrics.jsonl")
     }

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
 import reprlib
@@ -24,13 +23,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import Annotated, Any, NoReturn, TextIO
 
 import numpy as np
+from msgspec import Meta
 from torch import Tensor
 from tqdm import tqdm
 
 from hatnet_train.data.images import decode, unreadable
+from hatnet_train.records import Count, Sha256, read_json
 
 INDEX = "index.json"
 """Name of the file that makes a folder one of shards."""
@@ -43,31 +44,34 @@ RECORD = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label
 OPEN_SHARDS = 256
 """Most shards that one process has open for a split: with both splits half of the 1,024 files that Linux allows."""
 
-_SPLIT = re.compile(r"[A-Za-z0-9_-]+")
-_FILE = re.compile(r"[A-Za-z0-9_-]+\.tar")
+_SPLIT = r"^[A-Za-z0-9_-]+\Z"
 _CHUNK = 1 << 16
 """Records that are checked at a time, so that the check takes little memory."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Shard:
     """A tar file: its name, bytes, SHA-256 in hexadecimal digits, and number of images."""
 
-    file: str
-    bytes: int
-    sha256: str
-    images: int
+    file: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]+\.tar\Z")]
+    bytes: Count
+    sha256: Sha256
+    images: Count
 
 
 @dataclass(frozen=True)
 class Split:
     """The shards of a split in order, its number of images, and the SHA-256 of its records file."""
 
-    images: int
-    records_sha256: str
+    images: Count
+    records_sha256: Sha256
     shards: tuple[Shard, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse another number of images than that of the shards."""
+        images = sum(shard.images for shard in self.shards)
+        if images != self.images or not images:
+            raise ValueError(f"images must be the {images} of its shards, and at least 1, got {self.images}")
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,14 @@ class Index:
         splits: by name.
     """
 
-    classes: tuple[str, ...]
+    classes: Annotated[tuple[str, ...], Meta(min_length=1)]
     made: dict[str, int | None]
-    splits: dict[str, Split]
+    splits: dict[Annotated[str, Meta(pattern=_SPLIT)], Split]
+
+    def __post_init__(self) -> None:
+        """Refuse equal names of classes."""
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes must be unique, got {reprlib.repr(list(self.classes))}")
 
 
 class Shards:
@@ -260,7 +269,7 @@ def records_path(root: Path, split: str) -> Path:
 
 def check_split_name(split: str) -> None:
     """Raise ValueError unless ``split`` can be a part of file names."""
-    if not _SPLIT.fullmatch(split):
+    if not re.match(_SPLIT, split):
         raise ValueError(f"split must be a name of letters, digits, - and _, such as train, got {split!r}")
 
 
@@ -274,54 +283,7 @@ def read_index(root: Path) -> Index:
     path = root / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: expected the index of a folder that hatnet-shards made")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): expected the index of a folder of shards") from error
-    for name, expected in (("format", FORMAT), ("version", VERSION)):
-        found = content.get(name) if isinstance(content, dict) else None
-        if found != expected:
-            raise ValueError(f"{path} has {name} {reprlib.repr(found)}, expected {expected!r}")
-    try:
-        return _parse(content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _parse(content: dict[str, Any]) -> Index:
-    classes = _take(content, "classes", list)
-    if not classes or not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
-        raise ValueError(f"classes is {reprlib.repr(classes)}, expected names that differ")
-    splits = _take(content, "splits", dict)
-    for split in splits:
-        check_split_name(split)
-    return Index(tuple(classes), _take(content, "made", dict), {name: _parse_split(splits[name]) for name in splits})
-
-
-def _parse_split(entry: object) -> Split:
-    shards = tuple(_parse_shard(shard) for shard in _take(entry, "shards", list))
-    split = Split(_take(entry, "images", int), _take(entry, "records_sha256", str), shards)
-    images = sum(shard.images for shard in shards)
-    if not images or images != split.images:
-        raise ValueError(f"images is {split.images}, expected the {images} of its shards, and at least 1")
-    return split
-
-
-def _parse_shard(entry: object) -> Shard:
-    file = _take(entry, "file", str)
-    if not _FILE.fullmatch(file):
-        raise ValueError(f"file is {file!r}, expected the name of a .tar file in the folder, such as train-000000.tar")
-    return Shard(file, _take(entry, "bytes", int), _take(entry, "sha256", str), _take(entry, "images", int))
-
-
-def _take(entry: object, name: str, kind: type[T]) -> T:
-    value = entry.get(name) if isinstance(entry, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
-        raise ValueError(f"{name} is {reprlib.repr(value)}, expected {_KINDS[kind]}")
-    return value
-
-
-_KINDS: dict[type, str] = {int: "a number from 0 up", str: "a text", list: "a list", dict: "an object"}
+    return read_json(path, Index, {"format": FORMAT, "version": VERSION})
 
 
 def _places(root: Path, own: tuple[str, ...], classes: tuple[str, ...]) -> np.ndarray:
