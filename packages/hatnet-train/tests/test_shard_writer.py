@@ -360,7 +360,7 @@ def test_a_full_disk_is_told_with_the_path_and_nothing_is_left(images, tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))  # as good as a full disk: writing more fails
     try:
-        with pytest.raises(OSError, match=rf"{tmp_path}/out.tmp-\w+/train-000000.tar.*{os.strerror(errno.EFBIG)}"):
+        with raises(OSError, tmp_path / "out.tmp", "train-000000.tar", os.strerror(errno.EFBIG)):
             write_shards(images, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

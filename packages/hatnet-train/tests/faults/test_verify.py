@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from hatnet_testing import error_line
+from hatnet_testing import check, error_line
 from hatnet_train.checkpoint import committed, read_manifest
 from hatnet_train.verify import check_run
 from launches import lines_naming
@@ -60,7 +60,7 @@ def test_every_file_is_compared_with_its_manifest(damage, run):
         damage(path)
         found = check_run(run)
         (problem,) = found.pop(path.parent)
-        assert problem.startswith(f"{path} ")
+        check(problem, path)
         assert not any(found.values())
         path.write_bytes(before)
 
