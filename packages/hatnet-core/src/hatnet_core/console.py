@@ -119,6 +119,23 @@ def option(
     )
 
 
+def several(one: PrimitiveConstructorSpec[Any]) -> PrimitiveConstructorSpec[tuple[Any, ...]]:
+    """Type of an option of one or more words, each of the type ``one``."""
+
+    def read(words: list[str]) -> tuple[Any, ...]:
+        if not words:
+            raise ValueError(f"expected at least one {one.metavar}")
+        return tuple(one.instance_from_str([word]) for word in words)
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"{one.metavar} [{one.metavar} ...]",
+        instance_from_str=read,
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: [word for item in value or () for word in one.str_from_instance(item)],
+    )
+
+
 def whole(low: int, high: int | None = None, metavar: str = "N") -> PrimitiveConstructorSpec[int]:
     """Type of an option that is an integer in a range, in decimal digits only."""
     return option(int, metavar, lambda word: _integer(word, low, high))
