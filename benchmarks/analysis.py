@@ -15,11 +15,10 @@ from typing import Any
 
 from report import machine, versions
 
-from hatnet_analysis.choices import TABLES
 from hatnet_analysis.figures import compare_figure, growth_figure, save_figure
 from hatnet_analysis.growth import crossings, exponents, growth
 from hatnet_analysis.paper import table_rows
-from hatnet_analysis.tables import render
+from hatnet_analysis.tables import TABLES, render
 from hatnet_analysis.throughput import COMPARED, Settings, compare
 
 PACKAGES = ("hatnet-core", "hatnet-analysis", "torch", "timm", "fvcore", "mmdet", "mmsegmentation")

@@ -25,8 +25,6 @@ from measure_steps import measure_steps
 from report import Report
 from results import Measurement
 
-from hatnet_core.commands import whole
-
 PACKAGES = ("hatnet-core", "torch", "timm")
 
 MEASUREMENTS: dict[str, Callable[[Plan], Measurement]] = {
@@ -48,7 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("chosen", nargs="*", metavar="MEASUREMENT", help=f"any of {', '.join(MEASUREMENTS)}")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
-    parser.add_argument("--rounds", type=whole(1), default=7, help="turns of each contender (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (default: %(default)s)")
     parser.add_argument("--against", metavar="FILE", type=Path, help="a report, .json, whose ratios must be kept")
     args = parser.parse_args()
     if unknown := set(args.chosen) - set(MEASUREMENTS):

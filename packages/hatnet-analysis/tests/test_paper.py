@@ -5,11 +5,10 @@ import math
 
 import pytest
 
-from hatnet_analysis.choices import TABLES
 from hatnet_analysis.complexity import h_mhsa_macs_completed
 from hatnet_analysis.paper import _exactness, _flops_verdict, _verdict, eq15_rows, memory_rows, table_rows
 from hatnet_analysis.peers import PaperRow, table_2, table_3, table_4, table_6
-from hatnet_analysis.tables import render
+from hatnet_analysis.tables import TABLES, render
 from hatnet_analysis.throughput import paper_top1
 from hatnet_testing import check, raises
 

@@ -15,9 +15,9 @@ from PIL import Image
 
 from hatnet_analysis.attention_input import to_input
 from hatnet_analysis.attention_maps import record_weights, rollout
-from hatnet_analysis.choices import SECTIONS, TABLES
 from hatnet_analysis.growth import CONTENDERS, growth
 from hatnet_analysis.report import SIZE, _filled, _rows, write_report
+from hatnet_analysis.tables import SECTIONS, TABLES
 from hatnet_analysis.throughput import COMPARED
 from hatnet_core import create_model, save_checkpoint
 from hatnet_testing import raises

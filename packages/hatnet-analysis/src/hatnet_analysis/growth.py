@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hatnet_analysis.choices import SIZES
 from hatnet_analysis.complexity import (
     attention_macs,
     h_mhsa_bytes,
@@ -41,6 +40,9 @@ from hatnet_analysis.complexity import (
 from hatnet_analysis.memory import peak_memory
 from hatnet_core.attention import Attention, HierarchicalAttention, WindowAttention, token_attention
 from hatnet_core.layers import GroupNorm
+
+SIZES = (224, 320, 448, 640, 896, 1280, 2048)
+"""Sides of the images in pixels."""
 
 DIM = 64
 """C of stage 2 in Small, Medium and Large, which is one head there."""
@@ -358,3 +360,13 @@ def exponents(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 row[f"power_of_{quantity}"] = math.log(high / low) / math.log((b / a) ** 2)
         table.append(row)
     return table
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of :func:`growth`, their :func:`exponents` and the :func:`crossings` that exist, by title."""
+    crossed = [row for row in crossings(rows) if row["crossing"] is not None or row["between"]]
+    return {
+        "Growth with the image": rows,
+        "Power of the number of pixels, between the two largest sizes": exponents(rows),
+        "From where on one costs more than the other": crossed,
+    }

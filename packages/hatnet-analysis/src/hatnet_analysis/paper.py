@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from hatnet_analysis.choices import TABLES
 from hatnet_analysis.complexity import stage_complexity
 from hatnet_analysis.flops import count_flops, count_params
 from hatnet_analysis.memory import peak_memory
 from hatnet_analysis.paper_tables import TABLE_1
 from hatnet_analysis.peers import DEFAULT_6, PaperRow, table_2, table_3, table_4, table_6
+from hatnet_analysis.tables import TABLES
 from hatnet_core import HATNet, create_model, list_models
 from hatnet_core.attention import HierarchicalAttention
 
@@ -40,7 +40,7 @@ def table_rows(
     """Measure one table.
 
     Args:
-        table: one of :data:`hatnet_analysis.choices.TABLES`.
+        table: one of :data:`hatnet_analysis.tables.TABLES`.
         device: ``cpu`` or ``cuda``, for ``memory``; counting is the same on any.
         progress: takes one line before each model.
 

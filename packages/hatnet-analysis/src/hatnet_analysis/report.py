@@ -26,12 +26,11 @@ from torch import Tensor
 from hatnet_analysis.__about__ import __version__
 from hatnet_analysis.attention_input import read_image, read_model, to_input
 from hatnet_analysis.attention_maps import AttentionWeights, record_weights, rollout
-from hatnet_analysis.choices import SECTIONS, TABLES
 from hatnet_analysis.figures import compare_figure, growth_figure
-from hatnet_analysis.growth import crossings, exponents, growth
+from hatnet_analysis.growth import growth, summary
 from hatnet_analysis.models import check_name
 from hatnet_analysis.paper import check_libraries, table_rows
-from hatnet_analysis.tables import render
+from hatnet_analysis.tables import SECTIONS, TABLES, render
 from hatnet_analysis.throughput import COMPARED, Settings, checked_device, compare
 
 SIZE = 224
@@ -48,8 +47,8 @@ Progress = Callable[[str], None]
 
 def write_report(
     out: Path,
-    sections: Sequence[str] = SECTIONS,
-    tables: Sequence[str] = TABLES,
+    sections: Sequence[str] = tuple(SECTIONS),
+    tables: Sequence[str] = tuple(TABLES),
     image: Path | None = None,
     checkpoint: Path | None = None,
     variant: str | None = None,
@@ -60,7 +59,7 @@ def write_report(
 
     Args:
         out: folder, made if it is not there, and kept only if the page is written.
-        sections: out of :data:`hatnet_analysis.choices.SECTIONS`.
+        sections: out of :data:`hatnet_analysis.tables.SECTIONS`.
         tables: of the section ``tables``, as for :func:`hatnet_analysis.paper.table_rows`.
         image: for the explorer; drawn shapes by default.
         checkpoint: for the explorer, as for :func:`hatnet_analysis.attention_input.read_model`.
@@ -87,16 +86,16 @@ def write_report(
         check_name(name)
     picture = _drawn_shapes() if image is None else read_image(image)
     explored = read_model(checkpoint, variant if checkpoint or variant else "hatnet_tiny")  # before hours of work
-    makers: dict[str, tuple[str, Callable[[], str]]] = {
-        "tables": ("The paper's tables", lambda: _tables(tables, device, progress)),
-        "complexity": ("Growth with the image", lambda: _complexity(device, progress)),
-        "compare": ("Speed", lambda: _compare(device, progress)),
-        "attention": ("Attention explorer", lambda: _explorer(picture, explored, checkpoint, progress)),
+    makers: dict[str, Callable[[], str]] = {
+        "tables": lambda: _tables(tables, device, progress),
+        "complexity": lambda: _complexity(device, progress),
+        "compare": lambda: _compare(device, progress),
+        "attention": lambda: _explorer(picture, explored, checkpoint, progress),
     }
     wanted = [name for name in SECTIONS if name in sections]
     with _page_in(out) as part:
-        parts = [f'<section id="{name}"><h2>{makers[name][0]}</h2>{makers[name][1]()}</section>' for name in wanted]
-        contents = "".join(f'<a href="#{name}">{makers[name][0]}</a>' for name in wanted)
+        parts = [f'<section id="{name}"><h2>{SECTIONS[name]}</h2>{makers[name]()}</section>' for name in wanted]
+        contents = "".join(f'<a href="#{name}">{SECTIONS[name]}</a>' for name in wanted)
         page = _filled("report.html", about=_about(device), contents=contents, sections="\n".join(parts))
         part.write_text(page, encoding="utf-8", errors="replace")
     return out / "index.html"
@@ -140,25 +139,21 @@ def _about(device: str) -> str:
 
 
 def _tables(tables: Sequence[str], device: str, progress: Progress) -> str:
-    titles = {"eq15": "Eq. 5 and Eq. 15", "memory": "Sec. 4.4: memory of SiLU and GELU"}
-    parts = []
-    for table in tables:
-        rows = table_rows(table, progress, device)
-        parts.append(f"<h3>{titles.get(table, f'Table {table}')}</h3>{_table(rows)}")
-    return "".join(parts)
+    return _titled({TABLES[table]: table_rows(table, progress, device) for table in tables})
 
 
 def _complexity(device: str, progress: Progress) -> str:
     rows = growth(device=device, progress=progress)
-    named = [row for row in crossings(rows) if row["crossing"] is not None or row["between"]]
-    parts = [_figure(growth_figure(rows), "growth of four attentions with the image"), _table(rows)]
-    parts += ["<h3>Power of the number of pixels, between the two largest sizes</h3>", _table(exponents(rows))]
-    return "".join([*parts, "<h3>From where on one is dearer than the other</h3>", _table(named)])
+    return _figure(growth_figure(rows), "growth of four attentions with the image") + _titled(summary(rows))
 
 
 def _compare(device: str, progress: Progress) -> str:
     rows = compare(COMPARED, Settings(device=device), progress)
     return _figure(compare_figure(rows), "top-1 over FLOPs and over speed") + _table(rows)
+
+
+def _titled(tables: dict[str, list[dict[str, Any]]]) -> str:
+    return "".join(f"<h3>{title}</h3>{_table(rows)}" for title, rows in tables.items())
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,22 @@ Row = dict[str, Any]
 
 FORMATS = {"table": "simple", "markdown": "github", "html": "html"}
 """tabulate's name of each format for reading."""
+
+
+TABLES = {
+    **{number: f"Table {number}" for number in "12346"},
+    "eq15": "Eq. 5 and Eq. 15, one block per stage, 224×224",
+    "memory": "Sec. 4.4, memory of SiLU and GELU",
+}
+"""Tables of :func:`hatnet_analysis.paper.table_rows`, and their titles."""
+
+SECTIONS = {
+    "tables": "The paper's tables",
+    "complexity": "Growth with the image",
+    "compare": "Speed",
+    "attention": "Attention explorer",
+}
+"""Sections of the page of :func:`hatnet_analysis.report.write_report`, and their titles."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +143,11 @@ def render(rows: Sequence[Row], style: str) -> str:
     right = [any(isinstance(row.get(key), int | float) for row in rows) for key in keys]
     align = ["right" if is_number else "left" for is_number in right]
     return tabulate(table, headings, FORMATS[style], colalign=align if rows else None, disable_numparse=True)
+
+
+def render_titled(tables: Mapping[str, Sequence[Row]], style: str) -> str:
+    """Render tables for readers, each below its title."""
+    return "\n\n".join(f"{title}\n\n{render(rows, style)}" for title, rows in tables.items())
 
 
 def _text(key: str, value: Any) -> str:

@@ -124,6 +124,23 @@ def option(
     )
 
 
+def several(one: PrimitiveConstructorSpec[Any]) -> PrimitiveConstructorSpec[tuple[Any, ...]]:
+    """Type of an option of one or more words, each of the type ``one``."""
+
+    def read(words: list[str]) -> tuple[Any, ...]:
+        if not words:
+            raise ValueError(f"expected at least one {one.metavar}")
+        return tuple(one.instance_from_str([word]) for word in words)
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"{one.metavar} [{one.metavar} ...]",
+        instance_from_str=read,
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: [word for item in value or () for word in one.str_from_instance(item)],
+    )
+
+
 def whole(low: int, high: int | None = None, metavar: str = "N") -> PrimitiveConstructorSpec[int]:
     """Type of an option that is an integer in a range, in decimal digits only."""
     return option(int, metavar, lambda word: _integer(word, low, high))
@@ -165,19 +182,7 @@ def pixels(high: int) -> PrimitiveConstructorSpec[tuple[int, int]]:
 
 def paths(metavar: str) -> PrimitiveConstructorSpec[tuple[Path, ...]]:
     """Type of a positional argument that is one path or more."""
-
-    def read(words: list[str]) -> tuple[Path, ...]:
-        if not words:
-            raise ValueError(f"expected at least one {metavar}")
-        return tuple(map(_path, words))
-
-    return PrimitiveConstructorSpec(
-        nargs="*",
-        metavar=f"{metavar} [{metavar} ...]",
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: list(map(str, value)),
-    )
+    return several(option(Path, metavar, _path))
 
 
 def file_ending(*suffixes: str) -> PrimitiveConstructorSpec[Path]:
@@ -375,7 +380,7 @@ def error_text(error: Exception, options: Command) -> str:
 
 def flags_of(options: Any) -> dict[str, str]:
     """Return the flag of every field, also of those in groups: ``--batch-size`` for ``batch_size``."""
-    flags = {}
+    flags: dict[str, str] = {}
     for declared in dataclasses.fields(options):
         value = getattr(options, declared.name)
         flags |= flags_of(value) if dataclasses.is_dataclass(value) else {declared.name: f"--{declared.name}"}

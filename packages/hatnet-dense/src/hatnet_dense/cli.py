@@ -32,6 +32,7 @@ from hatnet_core.console import (
     real,
     run,
     say,
+    several,
     whole,
     writable_file,
     writable_folder,
@@ -66,21 +67,11 @@ def _optional_word(default: str, metavar: str, known: Sequence[str] = ()) -> Pri
     )
 
 
-def _key_values(words: list[str]) -> tuple[str, ...]:
-    for word in words:
-        key, equals, _ = word.partition("=")
-        if not key or not equals:
-            raise ValueError(f"expected KEY=VALUE, got {word!r}")
-    return tuple(words)
-
-
-KEY_VALUES = PrimitiveConstructorSpec(
-    nargs="*",
-    metavar="KEY=VALUE [KEY=VALUE ...]",
-    instance_from_str=_key_values,
-    is_instance=lambda value: isinstance(value, tuple),
-    str_from_instance=lambda value: list(value),
-)
+def _key_value(word: str) -> str:
+    key, equals, _ = word.partition("=")
+    if not key or not equals:
+        raise ValueError(f"expected KEY=VALUE, got {word!r}")
+    return word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +81,9 @@ class OfConfig(Command):
     config: Positional[Annotated[str, arg(metavar="CONFIG")]]
     """Config file, or a name that 'hatnet-dense configs' lists."""
 
-    cfg_options: Annotated[tuple[str, ...], KEY_VALUES, arg(help_behavior_hint="")] = ()
+    cfg_options: Annotated[
+        tuple[str, ...], several(option(str, "KEY=VALUE", _key_value)), arg(help_behavior_hint="")
+    ] = ()
     """Values that replace those of the config, such as train_cfg.max_epochs=1 train_dataloader.batch_size=4."""
 
     def load(self) -> Any:

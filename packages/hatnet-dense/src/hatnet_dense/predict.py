@@ -59,7 +59,7 @@ def predict(
         images: files, and folders whose images are taken, those of folders inside too.
         out: folder for the results, made if need be; it must not contain an image to predict.
         score_threshold: of the boxes in the pictures; the JSON contains all that the config keeps.
-        device: as for :func:`hatnet_core.commands.pick_device`.
+        device: as for :func:`hatnet_core.devices.pick_device`.
         on_bad: called with the reason for each image that cannot be read or predicted and is skipped; by default that
             is raised.
 

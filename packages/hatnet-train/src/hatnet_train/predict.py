@@ -29,7 +29,7 @@ def predict(
         classifier: of :func:`hatnet_train.classifier.load_classifier`.
         images: image files in any format that Pillow reads, or folders of them.
         top_k: how many classes to return an image, best first.
-        device: as for :func:`hatnet_core.commands.pick_device`.
+        device: as for :func:`hatnet_core.devices.pick_device`.
 
     Returns:
         One dict an image: ``image`` (the path), ``classes`` (names) and ``probabilities``, both of length ``top_k``.
@@ -56,7 +56,7 @@ def predictions(
         classifier: of :func:`hatnet_train.classifier.load_classifier`.
         files: image files.
         top_k: how many classes to return an image, best first.
-        device: as for :func:`hatnet_core.commands.pick_device`.
+        device: as for :func:`hatnet_core.devices.pick_device`.
         on_bad: called with the reason for each image that cannot be read and is skipped; by default that is raised.
 
     Raises:
