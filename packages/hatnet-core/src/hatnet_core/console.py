@@ -162,7 +162,7 @@ def real(low: float, high: float = float("inf")) -> PrimitiveConstructorSpec[flo
     return option(float, "X", read, "{:g}".format)
 
 
-def pixels(high: int) -> PrimitiveConstructorSpec[tuple[int, int]]:
+def pixels(high: int) -> PrimitiveConstructorSpec[Any]:
     """Type of ``--size``: height and width in pixels; one number is both."""
 
     def read(words: list[str]) -> tuple[int, int]:
