@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from hatnet_testing import check, raises
-from hatnet_train.data import say_what_is_used
+from hatnet_train.data import log_usage
 from hatnet_train.data.folder import Folder
 from hatnet_train.data.images import read_image
 from hatnet_train.recipes import build_config
@@ -63,15 +63,17 @@ def test_files_are_images_by_suffix_in_any_case_and_hidden_folders_are_not_read(
     assert (data.skipped.files, data.skipped.folders) == (6, 3)
 
 
-def test_the_line_on_what_is_used_counts_images_and_names_the_first_that_was_skipped(imagenet, capsys):
+def test_the_line_on_what_is_used_counts_images_and_names_the_first_that_was_skipped(imagenet, caplog):
     training = Folder(imagenet / "train")
     (imagenet / "val" / SYNSETS[0]).mkdir(parents=True)
     Image.new("RGB", (5, 4)).save(imagenet / "val" / SYNSETS[0] / "x.png")
-    say_what_is_used("command", Folder(imagenet / "val", SYNSETS), training)
-    line, warning = capsys.readouterr().err.splitlines()
-    check(line, "command", "train/README.txt")
+    with caplog.at_level("INFO"):
+        log_usage(Folder(imagenet / "val", SYNSETS), training)
+    line, warning = caplog.messages
+    check(line, "train/README.txt")
     assert re.findall(r"\d+", line) == ["9", "3", "1", "4"]  # training images, classes, held-out images, skipped files
-    check(warning, "warning", *SYNSETS[1:])
+    check(warning, *SYNSETS[1:])
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
 
 
 def test_every_problem_of_a_folder_is_reported_where_it_is_not_raised(imagenet):
