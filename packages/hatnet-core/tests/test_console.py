@@ -216,7 +216,7 @@ def test_images_that_are_skipped_are_named_and_counted(words, images, status, to
     ended, _, said = toy("play", *flag, work=work)
     assert ended == status
     assert "a.png" in said.splitlines()[0]
-    assert said.count("1 of 3") == (images == 3 and status)
+    assert said.count(f"1 of {images}") == status
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["play", "--help"], ["--version"], ["play"]])

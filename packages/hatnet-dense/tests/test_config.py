@@ -67,7 +67,7 @@ def test_the_four_configs_of_a_head_differ_in_the_backbone_and_the_channels_behi
         assert backbone.variant == VARIANTS[v]
         assert backbone.init_cfg.checkpoint == f"{RELEASED_URL}/{RELEASED_FILES[VARIANTS[v]]}"
         assert {hook["type"] for hook in config.custom_hooks} == {"PlainCheckpointHook", "DataCheckHook"}
-        assert config.custom_imports.imports == ["hatnet_dense"]
+        assert config.custom_imports.imports == ["hatnet_dense.register"]
         channels = [info["num_chs"] for info in create_model(VARIANTS[v], num_classes=0).feature_info]
         behind = next(config.model[key] for key in ("neck", "panoptic_head", "decode_head") if key in config.model)
         assert list(behind.in_channels) == channels

@@ -35,7 +35,10 @@ def digits():
 
 def first(count, source, settings, rank=0, world_size=1, first_step=0):
     order = GlobalOrder(
-        length=len(source), batch_size=settings.batch_size, seed=settings.seed, repeats=settings.repeats
+        length=len(source),
+        batch_size=settings.optimisation.batch_size,
+        seed=settings.optimisation.seed,
+        repeats=settings.augmentation.repeats,
     )
     batches = train_batches(source, order, settings, rank=rank, world_size=world_size, first_step=first_step)
     return [batch for _, batch in zip(range(count), batches, strict=False)]

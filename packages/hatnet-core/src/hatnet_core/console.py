@@ -106,7 +106,7 @@ class BadImages:
         bad = len(self.problems) if bad is None else bad
         if not bad or (self.on_bad_image == "replace" and bad < images):
             return 0
-        if images > 1:
+        if images > 1 or self.on_bad_image == "replace":
             logger.error("%d of %d images could not be read or predicted", bad, images)
         return FAILED
 
@@ -333,16 +333,18 @@ def log_to_stderr(name: str, level: int = logging.INFO) -> Iterator[logging.Logg
     handler.setFormatter(_Line(name))
     handler.addFilter(lambda record: _first_rank() or getattr(record, "all_ranks", False))
     loggers = [logging.getLogger(package) for package in PACKAGES]
-    levels = [logger.level for logger in loggers]
+    before = [(logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(level)
+        logger.propagate = False  # to handlers of other libraries, which would write it once more
     try:
         yield loggers[0]
     finally:
-        for logger, before in zip(loggers, levels, strict=True):
+        for logger, (old_level, propagate) in zip(loggers, before, strict=True):
             logger.removeHandler(handler)
-            logger.setLevel(before)
+            logger.setLevel(old_level)
+            logger.propagate = propagate
 
 
 def _first_rank() -> bool:
