@@ -40,9 +40,10 @@ OPENMPI = {
 MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 
 MEMBER = """
-import json, os, sys, time
+import json, logging, os, sys, time
 from hatnet_train.launch import LAUNCHER_VARIABLES, discover, join
 
+logging.basicConfig(level="INFO", format="hatnet-train: %(message)s")
 launch, start = discover(os.environ), time.monotonic()
 try:
     join(launch, float(sys.argv[-1]))

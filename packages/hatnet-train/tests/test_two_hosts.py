@@ -20,9 +20,10 @@ FIRST, SECOND = "10.77.0.1", "10.77.0.2"
 PORT = "29517"  # these hosts are nobody else's
 
 MEMBER = """
-import os, sys, time
+import logging, os, sys, time
 from hatnet_train.launch import discover, join
 
+logging.basicConfig(level="INFO", format="hatnet-train: %(message)s")
 start = time.monotonic()
 try:
     join(discover(os.environ), float(sys.argv[-1]))
