@@ -101,7 +101,7 @@ def test_what_a_run_cannot_resume_with_is_refused_with_the_reason(train, everyth
     new, older = ["--out", tmp_path / "run"], still / "checkpoints" / "step-0000000005"
     for other, named, ranks in (
         (["--lr", "1e-3"], [older, "--lr", "0.0003", "0.001"], 1),
-        ([], ["--batch-size", "--accumulation", 20, 5, 24], 5),
+        ([], ["--batch-size", "accumulation", 20, 5, 24], 5),
         (["--data", "digits"], [older, "training data", "72 images"], 1),
         (["--resume", tmp_path], [tmp_path], 1),
     ):
