@@ -203,8 +203,14 @@ def _integer(word: str, low: int, high: int | None) -> int:
     return int(word)
 
 
-def _path(word: str) -> Path:
+def _text(word: str) -> str:
     if not word:  # such as a shell variable that is not set
+        raise ValueError("expected a non-empty string, got ''")
+    return word
+
+
+def _path(word: str) -> Path:
+    if not word:
         raise ValueError("expected a path, got ''")
     return Path(word)
 
@@ -227,6 +233,12 @@ PATH = option(Path, "PATH", _path)
 
 SomePath: TypeAlias = Annotated[Path, PATH]
 
+
+def text(metavar: str) -> PrimitiveConstructorSpec[str]:
+    """Type of an option that is a string, but not an empty one."""
+    return option(str, metavar, _text)
+
+
 CHECKPOINT = arg(
     help="Weights: a run folder of hatnet-train, a checkpoint in it, a .safetensors file, or with --variant any other "
     "file of weights."
@@ -236,7 +248,7 @@ OptionalCheckpoint: TypeAlias = Annotated[Path | None, PATH, CHECKPOINT]
 Variant: TypeAlias = Annotated[
     str | None,
     option(str, "NAME", one_of(list_models(ablations=True))),
-    arg(help=f"Model: {', '.join(list_models())}, or an ablation of the paper, if --checkpoint does not tell."),
+    arg(help=f"Model: {', '.join(list_models())}, or an ablation of the paper, if --checkpoint does not record it."),
 ]
 Device: TypeAlias = Annotated[
     str, arg(metavar="NAME", help="Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N.")
@@ -255,6 +267,7 @@ def run(
     description: str | None = None,
     default: Callable[[type[Command], list[str]], Any] | None = None,
     explain: Callable[[Exception, Command], str] | None = None,
+    registry: tyro.constructors.ConstructorRegistry | None = None,
 ) -> int:
     """Parse the arguments and run the command.
 
@@ -265,6 +278,7 @@ def run(
         version: printed by ``--version``.
         description: for the help of a program with subcommands.
         default: takes the command and its arguments and returns an instance with other defaults, or None.
+        registry: how types without a constructor of their own are read.
         explain: makes an error and the options one line; :func:`error_text` by default.
 
     Returns:
@@ -279,10 +293,10 @@ def run(
             say(f"{prog} {version}")
             return 0
         name, command, words = _chosen(prog, commands, words, description)
-        settings: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes,)}
+        settings: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes,), "registry": registry}
         if default is not None and (values := default(command, words)) is not None:
             settings["default"] = values
-        with _flushed(), _help_may_be_cut(), _silent_unless_first_rank():
+        with _printed():
             options: Command = tyro.cli(
                 command, prog=name, args=words, description=inspect.getdoc(command), **settings
             )
@@ -290,6 +304,9 @@ def run(
             return _work(options, name, log, explain or error_text)
     except OutputClosedError:
         return CLOSED
+    except OSError as error:  # of standard output
+        sys.stderr.write(f"{prog}: error: {error.filename}: {error.strerror}\n")
+        return FAILED
 
 
 def _work(options: Command, name: str, log: logging.Logger, explain: Callable[[Exception, Command], str]) -> int:
@@ -317,8 +334,15 @@ def _chosen(
     """Return the command that the first word names, with its name and arguments; tyro answers anything else."""
     if not isinstance(commands, Mapping):
         return prog, commands, words
+    if words and words[0] not in commands and not words[0].startswith("-"):
+        try:
+            one_of(list(commands))(words[0])
+        except ValueError as error:
+            with log_to_stderr(prog) as log:
+                log.error("%s (see %s --help)", error, prog)
+            sys.exit(USAGE)
     if not words or words[0] not in commands:
-        with _flushed():
+        with _printed():
             tyro.extras.subcommand_cli_from_dict(dict(commands), prog=prog, description=description, args=words)
     return f"{prog} {words[0]}", commands[words[0]], words[1:]
 
@@ -331,7 +355,7 @@ def log_to_stderr(name: str, level: int = logging.INFO) -> Iterator[logging.Logg
     """
     handler = logging.StreamHandler()
     handler.setFormatter(_Line(name))
-    handler.addFilter(lambda record: _first_rank() or getattr(record, "all_ranks", False))
+    handler.addFilter(lambda record: rank() == 0 or getattr(record, "all_ranks", False))
     loggers = [logging.getLogger(package) for package in PACKAGES]
     before = [(logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
@@ -347,17 +371,10 @@ def log_to_stderr(name: str, level: int = logging.INFO) -> Iterator[logging.Logg
             logger.propagate = propagate
 
 
-def _first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def _silent_unless_first_rank() -> Iterator[None]:
-    if _first_rank():
-        yield
-    else:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+def rank() -> int:
+    """Return the rank of this process in its launch, 0 without one."""
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
 
 
 class _Line(logging.Formatter):
@@ -390,12 +407,10 @@ def flags_of(options: Any) -> dict[str, str]:
 
 
 def in_flags(text: str, options: Command) -> str:
-    """Spell the names of arguments as the flags of a command: ``variant=NAME`` as ``--variant NAME``."""
+    """Spell the argument that a message begins with, or gives as ``name=value``, as the flag of a command."""
     for name, flag in flags_of(options).items():
         text = re.sub(rf"(?<![^\s(]){name}=('?)([\w.-]+)\1", rf"{flag} \2", text)
-        text = re.sub(rf"^{name}(?= must be )", flag, text)
-        if "_" in name:
-            text = re.sub(rf"(?<![\w./-]){name}(?![\w/-])(?!\.\w)", flag, text)
+        text = re.sub(rf"^{name}(?= (must|is) )", flag, text)
     return text
 
 
@@ -427,21 +442,25 @@ def _discard_output() -> None:
 
 
 @contextmanager
+def _printed() -> Iterator[None]:
+    """Print what tyro prints, with the errors of :func:`say`; a wrong command line is reported by rank 0 alone."""
+    output = io.StringIO()
+    silence = contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stderr(io.StringIO())
+    try:
+        with contextlib.redirect_stdout(output), silence:
+            yield
+    finally:
+        if output.getvalue():
+            say(output.getvalue().rstrip())
+
+
+@contextmanager
 def _flushed() -> Iterator[None]:
     """Have what was printed written, with the errors of :func:`say`, also where a help text ends the process."""
     try:
         yield
     finally:
         say()
-
-
-@contextmanager
-def _help_may_be_cut() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError as error:
-        _discard_output()
-        raise OutputClosedError from error
 
 
 def writable_file(path: Path) -> Path:

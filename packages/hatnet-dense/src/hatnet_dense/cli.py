@@ -20,6 +20,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from hatnet_core.console import (
     PATH,
+    USAGE,
     BadImages,
     Command,
     Device,
@@ -33,6 +34,7 @@ from hatnet_core.console import (
     run,
     say,
     several,
+    text,
     whole,
     writable_file,
     writable_folder,
@@ -78,7 +80,7 @@ def _key_value(word: str) -> str:
 class OfConfig(Command):
     """A command that reads a config."""
 
-    config: Positional[Annotated[str, arg(metavar="CONFIG")]]
+    config: Positional[Annotated[str, text("CONFIG")]]
     """Config file, or a name that 'hatnet-dense configs' lists."""
 
     cfg_options: Annotated[
@@ -347,8 +349,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # importlib's, and torch's own compiler's; nothing a user of this command can change
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")
     warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words.count("--cfg-options") > 1:
+        sys.stderr.write("hatnet-dense: error: --cfg-options must be given once, with all of its KEY=VALUE\n")
+        return USAGE
     description = "HAT-Net in MMDetection and MMSegmentation, with any of their configs or one of this package."
-    return run("hatnet-dense", COMMANDS, arguments, version=__version__, description=description, explain=explain)
+    return run("hatnet-dense", COMMANDS, words, version=__version__, description=description, explain=explain)
 
 
 def explain(error: Exception, options: Command) -> str:

@@ -9,15 +9,17 @@ import itertools
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from hatnet_core import console
 from hatnet_core.console import (
@@ -37,6 +39,7 @@ from hatnet_core.console import (
     paths,
     real,
     say,
+    text,
     whole,
     writable_file,
     writable_folder,
@@ -68,6 +71,39 @@ TIMEOUT_SECONDS = 600.0
 SHOWN = "imagenet"
 """Recipe whose values ``--help`` shows without ``--recipe``."""
 
+NUMBERS = tyro.constructors.ConstructorRegistry()
+"""How numbers on the command line are read; the configuration knows their ranges."""
+
+
+@NUMBERS.primitive_rule
+def _number(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    if info.type is int:
+        return option(int, "N", _integer)
+    several = next((kind for kind in get_args(info.type) if get_origin(kind) is tuple), None)
+    if several is not None:  # some integers, or None
+        return PrimitiveConstructorSpec(
+            nargs=len(get_args(several)),
+            metavar=" ".join("N" for _ in get_args(several)),
+            instance_from_str=lambda words: tuple(map(_integer, words)),
+            is_instance=lambda value: value is None or isinstance(value, tuple),
+            str_from_instance=lambda value: ["None"] if value is None else list(map(str, value)),
+        )
+    return option(float, "X", _real, "{:g}".format) if info.type is float else None
+
+
+def _integer(word: str) -> int:
+    if not re.fullmatch(r"[+-]?\d+", word, re.ASCII):  # int() would take "1_0" and " 1", too
+        raise ValueError(f"expected an integer, got {word!r}")
+    return int(word)
+
+
+def _real(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise ValueError(f"expected a number, got {word!r}") from None
+
+
 RECIPE = option(str, "NAME", one_of(list(RECIPES)))
 
 logger = logging.getLogger(__name__)
@@ -93,7 +129,7 @@ class Run(Options, Launched):
     out: Annotated[Path | None, PATH, arg(metavar="DIR")] = None
     """Run folder: new, empty, or with --resume that of the run."""
 
-    resume: Annotated[str, arg(metavar="auto|none|PATH")] = "none"
+    resume: Annotated[str, text("auto|none|PATH")] = "none"
     """Resume from the newest checkpoint in --out, if there is one (auto), from that of another run folder, or from a
     checkpoint; none starts a new run."""
 
@@ -145,7 +181,7 @@ class Run(Options, Launched):
         except FieldError as error:
             if error.field in fields and error.field not in given:
                 raise ValueError(f"{path}: {key_of(error.field)} {error.problem}") from error
-            raise UsageError(error) from error
+            raise UsageError(f"{_flag(error.field)} {error.problem}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +244,7 @@ class CheckData(Command):
     Problems are such as unreadable images, and pictures that are in both train/ and val/.
     """
 
-    data: Annotated[str | None, arg(metavar="DATA", help=field_help("data"))] = None
+    data: Annotated[str | None, text("DATA"), arg(help=field_help("data"))] = None
 
     recipe: Annotated[str | None, RECIPE] = None
     """Recipe whose data to check, if --data is not given."""
@@ -313,7 +349,7 @@ class Evaluate(BadImages, Launched):
 
     variant: Variant = None
 
-    data: Annotated[str, arg(metavar="DATA", help=field_help("data"))]
+    data: Annotated[str, text("DATA"), arg(help=field_help("data"))]
 
     size: Annotated[
         int | None, whole(MIN_SIZE, MAX_SIZE, "PIXELS"), arg(help_behavior_hint="(default: as trained)")
@@ -397,8 +433,8 @@ class Predict(BadImages, Command):
 
         classifier = load_classifier(self.checkpoint, self.variant)
         files, skipped = find_images(self.images, self.skip)
-        if text := str(skipped):
-            logger.info("%s", text)
+        if str(skipped):
+            logger.info("%s", skipped)
         rows = []
         try:
             for row in predictions(classifier, files, self.top_k, self.device, self.skip):
@@ -490,13 +526,15 @@ def train(arguments: Sequence[str] | None = None) -> int:
     words.sort(key=lambda word: word.startswith("--local_rank="))  # the deepspeed launcher puts it first
     modes = [word for word in words if word.partition("=")[0] in MODES]
     if len(modes) > 1:
-        sys.stderr.write(f"hatnet-train: error: {modes[0]} cannot be combined with {modes[1]}\n")
+        sys.stderr.write(
+            f"hatnet-train: error: {modes[0]} cannot be combined with {modes[1]} (see hatnet-train --help)\n"
+        )
         return USAGE
     if modes:
         name, _, value = modes[0].partition("=")
         words.remove(modes[0])
         words = [MODES[name], *filter(None, [value]), *words]
-    if words[:1] == ["train"] or not words or words[0] not in COMMANDS:
+    if words[:1] in ([], ["train"]) or words[0].startswith("-"):
         return _run("hatnet-train", Train, words[words[:1] == ["train"] :])
     return _run("hatnet-train", COMMANDS, words)
 
@@ -519,12 +557,14 @@ def shards(arguments: Sequence[str] | None = None) -> int:
 def _run(prog: str, commands: Any, arguments: Sequence[str] | None) -> int:
     status: Any
     try:
-        status = console.run(prog, commands, arguments, version=__version__, default=_defaults, explain=explain)
+        status = console.run(
+            prog, commands, arguments, version=__version__, default=_defaults, explain=explain, registry=NUMBERS
+        )
     except SystemExit as end:
         status = end.code or 0
     finally:
         kill()  # whatever the command ended with, it leaves no worker
-    if status == USAGE and os.environ.get("RANK", "0") != "0":
+    if status == USAGE and console.rank():
         time.sleep(GRACE_SECONDS)  # the launcher ends all processes: rank 0 reports this first
     return int(status)
 

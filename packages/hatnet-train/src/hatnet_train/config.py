@@ -10,8 +10,9 @@ A field is declared here and nowhere else. Its annotation is its type and range,
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
@@ -26,10 +27,6 @@ MAX_SIZE = 2048
 """Largest ``image_size`` in pixels, our choice: a typing error should not take all memory."""
 
 MAX_WORKERS = 1024
-
-PRECISIONS = ("bf16", "fp16", "fp32")
-
-BAD_IMAGE = ("strict", "replace")
 
 SHARD_MEGABYTES = 256.0
 """Size of a shard of hatnet-shards. ImageNet's 140 GB become 560 shards: enough for many processes to write and for
@@ -277,8 +274,8 @@ class TrainConfig(Options):
         for name, field in FIELDS.items():
             field.checked(name, getattr(getattr(self, field.group), name))
         optimisation, augmentation, size = self.optimisation, self.augmentation, self.images.image_size
-        self._check("variant", self.model.variant in KNOWN, f"one of {', '.join(KNOWN)}")
-        self._check("kernels", self.compute.kernels in KERNELS, f"one of {', '.join(KERNELS)}")
+        self._check_name("variant", KNOWN)
+        self._check_name("kernels", KERNELS)
         self._check("min_lr", optimisation.min_lr <= optimisation.lr, f"at most lr={optimisation.lr}")
         self._check(
             "warmup_epochs",
@@ -294,7 +291,16 @@ class TrainConfig(Options):
 
     def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise FieldError(name, f"must be {expected}, got {getattr(getattr(self, FIELDS[name].group), name)!r}")
+            raise FieldError(name, f"must be {expected}, got {self._value(name)!r}")
+
+    def _check_name(self, name: str, known: Sequence[str]) -> None:
+        if self._value(name) not in known:
+            similar = difflib.get_close_matches(self._value(name), known, n=1)
+            hint = f", did you mean {similar[0]}?" if similar else ""
+            raise FieldError(name, f"must be one of {', '.join(known)}, got {self._value(name)!r}{hint}")
+
+    def _value(self, name: str) -> Any:
+        return getattr(getattr(self, FIELDS[name].group), name)
 
     def replace(self, **changes: Any) -> TrainConfig:
         """Copy with other values of some fields, by name."""
@@ -342,6 +348,7 @@ def _described(kind: Any) -> str:
         return names.get(kind) or _described(get_args(kind)[0])  # of a type or None
     text = _described(get_args(kind)[0])
     for meta in kind.__metadata__:
+        text = "a non-empty string" if meta.min_length else text
         bounds = {"from": meta.ge, "above": meta.gt, "to": meta.le if meta.le != LARGEST else None, "below": meta.lt}
         text += "".join(f" {word} {bound}" for word, bound in bounds.items() if bound is not None)
     return text

@@ -51,7 +51,7 @@ def deepspeed_config(config: TrainConfig, *, world_size: int, user: Mapping[str,
     for name in AUTOCAST_DTYPES:
         if enabled(user, name) and config.compute.zero_stage == 0:
             raise ValueError(
-                f"a section {name} needs zero_stage 1 to 3, got 0, where DeepSpeed keeps the fp32 weights out of "
+                f"a section {name} needs --zero-stage 1 to 3, got 0, where DeepSpeed keeps the fp32 weights out of "
                 f"sight; expected --precision {name} or torch_autocast instead"
             )
     if not any(enabled(user, name) for name in (*AUTOCAST_DTYPES, "torch_autocast")):
@@ -102,8 +102,8 @@ def _check_user(ours: Mapping[str, Any], user: Mapping[str, Any], config: TrainC
     micro = user.get("train_micro_batch_size_per_gpu")
     if micro not in (None, ours["train_micro_batch_size_per_gpu"]):
         raise ValueError(
-            f"train_micro_batch_size_per_gpu is {micro}, but batch_size {ours['train_batch_size']} over all processes "
-            f"and passes gives {ours['train_micro_batch_size_per_gpu']}"
+            f"train_micro_batch_size_per_gpu is {micro}, but --batch-size {ours['train_batch_size']} over all "
+            f"processes and passes gives {ours['train_micro_batch_size_per_gpu']}"
         )
     for name in (config.compute.precision, "torch_autocast"):
         if (

@@ -41,7 +41,7 @@ def build_engine(
     """
     if settings.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
         raise ValueError(
-            f"precision fp16 with zero_stage {config.compute.zero_stage} needs a GPU; on a CPU, use bf16 or fp32"
+            f"--precision fp16 with --zero-stage {config.compute.zero_stage} needs a GPU; on a CPU, use bf16 or fp32"
         )
     if config.compute.kernels != "auto":  # which leaves what the process has chosen
         set_kernels(config.compute.kernels)

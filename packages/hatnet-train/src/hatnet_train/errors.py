@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection
 
-from hatnet_core.console import EXPECTED, TRACEBACK, Command, error_text, flags_of
+from hatnet_core.console import EXPECTED, TRACEBACK, Command, error_text, flags_of, rank
 from hatnet_train.signals import stop_noticing
 from hatnet_train.workers import OF_THE_MACHINE, WorkerError
 
@@ -57,7 +57,7 @@ CAUSES: dict[str, Callable[[str], tuple[str, ...]]] = {
         "a worker was killed (out of memory?)",
         "--workers",
     ),
-    LOST_CONTACT: lambda text: (f"lost contact with another process, whose own output tells the cause ({text})",),
+    LOST_CONTACT: lambda text: (f"lost contact with another process, see its own output ({text})",),
     r"out of memory|can't allocate memory|Cannot allocate memory|MemoryError": lambda text: (
         f"not enough memory ({text})",
         *LESS,
@@ -73,12 +73,11 @@ def explain(error: Exception, options: Command) -> str:
     if it did not end, because the error was theirs alone.
     """
     text = _explain(error, options)
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
+    if rank() == 0:
         return text
     stop_noticing()  # the launcher's SIGTERM is meant
     time.sleep(GRACE_SECONDS)
-    return f"[rank {rank}] {text}"
+    return f"[rank {rank()}] {text}"
 
 
 def _explain(error: Exception, options: Command) -> str:
@@ -91,6 +90,7 @@ def _explain(error: Exception, options: Command) -> str:
         return f"a data worker failed: {error}"
     if not isinstance(error, EXPECTED) and not os.environ.get(TRACEBACK) and not options.verbose:
         traceback.print_exception(error)
+        return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     return error_text(error, options)
 
 

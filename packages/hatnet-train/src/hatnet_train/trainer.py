@@ -346,7 +346,7 @@ class Trainer:
         if self.state.bad_images > self.config.faults.max_bad_images:
             raise AgreedError(
                 f"{self.state.bad_images} images of epoch {len(self.state.rows) + 1} could not be read by step "
-                f"{self.state.step}; max_bad_images is {self.config.faults.max_bad_images}"
+                f"{self.state.step}; --max-bad-images is {self.config.faults.max_bad_images}"
             )
 
     def _pass(self, batch: Batch) -> Tensor:
@@ -402,7 +402,7 @@ class Trainer:
         skipped = [*self.state.skipped, error.step]
         if len(skipped) > self.config.faults.max_skipped_steps:
             raise FloatingPointError(
-                f"{error}; {len(skipped) - 1} steps were skipped before, max_skipped_steps is "
+                f"{error}; {len(skipped) - 1} steps were skipped before, --max-skipped-steps is "
                 f"{self.config.faults.max_skipped_steps}; a lower --lr may help"
             )
         newest = checkpoint.set_aside(self.out / "checkpoints")[0] if self.rank == 0 else None

@@ -72,9 +72,9 @@ def test_damaged_files_are_named_and_the_checkpoint_to_resume_from(train, run):
     assert verdict(log, old) == verdict(log, run) != verdict(log, new)
     assert lines_naming(log, new / "optimizer.safetensors")
     assert lines_naming(log, "--resume", old)
-    error_line(log, "hatnet-train", 1, 3, new)
+    error_line(log, "hatnet-train verify", 1, 3, new)
 
 
 def test_a_folder_that_is_not_of_a_run_is_refused(train, tmp_path):
     log = train("--verify", tmp_path, ranks=1, expected=1)
-    error_line(log, "hatnet-train", tmp_path, "config.json")
+    error_line(log, "hatnet-train verify", tmp_path, "config.json")

@@ -93,7 +93,7 @@ def test_a_small_dev_shm_is_named_with_its_size_and_remedies(command, secluded, 
         until(lambda: ": error: " in started.log(0) or started.poll(0) is not None, 120, started.text)
         status, log = ended(started)
     assert status == 1
-    error_line(log, NAMES[command], "/dev/shm", "0.25 MB", "--shm-size", "--workers")
+    error_line(log, NAMES[command], "/dev/shm", "0.25 MiB", "--shm-size", "--workers")
     assert "Traceback" not in log
 
 
