@@ -295,7 +295,7 @@ def refused(launch):
             until(lambda: started.poll(0) is not None, 120, started.text)
             log = started.text()
             assert started.poll(0) == 1
-            error_line(log, "hatnet-train", *named)
+            error_line(log, "hatnet-train preflight" if "--preflight" in arguments else "hatnet-train", *named)
             assert "Traceback" not in log
 
     return refused

@@ -96,10 +96,9 @@ class BadImages:
     def skip(self, problem: str) -> None:
         """Log an image that is skipped."""
         self.problems.append(problem)
-        if self.on_bad_image == "strict":
-            logger.error("%s", problem)
-        else:
-            logger.warning("skipped: %s", problem)
+        strict = self.on_bad_image == "strict"
+        level, text = (logging.ERROR, "%s") if strict else (logging.WARNING, "skipped: %s")
+        logger.log(level, text, problem, extra={"all_ranks": True})
 
     def finish(self, images: int, bad: int | None = None) -> int:
         """Return the exit status after all images, of which ``bad``, by default those skipped here, are bad."""
