@@ -176,13 +176,14 @@ def test_an_error_of_the_machine_is_one_line_and_a_mistake_of_ours_has_a_trace(t
 
 @pytest.mark.parametrize("command", NAMES.values())
 def test_the_installed_commands_refuse_a_wrong_option_before_torch_is_imported(command, run_command):
-    code = "import sys\nfrom importlib.metadata import entry_points\nsys.argv = ['x', 'x', '--absent']\ntry:\n    "
+    words = ["--absent"] if command == "hatnet-train" else ["x", "--absent"]
+    code = "import sys\nfrom importlib.metadata import entry_points\ntry:\n    "
     code += f"sys.exit(entry_points(name='{command}')['{command}'].load()())\nfinally:\n    "
     code += "print('torch' in sys.modules)"
-    done = run_command(sys.executable, "-c", code)
+    done = run_command(sys.executable, "-c", code, *words)
     assert (done.returncode, done.stdout) == (2, "False\n")
     usage_error(done.stderr, command, "--absent")
-    installed = run_command(command, "x", "--absent")
+    installed = run_command(command, *words)
     assert (installed.returncode, installed.stderr) == (2, done.stderr)
 
 

@@ -130,7 +130,7 @@ def test_one_edit_adds_a_field_to_flags_help_checks_json_and_resume(tmp_path):
 
     command = ["-m", "hatnet_train", "config", "--recipe", "digits"]
     shown = run(*command, "--help").stdout
-    assert {"--patience", "INT", "4"} <= set(re.findall(r"[\w-]+", shown))
+    assert {"--patience", "N", "4"} <= set(re.findall(r"[\w-]+", shown))
     assert json.loads(run(*command).stdout)["patience"] == 4
     assert json.loads(run(*command, "--patience", "5").stdout)["patience"] == 5
     for value in ("10", "-1", "many"):
