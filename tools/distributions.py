@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import doctest
 import importlib.metadata
+import importlib.util
 import io
 import re
 import subprocess
@@ -104,7 +105,7 @@ def check_installed(package: str, readme: Path) -> None:
     if "site-packages" not in str(module.__file__):
         fail(f"{package} is imported from {module.__file__}, expected the wheel that is installed")
     scripts = importlib.metadata.distribution(package).entry_points.select(group="console_scripts")
-    for script in scripts:
+    for script in scripts if importlib.util.find_spec("tyro") else ():  # an extra of hatnet-core
         ran(script.name, "--help")
         say(f"{script.name} --help: works")
     EXERCISES[package](readme.read_text())

@@ -260,7 +260,7 @@ def test_what_a_run_cannot_start_with_is_found_before_its_folder_is_made(flags, 
 
 def test_a_preflight_finds_what_a_run_cannot_start_with(train, short):
     log = train(*short, "--preflight", "--rand-augment", "bogus", ranks=1, expected=1)
-    error_line(log, "hatnet-train", "--rand-augment", "timm", "'bogus'")
+    error_line(log, "hatnet-train preflight", "--rand-augment", "timm", "'bogus'")
     assert "GB/s" not in log
 
 
