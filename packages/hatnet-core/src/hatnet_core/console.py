@@ -52,7 +52,6 @@ PACKAGES = ("hatnet_core", "hatnet_train", "hatnet_dense", "hatnet_analysis")
 
 MESSAGES = tyro.conf.create_mutex_group(required=False, title="messages")
 
-
 logger = logging.getLogger(__name__)
 
 

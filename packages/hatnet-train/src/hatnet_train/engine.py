@@ -34,7 +34,7 @@ def build_engine(
         settings: DeepSpeed's configuration of it.
         steps_per_epoch: optimizer steps an epoch, for the schedule.
         num_classes: outputs of the classifier.
-        weights: of a checkpoint to go on from; else fresh ones, or those of ``config.model.init``.
+        weights: of the checkpoint to resume from; by default fresh ones, or those of ``config.model.init``.
 
     Raises:
         ValueError: if DeepSpeed refuses its configuration, or the weights are those of another model.
