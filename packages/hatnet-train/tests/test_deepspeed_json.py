@@ -112,7 +112,7 @@ def test_a_wrong_file_is_refused_by_path(content, named, written, tmp_path):
 
 def test_another_micro_batch_is_refused(written):
     user = written({"train_micro_batch_size_per_gpu": 4})
-    with raises(ValueError, "train_micro_batch_size_per_gpu", 4, "batch_size", 32, 16):
+    with raises(ValueError, "train_micro_batch_size_per_gpu", 4, "--batch-size 32", 16):
         deepspeed_config(build_config("digits", {}), world_size=2, user=user)
 
 
@@ -126,7 +126,7 @@ def test_states_elsewhere_than_on_the_devices_are_refused(name, written, tmp_pat
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_a_section_of_half_precision_needs_zero(name, written):
     user = written({name: {"enabled": True}})
-    with raises(ValueError, name, "zero_stage", 0, f"--precision {name}", "torch_autocast"):
+    with raises(ValueError, name, "--zero-stage", 0, f"--precision {name}", "torch_autocast"):
         deepspeed_config(build_config("digits", fields_of(user)), world_size=2, user=user)
 
 
