@@ -3,14 +3,12 @@
 - A block of commands that the build did not run says so beneath it, with the reason its page gives in a comment.
 - Links of pages to files of the repository, which are not pages, become downloads.
 - MathJax is copied into the site from the package that carries it.
-- The fields of a dataclass that carry their documentation as metadata are described in the reference.
 - The sentence beneath a constant is shown as it is, and an indented example as code.
 - A name in a docstring, written as it is in its module, links to where that object is documented.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from fnmatch import fnmatch
 from importlib.util import find_spec
@@ -109,13 +107,6 @@ def show_examples(app: Sphinx, what: str, name: str, obj: Any, options: Any, lin
             lines[i] = f"{line}:"
 
 
-def describe_fields(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Append to the docstring of a dataclass what the metadata of its fields say of them."""
-    if what == "class" and dataclasses.is_dataclass(obj):
-        fields = [field for field in dataclasses.fields(obj) if "help" in field.metadata]
-        lines += ["", *(f":param {field.name}: {field.metadata['help']}" for field in fields)]
-
-
 def resolve_short_name(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement
 ) -> nodes.reference | None:
@@ -143,6 +134,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     PlainValues(app)
     app.connect("autodoc-process-signature", name_factories)
     app.connect("autodoc-process-docstring", show_examples)
-    app.connect("autodoc-process-docstring", describe_fields, priority=900)
     app.connect("missing-reference", resolve_short_name)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -36,12 +36,13 @@ USAGE = [
     ("params hatnet_tiny --sise 64 64", "--sise", "hatnet-analysis params --help"),
     ("params hatnet_tiny --by operator", "--by", "'operator'", "stage"),
     ("complexity timm/resnet18", "'timm/resnet18'", TINY),
-    ("complexity hatnet_tiny --growth", "--growth", TINY),
-    ("complexity --out growth.png", "--out", "--growth", "growth.png"),
-    ("complexity --sizes 64 96", "--sizes", "--growth", "64 96"),
-    ("complexity --device cpu", "--device", "--growth", "cpu"),
-    ("complexity --growth --size 64 96", "--size", "--growth", "--sizes", "64 96"),
-    ("complexity --growth --sizes", "--sizes", "SIDE"),
+    ("complexity hatnet_tiny --growth", TINY, "growth"),
+    ("complexity --out growth.png", "--out", "growth.png"),
+    ("complexity --sizes 64 96", "--sizes", "--size"),
+    ("complexity --device cpu", "--device", "cpu"),
+    ("growth --size 64 96", "--size", "--sizes"),
+    ("growth --sizes", "--sizes", "SIDE"),
+    ("growth --device tpu", "--device", "'tpu'", "auto", "cpu"),
     ("complexity --growth --out growth.txt", "--out", "'growth.txt'", ".png", ".svg"),
     ("paper --table 1 --device cpu", "--device", "memory", "cpu"),
     ("paper --table 5", "--table", "'5'", "eq15"),
@@ -67,8 +68,7 @@ USAGE = [
 FAILURES = [
     ("flops timm/coatnet_0_224 --size 100", "timm/coatnet_0_224", "100×100"),
     ("complexity hatnet_small_window4", "hatnet_small_window4", "224×224", "stage 4"),
-    ("complexity --growth --sizes 100", "sizes", 32, 100),
-    ("complexity --growth --device tpu", "--device", "'tpu'", "auto", "cpu"),
+    ("growth --sizes 100", "sizes", 32, 100),
     ("paper --table memory --device cuda:99", "--device", "'cuda:99'"),
     ("throughput hatnet_tiny --device cuda:99", "--device", "'cuda:99'"),
     ("compare hatnet_tiny --out nowhere/a.png", "--out", "'nowhere/a.png'"),
@@ -93,7 +93,7 @@ SMALL = {
     "params hatnet_tiny": "models.on_meta",
     "flops hatnet_tiny --size 32": "flops.count_flops",
     "complexity hatnet_tiny --size 32": "paper.eq15_rows",
-    "complexity --growth --sizes 32": "growth.growth",
+    "growth --sizes 32": "growth.growth",
     "paper --table eq15": "paper.eq15_rows",
     "throughput hatnet_tiny --size 32 --batch 1 --rounds 1": "throughput.load_model",
     "compare hatnet_tiny --size 32 --batch 1 --rounds 1": "throughput.count_flops",
@@ -286,7 +286,7 @@ def test_complexity_of_a_stage_is_compared_with_the_equations(capsys):
 
 
 def test_growth_is_three_tables_a_picture_and_one_json(capsys, files):
-    assert status("complexity --growth --sizes 64 128 --out growth.png") == 0
+    assert status("growth --sizes 64 128 --out growth.png") == 0
     assert capsys.readouterr().out.count("H-MHSA") >= 3
     assert (files / "growth.png").read_bytes().startswith(b"\x89PNG")
     (record,) = printed("complexity --growth --sizes 64 128", capsys)

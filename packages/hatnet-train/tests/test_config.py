@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hatnet_testing import raises, usage_error
+from hatnet_testing import check, raises, usage_error
 from hatnet_train import TrainConfig, build_config
 from hatnet_train import config as config_module
 from hatnet_train.config import FIELDS, FieldError, field_help
@@ -100,20 +100,33 @@ def test_a_missing_field_is_refused():
 NEW = """
     patience: Annotated[int, MAY_CHANGE, Meta(ge=0, le=9)] = 4
     \"\"\"Epochs without a better accuracy before the run ends.\"\"\"
+
+    tolerance: Annotated[int, Meta(ge=0)] = 0
+    \"\"\"Smallest improvement.\"\"\"
+
 """
 
 TRY = """
-import sys
-from hatnet_train import build_config
-from hatnet_train.config import FIELDS, field_help
+import contextlib, io, json
+from hatnet_train import build_config, cli
+from hatnet_train.config import field_help
 from hatnet_train.state import differences
 
+def run(*words):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = cli.train(["config", "--recipe", "digits", *words])
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), err.getvalue()
+
 old = build_config("digits", {}).to_dict()
-del old["patience"]
-assert FIELDS["patience"].may_change
-assert field_help("patience") == "Epochs without a better accuracy before the run ends."
-for changed in ({"patience": 5}, {}):
-    assert differences(old, {}, build_config("digits", changed).to_dict(), {}) == ""
+del old["patience"], old["tolerance"]
+resumed = [differences(old, {}, build_config("digits", changed).to_dict(), {})
+           for changed in ({}, {"patience": 5}, {"tolerance": 1})]
+calls = [run("--help"), run(), run("--patience", "5"), *(run("--patience", bad) for bad in ("10", "-1", "many"))]
+print(json.dumps([field_help("patience"), resumed, calls]))
 """
 
 
@@ -121,21 +134,16 @@ def test_one_edit_adds_a_field_to_flags_help_checks_json_and_resume(tmp_path):
     copy = tmp_path / "hatnet_train"
     shutil.copytree(Path(config_module.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     source = (copy / "config.py").read_text()
-    (copy / "config.py").write_text(source.replace("    max_skipped_steps:", NEW + "\n    max_skipped_steps:", 1))
-
-    def run(*arguments):
-        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        command = [sys.executable, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-
-    command = ["-m", "hatnet_train", "config", "--recipe", "digits"]
-    shown = run(*command, "--help").stdout
-    assert {"--patience", "N", "4"} <= set(re.findall(r"[\w-]+", shown))
-    assert json.loads(run(*command).stdout)["patience"] == 4
-    assert json.loads(run(*command, "--patience", "5").stdout)["patience"] == 5
-    for value in ("10", "-1", "many"):
-        refused = run(*command, "--patience", value)
-        assert refused.returncode == 2
-        usage_error(refused.stderr, "--patience", value)
-    done = run("-c", TRY)
+    (copy / "config.py").write_text(source.replace("    max_skipped_steps:", NEW + "    max_skipped_steps:", 1))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([sys.executable, "-c", TRY], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
+    text, resumed, ((_, shown, _), (_, default, _), (_, given, _), *refused) = json.loads(done.stdout.splitlines()[-1])
+    assert text == "Epochs without a better accuracy before the run ends."
+    assert {"--patience", "N", "4"} <= set(re.findall(r"[\w-]+", shown))
+    assert [json.loads(printed)["patience"] for printed in (default, given)] == [4, 5]
+    for value, (status, _, error) in zip(("10", "-1", "many"), refused, strict=True):
+        assert status == 2
+        usage_error(error, "--patience", value)
+    assert resumed[:2] == ["", ""]
+    check(resumed[2], "--tolerance", 0, 1)

@@ -7,6 +7,7 @@ the commands. Modules that measure, and with them torch, are imported when a com
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from hatnet_analysis.__about__ import __version__
 from hatnet_analysis.tables import SECTIONS, TABLES, Row, render, render_titled
 from hatnet_core import console
 from hatnet_core.console import (
+    DEVICE,
     PATH,
     Batch,
     Command,
@@ -26,6 +28,7 @@ from hatnet_core.console import (
     OptionalCheckpoint,
     UsageError,
     Variant,
+    command_first,
     file_ending,
     one_of,
     option,
@@ -68,7 +71,7 @@ Size: TypeAlias = Annotated[tuple[int, int], pixels(MAX_SIZE), arg(help=SIZE)]
 Picture: TypeAlias = Annotated[Path | None, file_ending(".png", ".svg")]
 OptionalDevice: TypeAlias = Annotated[
     str | None,
-    option(str, "NAME", str),
+    DEVICE,
     arg(
         help="Where to measure time and memory: auto (a GPU if there is one), cpu, cuda or cuda:N.",
         help_behavior_hint="(default: auto)",
@@ -103,7 +106,7 @@ class Params(Rows):
 
     models: Models
     by: Literal["model", "stage", "block"] = "model"
-    """What a row is."""
+    """Part of the model that a row counts."""
 
     def _result(self) -> str:
         from hatnet_analysis.flops import block_names, count_params, stage_names
@@ -132,7 +135,7 @@ class Flops(Rows):
 
     models: Models
     by: Literal["model", "stage", "block", "operator"] = "model"
-    """What a row is."""
+    """Part of the model that a row counts."""
 
     size: Size = (224, 224)
 
@@ -157,55 +160,51 @@ class Flops(Rows):
 class Complexity(Rows):
     """Compare Eq. 5 and Eq. 15 with the products measured in one block of each stage.
 
-    With --growth, instead: the multiply-adds, time and peak memory of MHSA, windows, spatial reduction and H-MHSA as
-    images grow, on the map of stage 2.
-
     Examples:
       hatnet-analysis complexity hatnet_small
-      hatnet-analysis complexity --growth --out growth.png
     """
 
     models: Annotated[
-        Positional[tuple[str, ...] | None],
-        several(option(str, "MODEL", one_of(list_models(ablations=True)))),
-        arg(help_behavior_hint=f"(default: {' '.join(list_models())})"),
-    ] = None
+        Positional[tuple[str, ...]], several(option(str, "MODEL", one_of(list_models(ablations=True))))
+    ] = tuple(list_models())
     """Models or ablations of the paper."""
 
-    size: Annotated[tuple[int, int] | None, pixels(MAX_SIZE), arg(help=SIZE, help_behavior_hint="(default: 224)")] = (
-        None
-    )
+    size: Size = (224, 224)
 
-    growth: Annotated[bool, FlagCreatePairsOff] = False
-    """Measure the growth with the size of the image."""
+    def _result(self) -> str:
+        from hatnet_analysis.models import refusals
+        from hatnet_analysis.paper import eq15_rows
+
+        rows = []
+        for name in self.models:
+            _progress(f"counting {name} at {self.size[0]}×{self.size[1]}")
+            with refusals(name, self.size):
+                rows += eq15_rows(name, *self.size)
+        return render(rows, self.format)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth(Rows):
+    """Measure how MHSA, windows, spatial reduction and H-MHSA grow with the image, on the map of stage 2.
+
+    Measures multiply-adds, time and peak memory.
+
+    Examples:
+      hatnet-analysis growth --out growth.png
+    """
 
     sizes: Annotated[
         tuple[int, ...] | None,
         several(whole(MIN_SIZE, MAX_SIZE, "SIDE")),
         arg(help_behavior_hint="(default: seven from 224 to 2048)"),
     ] = None
-    """Sides of the images of --growth in pixels, multiples of 32."""
+    """Sides of the images in pixels, multiples of 32."""
 
-    device: OptionalDevice = None
+    device: Device = "auto"
     out: Picture = None
-    """Write the log-log plot of --growth to this file, .png or .svg."""
+    """Write the log-log plot to this file, .png or .svg."""
 
     def _result(self) -> str:
-        if self.growth:
-            return self._growth()
-        _refuse_unused(self, ("sizes", "device", "out"), "with --growth")
-        from hatnet_analysis.models import refusals
-        from hatnet_analysis.paper import eq15_rows
-
-        size, rows = self.size or (224, 224), []
-        for name in self.models or list_models():
-            _progress(f"counting {name} at {size[0]}×{size[1]}")
-            with refusals(name, size):
-                rows += eq15_rows(name, *size)
-        return render(rows, self.format)
-
-    def _growth(self) -> str:
-        _refuse_unused(self, ("models", "size"), "without --growth, which has --sizes")
         from hatnet_analysis.figures import growth_figure, save_figure
         from hatnet_analysis.growth import SIZES, crossings, exponents, growth, summary
         from hatnet_analysis.models import refusals
@@ -421,18 +420,22 @@ class Report(Command):
         say(f"written: {write_report(out, sections, tables, *explored, _device(self.device), _progress)}")
 
 
-COMMANDS = (Params, Flops, Complexity, Paper, Throughput, Compare, Attention, Report)
+COMMANDS = (Params, Flops, Complexity, Growth, Paper, Throughput, Compare, Attention, Report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see its ``--help``."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["complexity"]:
+        words = command_first("hatnet-analysis", words[1:], {"--growth": "growth"})
+        words = words if words[:1] == ["growth"] else ["complexity", *words]
     with warnings.catch_warnings():
         # torch's compiler, fvcore and the dense libraries warn of what a user of this command cannot change
         warnings.simplefilter("ignore")
         return console.run(
             "hatnet-analysis",
             {command.__name__.lower(): command for command in COMMANDS},
-            arguments,
+            words,
             version=__version__,
             description="Parameters, FLOPs, complexity, speed and attention of HAT-Net, compared with the paper.",
         )
@@ -451,8 +454,7 @@ def _refuse_unused(options: Command, names: Sequence[str], when: str) -> None:
         given = getattr(options, name)
         if given is not None:
             shown = " ".join(map(str, given)) if isinstance(given, tuple) else given
-            flag = "MODEL" if name == "models" else f"--{name}"
-            raise UsageError(f"{flag} has an effect only {when}, got {shown}")
+            raise UsageError(f"--{name} has an effect only {when}, got {shown}")
 
 
 def _device(name: str | None) -> str:

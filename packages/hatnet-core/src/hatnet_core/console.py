@@ -10,21 +10,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import logging
+import math
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeAlias
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Suppress, arg
+from tyro.conf import FlagCreatePairsOff, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from hatnet_core.variants import MIN_SIZE, list_models
@@ -73,6 +75,12 @@ class Command:
     verbose: Annotated[bool, FlagCreatePairsOff, MESSAGES] = False
     """Log details, and show the traceback of an error."""
 
+    version: Annotated[bool, FlagCreatePairsOff] = False
+    """Print the version and exit."""
+
+    arguments: ClassVar[tuple[str, ...]] = ()
+    """Words of the command line; :func:`run` sets them on the instance, as tyro does not tell which were given."""
+
     def run(self) -> int | None:
         """Do the work; returns the exit status, None for 0."""
         raise NotImplementedError
@@ -90,7 +98,10 @@ class BadImages:
         ),
     ] = "strict"
 
-    problems: Annotated[list[str], Suppress] = field(default_factory=list)
+    @functools.cached_property
+    def problems(self) -> list[str]:
+        """Images that were skipped, and why."""
+        return []
 
     def skip(self, problem: str) -> None:
         """Log an image that is skipped."""
@@ -139,23 +150,21 @@ def several(one: PrimitiveConstructorSpec[Any]) -> PrimitiveConstructorSpec[tupl
     )
 
 
-def whole(low: int, high: int | None = None, metavar: str = "N") -> PrimitiveConstructorSpec[int]:
+def whole(low: int | None = None, high: int | None = None, metavar: str = "N") -> PrimitiveConstructorSpec[int]:
     """Type of an option that is an integer in a range, in decimal digits only."""
     return option(int, metavar, lambda word: _integer(word, low, high))
 
 
-def real(low: float, high: float = float("inf")) -> PrimitiveConstructorSpec[float]:
-    """Type of an option that is a finite number above ``low``, or between and including two bounds."""
-    expected = f"a number above {low:g}" if high == float("inf") else f"a number from {low:g} to {high:g}"
+def real(low: float = -math.inf, high: float = math.inf) -> PrimitiveConstructorSpec[float]:
+    """Type of an option that is a number above ``low``, or between and including two bounds."""
+    bounds = f" from {low:g} to {high:g}" if high < math.inf else f" above {low:g}" if low > -math.inf else ""
 
     def read(word: str) -> float:
-        try:
+        with contextlib.suppress(ValueError):
             value = float(word)
-        except ValueError:
-            value = float("nan")
-        if not (low < value < high or (value in (low, high) and high < float("inf"))):
-            raise ValueError(f"expected {expected}, got {word!r}")
-        return value
+            if not bounds or low < value < high or (value in (low, high) and high < math.inf):
+                return value
+        raise ValueError(f"expected a number{bounds}, got {word!r}")
 
     return option(float, "X", read, "{:g}".format)
 
@@ -194,11 +203,13 @@ def file_ending(*suffixes: str) -> PrimitiveConstructorSpec[Path]:
     return option(Path, "FILE", read)
 
 
-def _integer(word: str, low: int, high: int | None) -> int:
+def _integer(word: str, low: int | None, high: int | None) -> int:
     # int() would take "1_0" and " 1", too
-    if not (word.isascii() and word.isdigit() and low <= int(word) and (high is None or int(word) <= high)):
-        raise ValueError(f"expected an integer from {low}{'' if high is None else f' to {high}'}, got {word!r}")
-    return int(word)
+    value = int(word) if re.fullmatch(r"[+-]?\d+", word, re.ASCII) else None
+    if value is None or value < (value if low is None else low) or value > (value if high is None else high):
+        bounds = "".join(f" {word} {bound}" for word, bound in (("from", low), ("to", high)) if bound is not None)
+        raise ValueError(f"expected an integer{bounds}, got {word!r}")
+    return value
 
 
 def _text(word: str) -> str:
@@ -211,6 +222,12 @@ def _path(word: str) -> Path:
     if not word:
         raise ValueError("expected a path, got ''")
     return Path(word)
+
+
+def _device(word: str) -> str:
+    if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", word):
+        raise ValueError(f"expected auto, cpu, cuda or cuda:N, got {word!r}")
+    return word
 
 
 def one_of(known: Sequence[str]) -> Callable[[str], str]:
@@ -237,6 +254,9 @@ def text(metavar: str) -> PrimitiveConstructorSpec[str]:
     return option(str, metavar, _text)
 
 
+DEVICE = option(str, "NAME", _device)
+"""Type of a device's name."""
+
 CHECKPOINT = arg(
     help="Weights: a run folder of hatnet-train, a checkpoint in it, a .safetensors file, or with --variant any other "
     "file of weights."
@@ -249,7 +269,9 @@ Variant: TypeAlias = Annotated[
     arg(help=f"Model: {', '.join(list_models())}, or an ablation of the paper, if --checkpoint does not record it."),
 ]
 Device: TypeAlias = Annotated[
-    str, arg(metavar="NAME", help="Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N.")
+    str,
+    DEVICE,
+    arg(help="Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N."),
 ]
 Batch: TypeAlias = Annotated[int, whole(1), arg(help="Images that a process computes at a time.")]
 Format: TypeAlias = Annotated[Literal["table", "json"], arg(help="How the result is printed.")]
@@ -262,6 +284,7 @@ def run(
     arguments: Sequence[str] | None = None,
     *,
     version: str,
+    main: str | None = None,
     description: str | None = None,
     default: Callable[[type[Command], list[str]], Any] | None = None,
     explain: Callable[[Exception, Command], str] | None = None,
@@ -274,6 +297,7 @@ def run(
         commands: its command, or its subcommands by name.
         arguments: those of the process by default.
         version: printed by ``--version``.
+        main: subcommand that runs unless the first word names another.
         description: for the help of a program with subcommands.
         default: takes the command and its arguments and returns an instance with other defaults, or None.
         registry: how types without a constructor of their own are read.
@@ -286,21 +310,25 @@ def run(
         SystemExit: after ``--help`` and usage errors.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
-        if words == ["--version"]:
+        if "--version" in words:
             say(f"{prog} {version}")
             return 0
-        name, command, words = _chosen(prog, commands, words, description)
+        name, command, words = _chosen(prog, commands, words, main, description)
         settings: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes,), "registry": registry}
         if default is not None and (values := default(command, words)) is not None:
             settings["default"] = values
-        with _printed():
+        with _on_rank_0():
             options: Command = tyro.cli(
                 command, prog=name, args=words, description=inspect.getdoc(command), **settings
             )
+        object.__setattr__(options, "arguments", tuple(words))
         with log_to_stderr(name, logging.WARNING if options.quiet else logging.INFO - 10 * options.verbose) as log:
             return _work(options, name, log, explain or error_text)
     except OutputClosedError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         return CLOSED
     except OSError as error:  # of standard output
         sys.stderr.write(f"{prog}: error: {error.filename}: {error.strerror}\n")
@@ -309,8 +337,7 @@ def run(
 
 def _work(options: Command, name: str, log: logging.Logger, explain: Callable[[Exception, Command], str]) -> int:
     try:
-        with _flushed():
-            return options.run() or 0
+        return options.run() or 0
     except OutputClosedError:
         raise
     except KeyboardInterrupt:
@@ -327,22 +354,47 @@ def _work(options: Command, name: str, log: logging.Logger, explain: Callable[[E
 
 
 def _chosen(
-    prog: str, commands: type[Command] | Mapping[str, type[Command]], words: list[str], description: str | None
+    prog: str,
+    commands: type[Command] | Mapping[str, type[Command]],
+    words: list[str],
+    main: str | None,
+    description: str | None,
 ) -> tuple[str, type[Command], list[str]]:
-    """Return the command that the first word names, with its name and arguments; tyro answers anything else."""
+    """Return the command that the first word names, with its name and arguments."""
     if not isinstance(commands, Mapping):
         return prog, commands, words
-    if words and words[0] not in commands and not words[0].startswith("-"):
+    first = words[0] if words else ""
+    if first in commands:
+        return f"{prog} {first}", commands[first], words[1:]
+    misspelt = first[:1] not in ("", "-") and (main is None or difflib.get_close_matches(first, commands))
+    if misspelt:
         try:
-            one_of(list(commands))(words[0])
+            one_of(list(commands))(first)
         except ValueError as error:
-            with log_to_stderr(prog) as log:
-                log.error("%s (see %s --help)", error, prog)
-            sys.exit(USAGE)
-    if not words or words[0] not in commands:
-        with _printed():
-            tyro.extras.subcommand_cli_from_dict(dict(commands), prog=prog, description=description, args=words)
-    return f"{prog} {words[0]}", commands[words[0]], words[1:]
+            exit_with_usage(prog, str(error))
+    if main is not None and not first.startswith("--tyro-"):  # completion covers all commands
+        return prog, commands[main], words
+    with _on_rank_0():
+        tyro.extras.subcommand_cli_from_dict(dict(commands), prog=prog, description=description, args=words)
+    raise AssertionError("tyro exits without a command")
+
+
+def command_first(prog: str, words: list[str], modes: Mapping[str, str]) -> list[str]:
+    """Replace an option that was once the name of a command, such as ``--verify``, by the command as first word."""
+    found = [word for word in words if word.partition("=")[0] in modes]
+    if len(found) > 1:
+        exit_with_usage(prog, f"{found[0]} cannot be combined with {found[1]}")
+    if not found:
+        return words
+    name, _, value = found[0].partition("=")
+    return [modes[name], *filter(None, [value]), *(word for word in words if word != found[0])]
+
+
+def exit_with_usage(prog: str, problem: str) -> NoReturn:
+    """Report a wrong command line and exit."""
+    with log_to_stderr(prog) as log:
+        log.error("%s (see %s --help)", problem, prog)
+    sys.exit(USAGE)
 
 
 @contextmanager
@@ -412,36 +464,24 @@ def in_flags(text: str, options: Command) -> str:
     return text
 
 
-def say(text: str | None = None) -> None:
-    """Print to standard output and flush it; a character that it cannot encode becomes a question mark.
+def say(text: str) -> None:
+    """Print a line to standard output and flush it.
 
     Raises:
         OutputClosedError: if nobody reads it.
         OSError: if it cannot be written, such as on a full disk.
     """
-    if sys.stdout is None:  # closed at the start
-        if text is not None:
-            raise OutputClosedError
-        return
     try:
-        if text is not None:
-            encoding = sys.stdout.encoding or "utf-8"
-            sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
-        sys.stdout.flush()
+        print(text, flush=True)  # noqa: T201  # what every command prints with
+    except BrokenPipeError as error:
+        raise OutputClosedError from error
     except OSError as error:
-        _discard_output()
-        if isinstance(error, BrokenPipeError):
-            raise OutputClosedError from error
         raise OSError(error.errno, error.strerror, "standard output") from error
 
 
-def _discard_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try to write once more at its end
-
-
 @contextmanager
-def _printed() -> Iterator[None]:
-    """Print what tyro prints, with the errors of :func:`say`; a wrong command line is reported by rank 0 alone."""
+def _on_rank_0() -> Iterator[None]:
+    """Have tyro print with the errors of :func:`say`, and a wrong command line reported by rank 0 alone."""
     output = io.StringIO()
     silence = contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stderr(io.StringIO())
     try:
@@ -450,15 +490,6 @@ def _printed() -> Iterator[None]:
     finally:
         if output.getvalue():
             say(output.getvalue().rstrip())
-
-
-@contextmanager
-def _flushed() -> Iterator[None]:
-    """Have what was printed written, with the errors of :func:`say`, also where a help text ends the process."""
-    try:
-        yield
-    finally:
-        say()
 
 
 def writable_file(path: Path) -> Path:

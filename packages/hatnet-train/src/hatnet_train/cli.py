@@ -9,16 +9,15 @@ import itertools
 import json
 import logging
 import os
-import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from hatnet_core import console
@@ -34,6 +33,7 @@ from hatnet_core.console import (
     SomePath,
     UsageError,
     Variant,
+    command_first,
     one_of,
     option,
     paths,
@@ -78,30 +78,17 @@ NUMBERS = tyro.constructors.ConstructorRegistry()
 @NUMBERS.primitive_rule
 def _number(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
     if info.type is int:
-        return option(int, "N", _integer)
+        return whole()
     several = next((kind for kind in get_args(info.type) if get_origin(kind) is tuple), None)
     if several is not None:  # some integers, or None
         return PrimitiveConstructorSpec(
             nargs=len(get_args(several)),
             metavar=" ".join("N" for _ in get_args(several)),
-            instance_from_str=lambda words: tuple(map(_integer, words)),
+            instance_from_str=lambda words: tuple(whole().instance_from_str([word]) for word in words),
             is_instance=lambda value: value is None or isinstance(value, tuple),
             str_from_instance=lambda value: ["None"] if value is None else list(map(str, value)),
         )
-    return option(float, "X", _real, "{:g}".format) if info.type is float else None
-
-
-def _integer(word: str) -> int:
-    if not re.fullmatch(r"[+-]?\d+", word, re.ASCII):  # int() would take "1_0" and " 1", too
-        raise ValueError(f"expected an integer, got {word!r}")
-    return int(word)
-
-
-def _real(word: str) -> float:
-    try:
-        return float(word)
-    except ValueError:
-        raise ValueError(f"expected a number, got {word!r}") from None
+    return real() if info.type is float else None
 
 
 RECIPE = option(str, "NAME", one_of(list(RECIPES)))
@@ -126,9 +113,6 @@ class Run(Options, Launched):
 
     recipe: Annotated[str, RECIPE, arg(help=f"Values to start from: {', '.join(RECIPES)}.")]
 
-    out: Annotated[Path | None, PATH, arg(metavar="DIR")] = None
-    """Run folder: new, empty, or with --resume that of the run."""
-
     resume: Annotated[str, text("auto|none|PATH")] = "none"
     """Resume from the newest checkpoint in --out, if there is one (auto), from that of another run folder, or from a
     checkpoint; none starts a new run."""
@@ -142,9 +126,6 @@ class Run(Options, Launched):
     deepspeed: Annotated[bool, FlagCreatePairsOff] = False
     """Customary with --deepspeed_config; without effect."""
 
-    given: Annotated[tuple[str, ...], Suppress] = ()
-    """Names of the options on the command line."""
-
     def start(self, out: Path | None) -> int:
         """Train, or without a folder check the processes only."""
         user = self.user_config()
@@ -154,7 +135,8 @@ class Run(Options, Launched):
         from hatnet_train.run import train_run
 
         try:
-            train_run(config, out, user, resume=self.resume, timeout=self.timeout, signals=signals)
+            with usage_errors():
+                train_run(config, out, user, resume=self.resume, timeout=self.timeout, signals=signals)
         except Preempted as end:
             logger.info("%s", end)
             return REQUEUE
@@ -171,7 +153,8 @@ class Run(Options, Launched):
         from hatnet_train.deepspeed_json import fields_of, key_of
 
         path, fields = self.deepspeed_config, fields_of(user)
-        given = {name: value for name, value in self.to_dict().items() if name in self.given}
+        words = {word.partition("=")[0].replace("_", "-") for word in self.arguments}
+        given = {name: value for name, value in self.to_dict().items() if {_flag(name), _flag(f"no_{name}")} & words}
         for name in given.keys() & fields.keys():
             if given[name] != fields[name]:
                 gives = "the learning rate" if name == "lr_batch_size" else fields[name]
@@ -216,7 +199,15 @@ class Train(Run):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preflight(Run):
+class Dry(Run):
+    """A command that takes the command line of a run and writes nothing."""
+
+    out: Annotated[Path | None, PATH, arg(metavar="DIR")] = None
+    """Without effect, as are the options of checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight(Dry):
     """Check the processes of a launch and measure their network, with the options of the run."""
 
     def run(self) -> int:
@@ -225,15 +216,17 @@ class Preflight(Run):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Run):
+class Config(Dry):
     """Print the configuration of a run as JSON."""
 
     def run(self) -> None:
         """Print."""
         config = self.config(self.user_config())
-        from hatnet_train.data.augment import TrainTransform
+        if config.augmentation.rand_augment:  # timm knows whether its policy is valid
+            from hatnet_train.data.augment import TrainTransform
 
-        TrainTransform(config)  # timm knows whether its policy is valid
+            with usage_errors():
+                TrainTransform(config)
         say(json.dumps(config.to_dict(), indent=2))
 
 
@@ -257,6 +250,8 @@ class CheckData(Command):
     def run(self) -> None:
         """Check."""
         data = self.data or RECIPES.get(self.recipe or "", {}).get("data")
+        if self.image_size != MIN_SIZE and data != "synthetic":
+            raise UsageError(f"--image-size has an effect only with --data synthetic, got {self.image_size}")
         if not data:
             raise UsageError("--data is required")
         from hatnet_train.data.check import check_data
@@ -450,22 +445,21 @@ class Predict(BadImages, Command):
 
 @dataclass(frozen=True, kw_only=True)
 class WriteShards(BadImages, Command):
-    """Write an ImageNet-layout folder as WebDataset tar shards with an index for random access, or check shards.
+    """Write an ImageNet-layout folder as WebDataset tar shards with an index for random access.
+
+    The subcommand verify checks shards.
 
     Examples:
       hatnet-shards imagenet --out shards --workers 16
       hatnet-shards imagenet --out shards-256 --resize 256 --workers 16
-      hatnet-shards shards --verify
+      hatnet-shards verify shards
     """
 
     data: Positional[SomePath]
-    """Folder with train/ and val/; a folder of shards with --verify."""
+    """Folder with train/ and val/."""
 
-    out: Annotated[Path | None, PATH, arg(metavar="DIR")] = None
+    out: Annotated[Path, PATH, arg(metavar="DIR")]
     """Folder to write, new or empty."""
-
-    verify: Annotated[bool, FlagCreatePairsOff] = False
-    """Read all shards of DATA and compare their hashes."""
 
     resize: Annotated[
         int | None, whole(MIN_SIZE, metavar="PIXELS"), arg(help_behavior_hint="(default: unchanged)")
@@ -487,19 +481,9 @@ class WriteShards(BadImages, Command):
     """Processes that write."""
 
     def run(self) -> int:
-        """Write, or check."""
-        if self.verify == (self.out is not None):
-            raise UsageError("one of --out and --verify is required, and not both")
+        """Write."""
         if self.quality is not None and self.resize is None:
             raise UsageError(f"--quality has an effect only with --resize, got {self.quality}")
-        if self.out is None:
-            if self.resize is not None:
-                raise UsageError(f"--resize has an effect only with --out, got {self.resize}")
-            from hatnet_train.data.shards import verify
-
-            verify(self.data)
-            say(f"{self.data}: all shards are as they were written")
-            return 0
         from hatnet_train.data.shard_writer import write_shards
 
         index = write_shards(
@@ -520,23 +504,32 @@ class WriteShards(BadImages, Command):
         return self.finish(sum(split["images"] for split in index["splits"].values()) + len(self.problems))
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyShards(Command):
+    """Read all shards of a folder and compare their hashes with those of its index."""
+
+    folder: Positional[SomePath]
+    """Folder of shards."""
+
+    def run(self) -> None:
+        """Verify."""
+        from hatnet_train.data.shards import verify
+
+        verify(self.folder)
+        say(f"{self.folder}: all shards match their hashes")
+
+
+SHARD_COMMANDS: dict[str, type[Command]] = {"write": WriteShards, "verify": VerifyShards}
+
+
 def train(arguments: Sequence[str] | None = None) -> int:
     """Command line of ``hatnet-train``; see its ``--help``."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--local_rank" in words[:-1]:  # in one word, as a value must not be taken for a command
+        at = words.index("--local_rank")
+        words[at : at + 2] = ["=".join(words[at : at + 2])]
     words.sort(key=lambda word: word.startswith("--local_rank="))  # the deepspeed launcher puts it first
-    modes = [word for word in words if word.partition("=")[0] in MODES]
-    if len(modes) > 1:
-        sys.stderr.write(
-            f"hatnet-train: error: {modes[0]} cannot be combined with {modes[1]} (see hatnet-train --help)\n"
-        )
-        return USAGE
-    if modes:
-        name, _, value = modes[0].partition("=")
-        words.remove(modes[0])
-        words = [MODES[name], *filter(None, [value]), *words]
-    if words[:1] in ([], ["train"]) or words[0].startswith("-"):
-        return _run("hatnet-train", Train, words[words[:1] == ["train"] :])
-    return _run("hatnet-train", COMMANDS, words)
+    return _run("hatnet-train", COMMANDS, command_first("hatnet-train", words, MODES), "train")
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
@@ -551,14 +544,23 @@ def predict(arguments: Sequence[str] | None = None) -> int:
 
 def shards(arguments: Sequence[str] | None = None) -> int:
     """Command line of ``hatnet-shards``; see its ``--help``."""
-    return _run("hatnet-shards", WriteShards, arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = command_first("hatnet-shards", words, {"--verify": "verify"})
+    return _run("hatnet-shards", SHARD_COMMANDS, words, "write")
 
 
-def _run(prog: str, commands: Any, arguments: Sequence[str] | None) -> int:
+def _run(prog: str, commands: Any, arguments: Sequence[str] | None, main: str | None = None) -> int:
     status: Any
     try:
         status = console.run(
-            prog, commands, arguments, version=__version__, default=_defaults, explain=explain, registry=NUMBERS
+            prog,
+            commands,
+            arguments,
+            version=__version__,
+            main=main,
+            default=_defaults,
+            explain=explain,
+            registry=NUMBERS,
         )
     except SystemExit as end:
         status = end.code or 0
@@ -576,18 +578,26 @@ def _defaults(command: type[Command], words: list[str]) -> Any:
     parts = [word.partition("=") for word in words]
     follow = dict(itertools.pairwise(words))
     recipe = next((value or follow.get(name, "") for name, _, value in parts if name == "--recipe"), "")
-    given = tuple(name.lstrip("-").replace("-", "_").removeprefix("no_") for name, _, _ in parts if name[:2] == "--")
     shown = recipe if recipe in RECIPES else SHOWN
     groups = vars(Options.from_dict({"data": "data", **recipe_values(shown)}))
     missing: dict[str, Any] = {"recipe": tyro.MISSING}
+    if command is Train:
+        missing["out"] = tyro.MISSING if recipe in ("", shown) else Path("out")
     if recipe in ("", shown):  # else the recipe is what is wrong
         for name in NEEDED.get(shown, ("data",)):
             if name not in RECIPES[shown]:
                 group = FIELDS[name].group
                 groups[group] = dataclasses.replace(groups[group], **{name: tyro.MISSING})
-        if command is Train:
-            missing["out"] = tyro.MISSING
-    return command(**{"out": Path("out"), "given": given, **groups, **missing})
+    return command(**groups, **missing)
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn an error about a field of the configuration into one about its option."""
+    try:
+        yield
+    except FieldError as error:
+        raise UsageError(f"{_flag(error.field)} {error.problem}") from error
 
 
 def _flag(name: str) -> str:

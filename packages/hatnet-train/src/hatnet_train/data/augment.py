@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import RandomCrop
 from torchvision.transforms.v2 import functional as F
 
-from hatnet_train.config import TrainConfig
+from hatnet_train.config import FieldError, TrainConfig
 from hatnet_train.data.images import to_pillow, to_tensor
 
 MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -132,4 +132,5 @@ def _rand_augment(policy: str) -> RandAugment:
     try:
         return rand_augment_transform(policy, {"img_mean": fill, "interpolation": Image.Resampling.BICUBIC})
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"rand_augment must be a policy of timm such as rand-m9-mstd0.5, got {policy!r}") from error
+        problem = f"must be a policy of timm such as rand-m9-mstd0.5, got {policy!r}"
+        raise FieldError("rand_augment", problem) from error
