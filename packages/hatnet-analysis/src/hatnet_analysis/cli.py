@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional, arg
 
 from hatnet_analysis.__about__ import __version__
 from hatnet_analysis.tables import SECTIONS, TABLES, Row, render, render_titled
@@ -25,6 +25,7 @@ from hatnet_core.console import (
     Batch,
     Command,
     Device,
+    Flag,
     OptionalCheckpoint,
     UsageError,
     Variant,
@@ -68,7 +69,7 @@ Models: TypeAlias = Annotated[
     Positional[tuple[str, ...]], several(option(str, "MODEL", _model)), arg(help=NAMES, help_behavior_hint="")
 ]
 Size: TypeAlias = Annotated[tuple[int, int], pixels(MAX_SIZE), arg(help=SIZE)]
-Picture: TypeAlias = Annotated[Path | None, file_ending(".png", ".svg")]
+Picture: TypeAlias = Annotated[Path | None, file_ending(".png", ".svg"), arg(help_behavior_hint="")]
 OptionalDevice: TypeAlias = Annotated[
     str | None,
     DEVICE,
@@ -260,13 +261,13 @@ class Speed(Rows):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of autocast."""
 
-    compile: Annotated[bool, FlagCreatePairsOff] = False
+    compile: Flag = False
     """Use torch.compile."""
 
-    train: Annotated[bool, FlagCreatePairsOff] = False
+    train: Flag = False
     """Measure forward, backward and AdamW."""
 
-    channels_last: Annotated[bool, FlagCreatePairsOff] = False
+    channels_last: Flag = False
     """Use this memory format."""
 
     rounds: Annotated[int, whole(1)] = 5
@@ -337,7 +338,7 @@ class Attention(Rows):
     """Image file."""
 
     point: Annotated[tuple[float, float], arg(metavar="X Y")]
-    """In pixels from the top left corner of the image, turned as its EXIF says."""
+    """Point of the image in pixels from its top left corner, after EXIF rotation."""
 
     stage: Literal[2, 3, 4, 5] = 2
     """Stage as the paper counts."""

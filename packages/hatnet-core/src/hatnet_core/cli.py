@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from hatnet_core.__about__ import __version__
 
 try:
-    from tyro.conf import FlagCreatePairsOff, arg
+    from tyro.conf import arg
 
     from hatnet_core.console import (
         Command,
+        Flag,
         OptionalCheckpoint,
         UsageError,
         Variant,
@@ -62,10 +63,10 @@ class Export(Command):
 
     variant: Variant = None
 
-    pretrained: Annotated[bool, FlagCreatePairsOff] = False
+    pretrained: Flag = False
     """Download the weights released with the paper, for --variant. Without this and --checkpoint, they are random."""
 
-    key: Annotated[str | None, arg(metavar="NAME")] = None
+    key: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """Take the weights of --checkpoint under this key or prefix, such as model_ema."""
 
     size: Annotated[
@@ -73,7 +74,7 @@ class Export(Command):
     ] = None
     """Height and width to trace with, in pixels, 32 to 4096; one number is both."""
 
-    static: Annotated[bool, FlagCreatePairsOff] = False
+    static: Flag = False
     """Take one image of exactly --size instead of any number of any size."""
 
     def run(self) -> None:

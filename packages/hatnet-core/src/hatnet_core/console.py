@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeAlias
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from hatnet_core.variants import MIN_SIZE, list_models
@@ -52,6 +52,9 @@ EXPECTED = (ValueError, ImportError, OSError, ArithmeticError)
 PACKAGES = ("hatnet_core", "hatnet_train", "hatnet_dense", "hatnet_analysis")
 """Loggers whose records a command writes to standard error."""
 
+Flag: TypeAlias = Annotated[bool, FlagCreatePairsOff, arg(help_behavior_hint="")]
+"""Type of an option without a value."""
+
 MESSAGES = tyro.conf.create_mutex_group(required=False, title="messages")
 
 logger = logging.getLogger(__name__)
@@ -69,13 +72,13 @@ class OutputClosedError(Exception):
 class Command:
     """Options of a command as fields; the docstring under a field is its help."""
 
-    quiet: Annotated[bool, FlagCreatePairsOff, MESSAGES] = False
+    quiet: Annotated[Flag, MESSAGES] = False
     """Log warnings and errors only."""
 
-    verbose: Annotated[bool, FlagCreatePairsOff, MESSAGES] = False
+    verbose: Annotated[Flag, MESSAGES] = False
     """Log details, and show the traceback of an error."""
 
-    version: Annotated[bool, FlagCreatePairsOff] = False
+    version: Flag = False
     """Print the version and exit."""
 
     arguments: ClassVar[tuple[str, ...]] = ()
@@ -187,11 +190,6 @@ def pixels(high: int) -> PrimitiveConstructorSpec[Any]:
     )
 
 
-def paths(metavar: str) -> PrimitiveConstructorSpec[tuple[Path, ...]]:
-    """Type of a positional argument that is one path or more."""
-    return several(option(Path, metavar, _path))
-
-
 def file_ending(*suffixes: str) -> PrimitiveConstructorSpec[Path]:
     """Type of an option that is a file whose suffix tells the format to write."""
 
@@ -262,16 +260,24 @@ CHECKPOINT = arg(
     "file of weights."
 )
 Checkpoint: TypeAlias = Annotated[Path, PATH, CHECKPOINT]
-OptionalCheckpoint: TypeAlias = Annotated[Path | None, PATH, CHECKPOINT]
+OptionalCheckpoint: TypeAlias = Annotated[Path | None, PATH, CHECKPOINT, arg(help_behavior_hint="")]
 Variant: TypeAlias = Annotated[
     str | None,
     option(str, "NAME", one_of(list_models(ablations=True))),
-    arg(help=f"Model: {', '.join(list_models())}, or an ablation of the paper, if --checkpoint does not record it."),
+    arg(
+        help=f"Model: {', '.join(list_models())}, or an ablation of the paper, if --checkpoint does not record it.",
+        help_behavior_hint="",
+    ),
 ]
 Device: TypeAlias = Annotated[
     str,
     DEVICE,
     arg(help="Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N."),
+]
+Images: TypeAlias = Annotated[
+    Positional[tuple[Path, ...]],
+    several(option(Path, "IMAGE", _path)),
+    arg(help="Image files, or folders, which are searched recursively.", help_behavior_hint="(required)"),
 ]
 Batch: TypeAlias = Annotated[int, whole(1), arg(help="Images that a process computes at a time.")]
 Format: TypeAlias = Annotated[Literal["table", "json"], arg(help="How the result is printed.")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from hatnet_core.console import (
@@ -24,11 +25,12 @@ from hatnet_core.console import (
     BadImages,
     Command,
     Device,
+    Flag,
     Format,
+    Images,
     SomePath,
     one_of,
     option,
-    paths,
     pixels,
     real,
     run,
@@ -134,7 +136,7 @@ class Train(OfRun):
     ] = None
     """Use automatic mixed precision on a GPU, float16 by default."""
 
-    auto_scale_lr: Annotated[bool, FlagCreatePairsOff] = False
+    auto_scale_lr: Flag = False
     """Scale the learning rate linearly from the batch size that the config was made for."""
 
     zero_stage: Annotated[int | None, whole(1, 3, "{1,2,3}")] = None
@@ -170,10 +172,10 @@ class Test(OfRun):
     checkpoint: Positional[SomePath]
     """Checkpoint of a training run."""
 
-    out: Annotated[Path | None, PATH, arg(metavar="FILE")] = None
+    out: Annotated[Path | None, PATH, arg(metavar="FILE", help_behavior_hint="")] = None
     """Write the metrics to this JSON file, too."""
 
-    show_dir: Annotated[Path | None, PATH, arg(metavar="DIR")] = None
+    show_dir: Annotated[Path | None, PATH, arg(metavar="DIR", help_behavior_hint="")] = None
     """Draw truth and prediction of every image into this folder."""
 
     def run(self) -> None:
@@ -203,8 +205,7 @@ class Predict(BadImages, OfConfig):
     checkpoint: Positional[SomePath]
     """Checkpoint of a training run."""
 
-    images: Positional[Annotated[tuple[Path, ...], paths("IMAGE")]]
-    """Image files, or folders, which are searched recursively."""
+    images: Images
 
     out: Annotated[Path, PATH, arg(metavar="DIR")]
     """Folder to write."""
@@ -349,6 +350,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # importlib's, and torch's own compiler's; nothing a user of this command can change
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")
     warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "Setting accelerator" not in record.getMessage()
+    )  # to stdout
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words.count("--cfg-options") > 1:
         sys.stderr.write("hatnet-dense: error: --cfg-options must be given once, with all of its KEY=VALUE\n")

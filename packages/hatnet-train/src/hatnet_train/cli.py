@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from hatnet_core import console
@@ -29,14 +29,15 @@ from hatnet_core.console import (
     Checkpoint,
     Command,
     Device,
+    Flag,
     Format,
+    Images,
     SomePath,
     UsageError,
     Variant,
     command_first,
     one_of,
     option,
-    paths,
     real,
     say,
     text,
@@ -120,10 +121,10 @@ class Run(Options, Launched):
     preempt_seconds: Annotated[float, real(0), arg(metavar="SECONDS")] = PREEMPT_SECONDS
     """Seconds to save in after SIGTERM or SIGUSR1."""
 
-    deepspeed_config: Annotated[Path | None, PATH, arg(metavar="FILE")] = None
+    deepspeed_config: Annotated[Path | None, PATH, arg(metavar="FILE", help_behavior_hint="")] = None
     """DeepSpeed's own JSON. Its values replace those of the recipe and must not contradict the command line."""
 
-    deepspeed: Annotated[bool, FlagCreatePairsOff] = False
+    deepspeed: Flag = False
     """Customary with --deepspeed_config; without effect."""
 
     def start(self, out: Path | None) -> int:
@@ -202,7 +203,7 @@ class Train(Run):
 class Dry(Run):
     """A command that takes the command line of a run and writes nothing."""
 
-    out: Annotated[Path | None, PATH, arg(metavar="DIR")] = None
+    out: Annotated[Path | None, PATH, arg(metavar="DIR", help_behavior_hint="")] = None
     """Without effect, as are the options of checkpoints."""
 
 
@@ -360,7 +361,7 @@ class Evaluate(BadImages, Launched):
 
     format: Format = "table"
 
-    out: Annotated[Path | None, PATH, arg(metavar="FILE")] = None
+    out: Annotated[Path | None, PATH, arg(metavar="FILE", help_behavior_hint="")] = None
     """Write the result to this JSON file, too."""
 
     def run(self) -> int:
@@ -407,8 +408,7 @@ class Predict(BadImages, Command):
       hatnet-predict scans/val --checkpoint runs/digits
     """
 
-    images: Positional[Annotated[tuple[Path, ...], paths("IMAGE")]]
-    """Image files in any format that Pillow reads, or folders."""
+    images: Images
 
     checkpoint: Checkpoint
 
