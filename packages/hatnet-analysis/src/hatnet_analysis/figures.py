@@ -17,6 +17,7 @@ from matplotlib.text import Text
 
 from hatnet_analysis.attention_maps import FIRST_STRIDE
 from hatnet_analysis.growth import CONTENDERS, by_formula, crossings, fastest_rate, points
+from hatnet_core.io import atomic_write
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,13 +49,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of the path's suffix, PNG or SVG; the file is whole or not there."""
-    part = path.with_name(f".{path.name}.part{path.suffix}")
-    try:
+    """Write a figure in the format of the path's suffix, PNG or SVG, atomically."""
+    with atomic_write(path) as part:
         figure.savefig(part, dpi=150)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def growth_figure(rows: Sequence[dict[str, Any]]) -> Figure:

@@ -14,7 +14,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from hatnet_analysis.models import check_name
 from hatnet_analysis.paper import check_libraries, table_rows
 from hatnet_analysis.tables import SECTIONS, TABLES, render
 from hatnet_analysis.throughput import COMPARED, Settings, checked_device, compare
+from hatnet_core.io import atomic_write
 
 SIZE = 224
 """Height and width in pixels that the explorer's image is scaled to for the model.
@@ -103,29 +104,31 @@ def write_report(
 
 @contextmanager
 def _page_in(folder: Path) -> Iterator[Path]:
-    """A file to write, which becomes ``index.html`` of the folder; after an error neither it nor a new folder is left.
+    """Write ``index.html`` of a folder atomically; after an error, remove the folders made for it.
 
     Raises:
         ValueError: if the folder cannot be made or written in, or ``index.html`` is a folder.
     """
-    path, part = folder / "index.html", folder / f".index.html.{os.getpid()}"
+    path = folder / "index.html"
     made: list[Path] = []
     try:
-        try:
-            made += [parent for parent in (folder, *folder.parents) if not parent.exists()]
-            folder.mkdir(parents=True, exist_ok=True)
-            part.touch()
-        except OSError as error:
-            reason = f"the report needs a folder that can be made and written, got {folder}"
-            raise ValueError(f"{reason}: {error}") from error
-        if path.is_dir():
-            raise ValueError(f"the report is written to {path}, which is a folder; expected a file or nothing there")
-        yield part
-        part.replace(path)
-    except BaseException:  # Ctrl-C, too, leaves nothing behind
-        for remove in (part.unlink, *(parent.rmdir for parent in made)):
-            with suppress(OSError):  # not there, or no longer empty
-                remove()
+        with ExitStack() as stack:
+            try:
+                made += [parent for parent in (folder, *folder.parents) if not parent.exists()]
+                folder.mkdir(parents=True, exist_ok=True)
+                part = stack.enter_context(atomic_write(path))
+            except OSError as error:
+                reason = f"the report needs a folder that can be made and written, got {folder}"
+                raise ValueError(f"{reason}: {error}") from error
+            if path.is_dir():
+                raise ValueError(
+                    f"the report is written to {path}, which is a folder; expected a file or nothing there"
+                )
+            yield part
+    except BaseException:  # also Ctrl-C
+        for parent in made:
+            with suppress(OSError):  # not made, or no longer empty
+                parent.rmdir()
         raise
 
 

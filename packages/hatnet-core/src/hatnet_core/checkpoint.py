@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from hatnet_core.__about__ import __version__
 from hatnet_core.attention import Attention, HierarchicalAttention, WindowAttention
 from hatnet_core.config import TRAINED, HATNetConfig
 from hatnet_core.foreign import choose_weights, import_safetensors, read_content, some
+from hatnet_core.io import atomic_write
 from hatnet_core.layers import Mlp, Stem
 from hatnet_core.model import HATNet, unwrap
 from hatnet_core.variants import MIN_SIZE, list_models, model_arguments
@@ -90,16 +90,8 @@ def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, A
         raise ValueError(f"cannot save {path}: {error}") from None
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     record = json.dumps(describe(config, metadata or {}))
-    content = safetensors_torch.save(tensors, {"format": "pt", "hatnet": record})
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with staged.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with atomic_write(path) as part:
+        safetensors_torch.save_file(tensors, part, {"format": "pt", "hatnet": record})
 
 
 def saved_config(model: HATNet) -> HATNetConfig:

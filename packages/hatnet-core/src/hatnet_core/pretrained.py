@@ -11,7 +11,6 @@ from __future__ import annotations
 import http.client
 import os
 import re
-import tempfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from hatnet_core.checkpoint import load_checkpoint
+from hatnet_core.io import atomic_write
 from hatnet_core.model import HATNet, unwrap
 from hatnet_core.variants import model_arguments
 
@@ -90,15 +90,13 @@ def released_file(name: str, folder: str | Path | None = None) -> Path:
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{path.name}.") as staging:
-        staged = Path(staging) / path.name
-        _download(url, staged, folder)
+    with atomic_write(path) as part:
+        _download(url, part, folder)
         try:
-            load_checkpoint(HATNet(**model_arguments(name)), staged)
-            _check_sums_of_archive(staged)
+            load_checkpoint(HATNet(**model_arguments(name)), part)
+            _check_sums_of_archive(part)
         except ValueError as error:
             raise ValueError(f"the download of {url} is incomplete or damaged: {error}") from None
-        staged.replace(path)
     return path
 
 

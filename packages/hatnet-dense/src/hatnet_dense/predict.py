@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from hatnet_core.devices import pick_device
 from hatnet_core.images import IMAGE_SUFFIXES, is_image_file
+from hatnet_core.io import atomic_write
 from hatnet_dense.config import demand, innermost
 from hatnet_dense.data_check import check_classes
 from hatnet_dense.errors import cut, said
 from hatnet_dense.flops import build_model
 from hatnet_dense.plain_checkpoint import check_weights, read_checkpoint
-from hatnet_dense.runs import staged
 
 MAX_CLASSES = 256
 """Values of an indexed PNG."""
@@ -90,8 +90,8 @@ def predict(
                 on_bad(reason)
     finally:  # after Ctrl-C, too
         if draws.record["images"]:
-            with staged(out / "predictions.json") as place:
-                place.write_text(json.dumps(draws.record, indent=1) + "\n")
+            with atomic_write(out / "predictions.json") as part:
+                part.write_text(json.dumps(draws.record, indent=1) + "\n")
     return draws.record
 
 

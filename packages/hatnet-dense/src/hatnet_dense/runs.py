@@ -17,6 +17,7 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from hatnet_core.io import atomic_write
 from hatnet_core.zero import read_zero
 from hatnet_dense.annotations import annotation_problems, counted
 from hatnet_dense.config import demand, innermost
@@ -142,20 +143,9 @@ def evaluate(
 
 
 def write_metrics(metrics: dict[str, float], path: Path) -> None:
-    """Write metrics as JSON, whole or not at all."""
-    with staged(path) as place:
-        place.write_text(json.dumps(metrics, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """A file to write, which becomes ``path`` when it is complete, and is gone after an error."""
-    place = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield place
-        place.replace(path)
-    finally:
-        place.unlink(missing_ok=True)
+    """Write metrics as JSON, atomically."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def _last_checkpoint(work_dir: Path) -> str | None:
@@ -174,7 +164,7 @@ def _last_checkpoint(work_dir: Path) -> str | None:
 def _write_whole(folder: Path, dataset_meta: Mapping[str, Any], path: Path) -> None:
     """The fp32 weights of a DeepSpeed checkpoint as one file that ``test`` and ``predict`` take."""
     content = {"state_dict": dict(read_zero(folder)), "meta": {"dataset_meta": plain(dataset_meta, "dataset_meta")}}
-    with staged(path) as place:
+    with atomic_write(path) as place:
         torch.save(content, place)
 
 

@@ -76,7 +76,7 @@ def _prepare(out: Path, record: dict[str, Any], *, go_on: bool) -> str | None:
         if not checkpoint.committed(out / "checkpoints") and (problem := _not_begun_alike(out, first, record)):
             return problem
         record = {**first, "resumed": [*first.get("resumed", []), record]}
-    for left in (checkpoint.MANIFEST, *(p.name for p in out.glob(".model*.tmp"))):  # the run is not done any more
+    for left in (checkpoint.MANIFEST, *(p.name for p in out.glob(".model*.tmp*"))):  # the run is not done any more
         (out / left).unlink(missing_ok=True)
     checkpoint.write_file(path, (json.dumps(record, indent=2) + "\n").encode())
     return None
