@@ -75,7 +75,7 @@ def install(session: nox.Session, *packages: str, groups: tuple[str, ...] = ()) 
     wanted = [f"--group={group}" for group in groups]
     for package in packages:
         wanted += ["-e", f"packages/hatnet-{package}[all]"]
-    # what they need of each other is what lies beside them, not a release
+    # what they need of each other comes from this workspace, not from a release
     needed = {"core", "dense"} if "analysis" in packages else {"core"}
     for package in sorted(needed - set(packages)):
         wanted += ["-e", f"packages/hatnet-{package}"]
@@ -104,13 +104,13 @@ def typing(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def tests(session: nox.Session, package: str) -> None:
-    """Tests of one package, such as "tests(core)"; arguments after -- go to pytest."""
+    """Test one package, such as "tests(core)"; arguments after -- go to pytest."""
     install(session, package, groups=GROUPS.get(package, ("test",)))
     session.run("pytest", *tested(package), *session.posargs, env=threads(package))
 
 
 def tested(package: str) -> list[str]:
-    """What pytest is told for one package: its tests, the examples in its sources and README, two at a time."""
+    """Return pytest's arguments for one package: its tests, the examples in its sources and README, two at a time."""
     folder = f"packages/hatnet-{package}/tests"
     if package == "train":  # its tests start processes of their own, and its examples DeepSpeed
         return [folder, f"--ignore={FAULTS}"]
@@ -150,14 +150,14 @@ def coverage(session: nox.Session, package: str) -> None:
 
 @nox.session(python=OTHER_INTERPRETERS)
 def interpreters(session: nox.Session) -> None:
-    """Tests of hatnet-core on the other interpreters it declares, such as "interpreters-3.12"; skips absent ones."""
+    """Test hatnet-core on the other interpreters it declares, such as "interpreters-3.12"; skips absent ones."""
     install(session, "core", groups=("test",))
     session.run("pytest", "packages/hatnet-core/tests", *session.posargs)
 
 
 @nox.session
 def lowest(session: nox.Session) -> None:
-    """Tests of hatnet-core with the lowest torch and other versions that it declares."""
+    """Test hatnet-core with the lowest torch and other versions that it declares."""
     session.install("--resolution=lowest-direct", "-e", "packages/hatnet-core[all]", "--group=test")
     session.run("python", "-c", "import torch; print('torch', torch.__version__)")
     session.run("pytest", "packages/hatnet-core/tests", *session.posargs)
@@ -166,7 +166,7 @@ def lowest(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def slow(session: nox.Session, package: str) -> None:
-    """The tests of one package that take minutes, such as "slow(core)"."""
+    """Run the tests of one package that take minutes, such as "slow(core)"."""
     install(session, package, groups=GROUPS.get(package, ("test",)))
     paths = [f"packages/hatnet-{package}/tests", f"--ignore={FAULTS}", f"--ignore={BROWSER}"]
     session.run("pytest", "-m", "slow", *paths, *session.posargs, success_codes=[0, 5])
@@ -175,7 +175,7 @@ def slow(session: nox.Session, package: str) -> None:
 @nox.session
 @nox.parametrize("form", ["short", "long"], ids=["short", "long"])
 def faults(session: nox.Session, form: str) -> None:
-    """Training runs that are killed, whose disk is full, whose files are damaged; "faults(long)" tries all of it."""
+    """Kill training runs, fill their disk, damage their files; "faults(long)" tries all of it."""
     install(session, "train", groups=("test",))
     which = {"short": "not slow", "long": EVERY}[form]
     session.run("pytest", "-m", which, FAULTS, *session.posargs)
@@ -183,7 +183,7 @@ def faults(session: nox.Session, form: str) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """The report of hatnet-analysis, opened and clicked in headless Chromium; skipped where there is none."""
+    """Open and click the report of hatnet-analysis in headless Chromium; skipped where there is none."""
     found = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     if not found:
         session.skip("no browser: expected chromium on the PATH, or its path in CHROMIUM (apt-get install chromium)")
@@ -193,7 +193,7 @@ def browser(session: nox.Session) -> None:
 
 @nox.session
 def forks(session: nox.Session) -> None:
-    """Tests of hatnet-dense on the community's forks of MMDetection and MMSegmentation."""
+    """Test hatnet-dense on the community's forks of MMDetection and MMSegmentation."""
     groups = [f"--group={group}" for group in GROUPS["dense"]]
     here = ["-e", "packages/hatnet-core", "-e", "packages/hatnet-dense[deepspeed]"]
     session.install("-c", "constraints.txt", *FORKS, "ftfy", "regex", *groups, *here)
@@ -210,7 +210,7 @@ def dense_training(session: nox.Session) -> None:
 
 @nox.session
 def tools(session: nox.Session) -> None:
-    """Tests of the scripts under tools/."""
+    """Test the scripts under tools/."""
     session.install("-c", "constraints.txt", "--group=tools")
     session.run("pytest", "tools/tests", *session.posargs)
 
@@ -248,7 +248,7 @@ def wheels(session: nox.Session, package: str) -> None:
     (wheel,) = dist.glob(f"hatnet_{package}-*.whl")
     here, core = Path.cwd(), [] if package == "core" else [str(Path("packages/hatnet-core").resolve())]
     session.install("-c", "constraints.txt", str(wheel), *core)
-    # torch without NumPy, which it does not require, says so in a warning of its own
+    # torch warns that NumPy, which it does not require, is missing
     python = ["python", "-W", "error", "-W", "ignore:Failed to initialize NumPy", "-W", "ignore:pkg_resources"]
     with session.chdir(session.create_tmp()):
         session.run(*python, "-c", f"import hatnet_{package}")

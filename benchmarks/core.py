@@ -1,4 +1,4 @@
-"""Measure the model's speed and memory on this machine: inference, training, high resolution, beside its peers.
+"""Measure the model's speed and memory on this machine: inference, training, high resolution, compared with its peers.
 
 Writes OUT/<date>-core.json and a readable .md. Close all else that runs. With --against, ratios are compared with
 those of an earlier report, and the program fails where one has lost more than 15 %.
@@ -62,13 +62,13 @@ def main() -> int:
 
 
 def _in_fresh_process(measure: Callable[[Plan], Measurement], plan: Plan) -> Measurement:
-    """What ran before in a process tells in its memory allocator, and so in the speed of what follows."""
+    """Measure in a process of its own: what ran before changes the allocator, and so the speed."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(measure, plan).result()
 
 
 def _behind(measured: Mapping[str, Measurement], recorded: dict[str, Any]) -> int:
-    """Print every ratio beside the recorded one; 1 if one lost too much, or is not recorded."""
+    """Print every ratio next to the recorded one; 1 if one lost too much, or is not recorded."""
     failed = False
     for name, measurement in measured.items():
         before = {ratio["name"]: ratio["median"] for ratio in recorded["measurements"].get(name, {}).get("ratios", [])}

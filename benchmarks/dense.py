@@ -1,4 +1,4 @@
-"""Measure the dense tasks on this machine: training from scratch on drawn shapes, and detectors beside others.
+"""Measure the dense tasks on this machine: training from scratch on drawn shapes, and detectors compared with others.
 
 Writes OUT/<date>-dense.json and a readable .md of the same name; pictures of the shapes go to PICTURES.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints: the time to write, to check and to read ours, beside DeepSpeed's own."""
+"""Checkpoints: the time to write, to check and to read ours, compared with DeepSpeed's own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ without an average, a hash or a flush. The folder is removed before each turn.""
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: models, rounds."""
+    """Extent of a measurement: models, rounds."""
 
     variants: tuple[str, ...] = ("hatnet_tiny", "hatnet_small", "hatnet_large")
     rounds: int = 5

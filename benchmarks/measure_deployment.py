@@ -26,7 +26,7 @@ TOLERANCE = 1e-3
 
 
 def measure_deployment(plan: Plan) -> Measurement:
-    """Every runtime at batch 1 and 8, beside eager."""
+    """Measure every runtime at batch 1 and 8, compared with eager."""
     settings = plan.settings() | {name: version(name) for name in ("onnxruntime", "openvino")}
     result = Measurement("Deployment on a CPU", " ".join(WHAT.split()), settings)
     for batch in (8, 1):

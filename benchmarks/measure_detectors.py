@@ -1,4 +1,4 @@
-"""RetinaNet at 800×1280 on HAT-Net beside MMDetection's own backbones: parameters, FLOPs, time, peak memory."""
+"""RetinaNet at 800×1280 on HAT-Net compared with MMDetection's own backbones: parameters, FLOPs, time, peak memory."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _config(path: str) -> Config:
 
 
 def _turn(config: Config, kind: str, device: torch.device) -> Callable[[int], float]:
-    """What runs one image through a model and tells the seconds."""
+    """Return a function that runs one image through a model and returns the seconds."""
     model = build_model(config).to(device)
     image = torch.randn(1, 3, *SIZE, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
@@ -119,7 +119,7 @@ def _sample(device: torch.device) -> Any:
 
 def _in_a_process_of_its_own(config: Config, kind: str) -> float:
     """Bytes at the peak of two turns, beyond what the process had before the model was built."""
-    if torch.cuda.is_available():  # a CUDA context does not survive a fork, and PyTorch counts by itself
+    if torch.cuda.is_available():  # a CUDA context does not survive a fork, and PyTorch counts there
         device = torch.device("cuda")
         turn = _turn(config, kind, device)
         torch.cuda.reset_peak_memory_stats()

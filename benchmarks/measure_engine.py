@@ -1,4 +1,4 @@
-"""The time of a training step: our Trainer beside DeepSpeed's own loop and PyTorch alone."""
+"""The time of a training step: our Trainer compared with DeepSpeed's own loop and PyTorch alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ turns: on a busy machine it tells more than the ratios of whole steps. On a GPU 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: model, pixels, images a batch, steps a turn, rounds, precisions."""
+    """Extent of a measurement: model, pixels, images per batch, steps per turn, rounds, precisions."""
 
     variant: str = "hatnet_tiny"
     image_size: int = 224

@@ -1,4 +1,4 @@
-"""Inference on a CPU: HAT-Net beside its plain form and its peers; all variants; bfloat16; high resolution."""
+"""Inference on a CPU: HAT-Net compared with its plain form and its peers; all variants; bfloat16; high resolution."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ POWER = 1.25
 
 
 def measure_inference(plan: Plan) -> Measurement:
-    """Small beside its peers at batch 8 and 1, eager and compiled."""
+    """Measure Small and its peers at batch 8 and 1, eager and compiled."""
     what = f"""Images a second, 224×224, float32, eager but where stated, contiguous images. {PLAIN_WHAT}"""
     result = Measurement("Inference", what, plan.settings())
     for batch in (8, 1):
@@ -57,7 +57,7 @@ def measure_inference(plan: Plan) -> Measurement:
 
 
 def measure_variants(plan: Plan) -> Measurement:
-    """Every variant beside its plain form, at batch 8 and 1."""
+    """Measure every variant and its plain form at batch 8 and 1."""
     what = f"""Images a second of all variants, 224×224, float32, eager. {PLAIN_WHAT}"""
     result = Measurement("Variants", what, plan.settings())
     for batch in (8, 1):
@@ -122,7 +122,7 @@ def measure_resolution(plan: Plan) -> Measurement:
 
 
 def _power(values: dict[int, list[float]], a: int, b: int) -> float:
-    """The exponent p of a growth with the number of pixels to the p, from a² to b²."""
+    """Return the exponent p of a growth with the number of pixels to the p, from a² to b²."""
     return math.log(statistics.median(values[b]) / statistics.median(values[a])) / (2 * math.log(b / a))
 
 

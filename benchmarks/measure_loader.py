@@ -1,4 +1,4 @@
-"""Images a second that one data worker makes: our three sources beside timm's loader on the same JPEG files."""
+"""Images per second of one data worker: our three sources compared with timm's loader on the same JPEG files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ both. Our worker erases, draws what mixing needs, and hands over bytes; the devi
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: images drawn, images a batch, batches a turn, rounds, images of the breakdown."""
+    """Extent of a measurement: images drawn, images per batch, batches per turn, rounds, images of the breakdown."""
 
     images: int = 2000
     batch_size: int = 50
@@ -138,7 +138,7 @@ def _compare(name: str, config: TrainConfig, places: Places, plan: Plan, result:
 
 
 def our_batches(config: TrainConfig, data: Path, seed: int) -> Iterator[loader.Batch]:
-    """What the training run would see, for one process."""
+    """Yield the batches of a training run of one process."""
     source = open_split(str(data), train=True, size=config.images.image_size)
     order = GlobalOrder(
         length=len(source), batch_size=config.optimisation.batch_size, seed=seed, repeats=config.augmentation.repeats
@@ -147,7 +147,7 @@ def our_batches(config: TrainConfig, data: Path, seed: int) -> Iterator[loader.B
 
 
 def timm_batches(config: TrainConfig, data: Path, seed: int, *, as_bytes: bool) -> Iterable[Any]:
-    """The same from timm's loader, with the augmentations of ``config``.
+    """Yield the same from timm's loader, with the augmentations of ``config``.
 
     Args:
         config: the run.

@@ -1,4 +1,4 @@
-"""Where the time of a forward pass goes: by part of the model beside a roofline, and by kind of operator."""
+"""Where the time of a forward pass goes: by part of the model with a roofline, and by kind of operator."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PRODUCT, COPY = "FLOPs of a product of 4096×4096", "bytes read and written"
 
 def measure_parts(plan: Plan, *, batches: tuple[int, ...] = (8, 1), size: int = 224) -> Measurement:
     """Milliseconds of each part and its distance from a roofline, and of each kind of operator."""
-    what = """HAT-Net-Small, eager. Milliseconds of a batch in each part of the model, beside the least that this
+    what = """HAT-Net-Small, eager. Milliseconds of a batch in each part of the model, next to the least that this
     machine would need for it: all multiply-adds as one product of 4096×4096 matrices, or reading every block's map
     and weights and writing its map once, whichever takes longer, at the rates measured in the same round. Then
     milliseconds by kind of operator, as a profiler sees them."""
@@ -67,7 +67,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _inputs(model: nn.Module, images: Tensor) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """The parts of the model in order, each with its input, and the whole."""
+    """Return the parts of the model in order, each with its input, and the whole."""
     parts: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {}
     with torch.no_grad():
         x = images

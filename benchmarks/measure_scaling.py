@@ -1,4 +1,4 @@
-"""From one process to two: images a second of real launches in which every process has one core of this machine."""
+"""From one process to two: images per second of real launches in which every process has one core of this machine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ communication: what two cores of this machine can give that share its memory."""
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: model, pixels, images a process (of two), steps a turn, turns a launch, rounds."""
+    """Extent of a measurement: model, pixels, images per process (of two), steps, turns, rounds."""
 
     variant: str = "hatnet_tiny"
     image_size: int = 224
@@ -132,7 +132,7 @@ def _run(command: list[str]) -> None:
 
 
 def _free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """Return a port of this machine that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

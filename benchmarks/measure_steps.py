@@ -1,4 +1,4 @@
-"""A training step, forward and backward: speed and peak memory beside the plain form and the peers."""
+"""A training step, forward and backward: speed and peak memory compared with the plain form and the peers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hatnet_analysis.memory import peak_memory
 
 def measure_steps(plan: Plan) -> Measurement:
     """Speed at batch 8, memory at batch 32."""
-    what = f"""Forward and backward, 224×224, float32, eager: images a second at batch 8; most bytes of tensors beyond
-    the model at batch 32. {PLAIN_WHAT}"""
+    what = f"""Forward and backward, 224×224, float32, eager: images per second at batch 8; most bytes of tensors
+    beyond the model at batch 32. {PLAIN_WHAT}"""
     result = Measurement("Training", " ".join(what.split()), plan.settings())
     contenders = {PLAIN: ours(kernels="reference"), OURS: ours()} | peers()
     steps = {name: training_step(model) for name, model in contenders.items()}

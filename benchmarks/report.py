@@ -40,7 +40,7 @@ class Report:
         self._header = {"date": date, "command": command, "machine": machine(), "versions": versions(packages)}
 
     def path(self, ending: str) -> Path:
-        """The file of this ending."""
+        """Return the file of this ending."""
         return self._stem.with_name(self._stem.name + ending)
 
     def add(self, name: str, measure: Callable[[], Measurement]) -> Measurement:
@@ -73,7 +73,7 @@ class Report:
 
 
 def machine() -> dict[str, Any]:
-    """The hardware, and how busy it was before this program."""
+    """Describe the hardware, and how busy it was before this program."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {

@@ -1,4 +1,4 @@
-"""What a measurement gives, how its rounds are interleaved, and how it is written down.
+"""Results of a measurement: interleaved rounds, ratios, tables and JSON.
 
 Speed is only ever judged as a ratio of two contenders of one run. Every round runs all contenders, one after the
 other, and each round begins with another one; a ratio is formed within a round, so that what slows the machine for a
@@ -34,7 +34,7 @@ class Table:
     digits: int = 1
 
     def markdown(self) -> str:
-        """The table with median and extremes."""
+        """Return the table with median and extremes."""
         lines = [f"| {self.title} | {self.unit} (median) | lowest | highest |", "|---|---:|---:|---:|"]
         for name, values in self.rounds.items():
             numbers = (statistics.median(values), min(values), max(values))
@@ -65,7 +65,7 @@ class Ratio:
 
     @property
     def met(self) -> bool | None:
-        """Whether the median meets the target; None without one."""
+        """True if the median meets the target; None without one."""
         if self.at_least is not None:
             return statistics.median(self.rounds) >= self.at_least
         return None if self.at_most is None else statistics.median(self.rounds) <= self.at_most
@@ -104,7 +104,7 @@ class Measurement:
     not_measured: str | None = None
 
     def markdown(self) -> str:
-        """The section, without its heading."""
+        """Return the section, without its heading."""
         if self.not_measured is not None:
             return f"{self.what}\n\nNot measured: {self.not_measured}."
         parts = [self.what, "\n".join(f"- {name}: {value}" for name, value in self.settings.items())]

@@ -25,11 +25,13 @@ from training_steps import (
 
 
 def main() -> None:
-    """Measure this launch; rank 0 writes the rates of all processes together, in images a second."""
+    """Measure this launch; rank 0 writes the rates of all processes together, in images per second."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", required=True)
     parser.add_argument("--image-size", type=int, required=True)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", required=True, help="images a step, over all processes")
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="+", required=True, help="images per step, over all processes"
+    )
     parser.add_argument("--steps", type=int, required=True, help="steps a turn")
     parser.add_argument("--turns", type=int, required=True, help="turns of each loop, after one that does not count")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")

@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def measurements(report: Report, *, quick: bool) -> dict[str, Callable[[], Measurement]]:
-    """What runs each measurement."""
+    """Return the function of each measurement."""
     picture = report.path("-loader.png")
     return {
         "loader": lambda: measure_loader.measure(measure_loader.QUICK if quick else measure_loader.Plan(), picture),

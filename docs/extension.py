@@ -1,6 +1,6 @@
-"""What this site needs beyond Sphinx's own extensions.
+"""Extend Sphinx where its own extensions are not enough for this site.
 
-- A block of commands that the build did not run says so beneath it, with the reason its page gives in a comment.
+- Show below a block of commands that the build did not run the reason that its page gives in a comment.
 - Links of pages to files of the repository, which are not pages, become downloads.
 - MathJax is copied into the site from the package that carries it.
 - The sentence beneath a constant is shown as it is, and an indented example as code.
@@ -110,7 +110,7 @@ def show_examples(app: Sphinx, what: str, name: str, obj: Any, options: Any, lin
 def resolve_short_name(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement
 ) -> nodes.reference | None:
-    """The object that a docstring means by the last part of its name, if one is nearest to the docstring's module."""
+    """Return the object of a short name in a docstring, if one is nearest to the docstring's module."""
     if node.get("refdomain") != "py":
         return None
     domain, last = env.domains.python_domain, node["reftarget"].rpartition(".")[2]
