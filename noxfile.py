@@ -205,7 +205,7 @@ def forks(session: nox.Session) -> None:
 def dense_training(session: nox.Session) -> None:
     """Train Mask R-CNN, RetinaNet and Semantic FPN from scratch on drawn shapes, to figures that have to be met."""
     install(session, "dense", groups=("photographs",))
-    session.run("python", "benchmarks/dense.py", "shapes", *(session.posargs or ["--out", "docs/benchmarks"]))
+    session.run("python", "benchmarks/run.py", "dense", "shapes", *(session.posargs or ["--out", "docs/benchmarks"]))
 
 
 @nox.session
@@ -314,7 +314,7 @@ def demo(session: nox.Session) -> None:
 def bench(session: nox.Session, subject: str) -> None:
     """Measure "core" (speed, memory), "training" (loader, engine), "dense" (shapes, detectors), "analysis" (paper)."""
     session.install("-c", "constraints.txt", *BENCHMARKS[subject])
-    session.run("python", f"benchmarks/{subject}.py", *(session.posargs or ["--out", "docs/benchmarks"]))
+    session.run("python", "benchmarks/run.py", subject, *(session.posargs or ["--out", "docs/benchmarks"]))
 
 
 @nox.session
@@ -337,7 +337,7 @@ def bench_guard(session: nox.Session) -> None:
         session.error("docs/benchmarks has no report to compare with: expected one of nox -s 'bench(core)'")
     out = session.create_tmp()
     chosen = session.posargs or ["inference", "variants", "training"]
-    session.run("python", "benchmarks/core.py", *chosen, "--out", out, "--against", str(recorded))
+    session.run("python", "benchmarks/run.py", "core", *chosen, "--out", out, "--against", str(recorded))
 
 
 @nox.session

@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from results import interleaved
+from harness import interleaved
 from torch import Tensor, nn
 
 from hatnet_core import create_model, set_kernels

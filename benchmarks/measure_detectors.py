@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import resource
@@ -11,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from harness import Measurement, Ratio, Table, interleaved, quotients
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.structures import InstanceData
-from results import Measurement, Ratio, Table, interleaved, quotients
 
 from hatnet_dense.config import load_config
 from hatnet_dense.flops import build_model, count
@@ -39,10 +40,10 @@ its own, forked before any model was built): on a CPU the growth of its resident
 at most."""
 
 
-def measure() -> Measurement:
+def measure(_: argparse.Namespace) -> Measurement:
     """Measure all backbones in turns."""
     warnings.simplefilter("ignore")
-    result = Measurement("RetinaNet at 800×1280", " ".join(WHAT.split()))
+    result = Measurement("RetinaNet at 800×1280", WHAT)
     configs = {name: _config(path) for name, path in CONFIGS.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result.settings = {"device": str(device), "threads": torch.get_num_threads(), "rounds": ROUNDS}

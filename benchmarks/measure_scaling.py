@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from results import Measurement, Ratio, Table, quotients
+from harness import Measurement, Ratio, Table, quotients
 from tqdm import tqdm
 
 from hatnet_train.launch import LAUNCHER_VARIABLES
@@ -48,9 +49,10 @@ class Plan:
 QUICK = Plan(image_size=96, share=4, turns=1, rounds=1)
 
 
-def measure(plan: Plan) -> Measurement:
+def measure(args: argparse.Namespace) -> Measurement:
     """Launch one process and two in turn."""
-    result = Measurement(TITLE, " ".join(WHAT.split()))
+    plan = QUICK if args.quick else Plan()
+    result = Measurement(TITLE, WHAT)
     if len(os.sched_getaffinity(0)) < 2:
         result.not_measured = "this process may use only one core"
         return result

@@ -50,7 +50,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, list[float]]:
     """Rates by loop, one a turn: our Trainer at each batch size (``16``), PyTorch alone at the last (``alone``)."""
     values = {"variant": args.variant, "image_size": args.image_size, "precision": "fp32", **PLAIN}
     configs = [step_config(**values, batch_size=size) for size in args.batch_sizes]
-    trainers = [make_trainer_in_memory(it, scratch / f"{it.batch_size}", args.steps) for it in configs]
+    trainers = [make_trainer_in_memory(it, scratch / f"{it.optimisation.batch_size}", args.steps) for it in configs]
     loops: dict[str, tuple[int, Callable[[], float]]] = {
         str(it.config.optimisation.batch_size): (it.config.optimisation.batch_size, partial(trainer_seconds, it))
         for it in trainers
