@@ -192,7 +192,8 @@ def section(record: Mapping[str, Any]) -> str:
             chosen = [row for row in rows if str(row.get("table", "")) == group]
             columns = [name for name in dict.fromkeys(key for row in chosen for key in row) if name != "table"]
             cells = [[_cell(row.get(name)) for name in columns] for row in chosen]
-            parts += [f"### {f'Table {group}' if group else title}", _grid(columns, cells)]
+            level = "###" if record["title"] else "##"
+            parts += [f"{level} {f'Table {group}' if group else title}", _grid(columns, cells)]
     return "\n\n".join(part for part in parts if part)
 
 
