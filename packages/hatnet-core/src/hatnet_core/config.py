@@ -110,7 +110,7 @@ class HATNetConfig(Mapping[str, Any]):
             activation=_one_of("activation", self.activation, ACTIVATION_NAMES),
             depthwise=_flag("depthwise", self.depthwise),
             in_chans=positive_int("in_chans", self.in_chans),
-            num_classes=_num_classes(self.num_classes),
+            num_classes=positive_int("num_classes", self.num_classes, lowest=0),
             global_pool=_global_pool(self.global_pool, self.num_classes),
             drop_rate=_rate("drop_rate", self.drop_rate),
             proj_drop_rate=_rate("proj_drop_rate", self.proj_drop_rate),
@@ -163,14 +163,14 @@ def as_index(value: Any) -> int:
     return operator.index(value)
 
 
-def positive_int(name: str, value: int) -> int:
-    """Convert ``value`` to int; raise ValueError unless it is an integer of at least 1."""
+def positive_int(name: str, value: int, lowest: int = 1) -> int:
+    """Convert ``value`` to int; raise ValueError unless it is an integer of at least ``lowest``."""
     try:
         number = as_index(value)
     except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        number = lowest - 1
+    if number < lowest:
+        raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
     return number
 
 
@@ -192,16 +192,6 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
     return value
-
-
-def _num_classes(value: int) -> int:
-    try:
-        count = as_index(value)
-    except TypeError:
-        count = -1
-    if count < 0:
-        raise ValueError(f"num_classes must be a positive integer, or 0 for no classifier, got {value!r}")
-    return count
 
 
 def _global_pool(value: str, num_classes: int) -> str:

@@ -15,14 +15,10 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from hatnet_core.checkpoint import (
-    WEIGHTS,
-    build_loaded,
-    read_checkpoint,
-    save_checkpoint,
-    saved_config,
-    variant_name,
-)
+from hatnet_core.checkpoint.loading import build_loaded
+from hatnet_core.checkpoint.matching import variant_name
+from hatnet_core.checkpoint.reading import WEIGHTS, read_checkpoint
+from hatnet_core.checkpoint.saving import save_checkpoint, saved_config
 from hatnet_core.io import json_object
 from hatnet_core.model import HATNet
 

@@ -9,7 +9,6 @@ loads the released weights (``pretrained=True``) and wraps them like its own.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partialmethod
 from typing import Any
 
@@ -36,7 +35,7 @@ class TimmHATNet(HATNet):
     def __init__(
         self, *args: Any, device: str | torch.device | None = None, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
-        with nullcontext() if device is None else torch.device(device):
+        with torch.device(device or torch.get_default_device()):
             super().__init__(*args, **kwargs)
         self.to(dtype=dtype)
 

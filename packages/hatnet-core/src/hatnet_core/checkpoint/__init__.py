@@ -14,8 +14,8 @@ metadata, the configuration that builds the model. A file is opened once and pas
 ``saving.py`` writes our files.
 """
 
-from hatnet_core.checkpoint.loading import build_loaded, load_checkpoint, load_model
-from hatnet_core.checkpoint.matching import head_size, variant_name
+from hatnet_core.checkpoint.loading import load_checkpoint, load_model
+from hatnet_core.checkpoint.matching import head_size
 from hatnet_core.checkpoint.reading import (
     SIZE,
     WEIGHTS,
@@ -26,13 +26,12 @@ from hatnet_core.checkpoint.reading import (
     read_state,
     trained_size,
 )
-from hatnet_core.checkpoint.saving import save_checkpoint, saved_config
+from hatnet_core.checkpoint.saving import save_checkpoint
 
 __all__ = [
     "SIZE",
     "WEIGHTS",
     "Checkpoint",
-    "build_loaded",
     "find_metadata",
     "head_size",
     "load_checkpoint",
@@ -41,7 +40,5 @@ __all__ = [
     "read_metadata",
     "read_state",
     "save_checkpoint",
-    "saved_config",
     "trained_size",
-    "variant_name",
 ]

@@ -130,5 +130,5 @@ def _largest(content: Any, path: Path) -> Weights:
     """Take the largest dict of tensors, for the comparison with the model to describe."""
     largest = max((tensors for _, tensors in _state_dicts(content)), key=len, default=None)
     if largest is None:
-        raise ValueError(f"{path} must hold a dict of parameter names to tensors, at any depth")
+        raise ValueError(f"{path} must contain a dict of parameter names to tensors, at any depth")
     return Weights("", largest, [])

@@ -115,19 +115,9 @@ def build_loaded(
     state: dict[str, Tensor],
     device: str | torch.device | None = None,
 ) -> HATNet:
-    """Build a model from a stored configuration, once, and give it the weights of a checkpoint.
+    """Build a model from the arguments ``config``, read from ``origin``, with weights from ``checkpoint``.
 
-    Args:
-        kind: :class:`HATNet` or a subclass.
-        config: its arguments.
-        origin: where the arguments were read, for the error.
-        checkpoint: the file of the weights.
-        state: the weights, of :meth:`Checkpoint.weights`.
-        device: device of the model; by default torch's.
-
-    Raises:
-        ValueError: if the configuration is not valid, or as for :func:`load_checkpoint`, before anything of the
-            model's size is allocated.
+    Everything is checked before anything of the model's size is allocated.
     """
     depths = config.get("depths")
     # Modules cost memory even without storage: a forged number of blocks must not fill it.

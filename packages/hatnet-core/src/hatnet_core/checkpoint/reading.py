@@ -42,15 +42,7 @@ class Checkpoint:
     """Result of :func:`read_metadata`; empty if the file does not describe its model."""
 
     def weights(self, key: str | None = None, names: Collection[str] = ()) -> Weights:
-        """Find the weights of a HAT-Net under the names of :class:`HATNet`.
-
-        Args:
-            key: as for :func:`load_checkpoint`.
-            names: parameters of the model that they are for, if it is known.
-
-        Raises:
-            ValueError: if the file contains no state dict, or none under ``key``.
-        """
+        """Find the weights of a HAT-Net; see :func:`hatnet_core.checkpoint.foreign.choose_weights`."""
         return choose_weights(self.content, self.path, key, names)
 
 
@@ -71,13 +63,8 @@ def read_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
     if path.is_dir():
         return Checkpoint(path, read_zero(path), {})
     if path.suffix != ".safetensors":
-        return Checkpoint(path, read_torch(_existing(path)), {})
-    tensors, header = read_safetensors(_existing(path))
-    try:
-        metadata = parse_metadata(header, path)
-    except ValueError:
-        metadata = {}
-    return Checkpoint(path, tensors, metadata)
+        return Checkpoint(path, _read_torch(_existing(path)), {})
+    return Checkpoint(path, *_read_safetensors(_existing(path)))
 
 
 def read_state(
@@ -106,8 +93,10 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     path = _weights_file(path)
     if path.is_dir():
         raise ValueError(f"{path} contains no {WEIGHTS}, which describes its model")
-    _, header = read_safetensors(_existing(path), header_only=True)
-    return parse_metadata(header, path)
+    _, record = _read_safetensors(_existing(path), header_only=True)
+    if not record:
+        raise ValueError(f"{path} has no HAT-Net configuration: where a model is loaded, name it with variant=NAME")
+    return record
 
 
 def find_metadata(path: str | Path) -> dict[str, Any]:
@@ -121,20 +110,6 @@ def find_metadata(path: str | Path) -> dict[str, Any]:
         return read_metadata(path) if _weights_file(path).suffix == ".safetensors" else {}
     except ValueError:
         return {}
-
-
-def parse_metadata(header: dict[str, str], path: Path) -> dict[str, Any]:
-    """Parse the record of :func:`save_checkpoint` in the header of a safetensors file.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    try:
-        record = json_object(header.get("hatnet", "null"), "its metadata")
-        json_object(record.get("config"), "its config")
-    except ValueError as error:
-        raise ValueError(f"{path} has no HAT-Net configuration ({error}): name the model with variant=NAME") from None
-    return record
 
 
 def trained_size(path: str | Path | None, high: int) -> tuple[int, int]:
@@ -154,29 +129,26 @@ def trained_size(path: str | Path | None, high: int) -> tuple[int, int]:
     return side, side
 
 
-def read_safetensors(path: Path, *, header_only: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and header of a safetensors file; with ``header_only`` no tensors.
-
-    Raises:
-        ValueError: if the file is damaged or has another format.
-        ImportError: if safetensors is not installed.
-    """
+def _read_safetensors(path: Path, *, header_only: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors, none with ``header_only``, and the record of :func:`save_checkpoint`, empty without one."""
     import_safetensors()
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {} if header_only else file.get_tensors(), file.metadata() or {}
+            tensors, header = {} if header_only else file.get_tensors(), file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    try:
+        record = json_object(header.get("hatnet", "null"), path)
+        json_object(record.get("config"), path)
+    except ValueError:  # of another program
+        record = {}
+    return tensors, record
 
 
-def read_torch(path: Path) -> Any:
-    """Read a file of ``torch.save``: tensors and plain containers only, so that no code of the file runs.
-
-    Raises:
-        ValueError: if the file is damaged, has another format, or contains other objects.
-    """
+def _read_torch(path: Path) -> Any:
+    """Read a file of ``torch.save``: tensors and plain containers only, so that no code of the file runs."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # trainers store their arguments, too
             return torch.load(path, map_location="cpu", weights_only=True)
