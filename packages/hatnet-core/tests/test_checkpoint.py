@@ -1,15 +1,22 @@
 import argparse
 import builtins
+import ctypes
 import datetime
 import json
+import os
 import pickle
+import struct
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from timm.models import adapt_input_conv
 
+from conftest import SMALL
 from hatnet_core import HATNet, create_model, list_models, load_checkpoint, read_metadata, save_checkpoint
+from hatnet_core.checkpoint import load_model, read_checkpoint, read_state
+from hatnet_core.checkpoint.matching import check_match
 from hatnet_testing import check, raises
 
 
@@ -327,3 +334,97 @@ def test_a_pickle_that_runs_code_is_refused_unexecuted(tmp_path, capsys):
         with raises(ValueError, tmp_path / name):
             load_checkpoint(create_model("hatnet_tiny"), tmp_path / name)
     assert "executed" not in capsys.readouterr().out
+
+
+class Opens:
+    """Counts how often a file is opened, by anybody, as the kernel reports it."""
+
+    OPEN, CLOSE = 0x20, 0x18
+
+    def __init__(self, path):
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.queue = self.libc.inotify_init1(os.O_NONBLOCK)
+        # closing is watched, too: two equal events in a row would be reported as one
+        assert self.libc.inotify_add_watch(self.queue, os.fsencode(path), self.OPEN | self.CLOSE) >= 0
+
+    def count(self):
+        events = os.read(self.queue, 1 << 16)
+        os.close(self.queue)
+        masks = [struct.unpack_from("iI", events, i)[1] for i in range(0, len(events), 16)]  # a file's have no name
+        return sum(bool(mask & self.OPEN) for mask in masks)
+
+
+LOADS = {
+    "load_model": load_model,
+    "load_model of a folder": lambda path: load_model(path.parent),
+    "load_checkpoint": lambda path: load_checkpoint(HATNet(**SMALL, num_classes=5), path),
+    "read_metadata": read_metadata,
+    "read_state": read_state,
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is a part of Linux")
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_a_file_is_opened_once_for_metadata_and_weights(load, small_model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(small_model, path)
+    opens = Opens(path)
+    load(path)
+    assert opens.count() == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is a part of Linux")
+def test_a_checkpoint_that_was_read_is_not_opened_again(small_model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(small_model, path, {"classes": ["a", "b"]})
+    opens = Opens(path)
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.metadata["classes"] == ["a", "b"]
+    model, other = load_model(checkpoint), HATNet(**small_model.config)
+    assert load_checkpoint(other, checkpoint) == []
+    for p, q, r in zip(small_model.parameters(), model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+    assert opens.count() == 1
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Arguments of every HAT-Net that is built."""
+    models, init = [], HATNet.__init__
+    monkeypatch.setattr(HATNet, "__init__", lambda self, *a, **k: (models.append(k), init(self, *a, **k))[1])
+    return models
+
+
+def test_loading_builds_one_model_and_a_refusal_none(small_model, tmp_path, built):
+    save_checkpoint(small_model, tmp_path / "m.safetensors")
+    built.clear()
+    model = load_model(tmp_path / "m.safetensors")
+    assert len(built) == 1
+    model.reset_classifier(2)
+    with raises(ValueError, "m.safetensors", "head.weight", (2, 24), (5, 24), "drop_head"):
+        load_checkpoint(model, tmp_path / "m.safetensors")
+    assert len(built) == 1
+
+
+SHOWN = [*list_models(), "hatnet_small_window234", "hatnet_small_window34", "hatnet_small_window4"]
+SHOWN += ["hatnet_small_no_depthwise"]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_refusal_names_the_model_that_the_shapes_show(name, tmp_path):
+    with torch.device("meta"):
+        own, state = (create_model(n, num_classes=7).state_dict() for n in ("hatnet_small_gelu", name))
+    state.pop("stem.conv1.bias")  # what is damaged is still recognised
+    with raises(ValueError, tmp_path, name, "hatnet_small", 7) as error:
+        check_match(own, state, tmp_path, "take {}", "keep the head")
+    assert (f"take {name}" in str(error.value)) == (name != "hatnet_small")  # GELU has the shapes of SiLU
+    assert "keep the head" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0, 0, 1, 1), (8, 0, 1, 1)])
+def test_shapes_that_no_model_has_are_described(shape, small_model, tmp_path):
+    own = small_model.state_dict()
+    state = own | {f"stages.{i}.blocks.0.mlp.expand.weight": torch.zeros(shape) for i in range(4)}
+    with raises(ValueError, tmp_path, "stages.0.blocks.0.mlp.expand.weight", shape):
+        check_match(own, state, tmp_path, "", "")

@@ -100,6 +100,14 @@ def test_a_configuration_that_describes_no_hatnet_is_refused(content, named, mod
         HubHATNet.from_pretrained(tmp_path)
 
 
+def test_an_integer_is_taken_where_a_float_is_expected(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "drop_rate": 0, "drop_path_rate": 0}))
+    again = HubHATNet.from_pretrained(tmp_path)
+    assert (again.config.drop_rate, type(again.config.drop_rate)) == (0.0, float)
+
+
 def test_a_folder_that_is_not_there_is_refused_before_the_hub_is_asked(tmp_path):
     with raises(FileNotFoundError, tmp_path / "nowhere"):
         HubHATNet.from_pretrained(tmp_path / "nowhere")

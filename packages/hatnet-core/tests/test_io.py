@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hatnet_core.io import atomic_write
+from hatnet_core.io import atomic_write, json_object
+from hatnet_testing import raises
 
 WRITERS = {
     "bytes": lambda part, content: part.write_bytes(content),
@@ -109,3 +110,16 @@ def test_the_suffix_is_kept_for_libraries_that_choose_the_format_by_it(tmp_path)
     with atomic_write(tmp_path / "a.png") as part:
         assert part.suffix == ".png"
         part.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "named"), [("{", "JSON"), (b"\xff\xfe", "JSON"), ("[" * 100_000, "JSON"), ("[1]", "list"), (1, "int")]
+)
+def test_json_that_is_not_an_object_is_refused_by_its_origin(content, named):
+    with raises(ValueError, "a/config.json", named):
+        json_object(content, "a/config.json")
+
+
+def test_json_comes_from_strings_bytes_and_parsed_values():
+    for content in ('{"a": [1]}', b'{"a": [1]}', {"a": [1]}):
+        assert json_object(content, "x") == {"a": [1]}

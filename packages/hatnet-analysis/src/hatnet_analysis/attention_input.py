@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from hatnet_core import HATNet, create_model
-from hatnet_core.checkpoint import find_metadata, load_model
+from hatnet_core.checkpoint import load_model, read_checkpoint
 from hatnet_core.images import to_rgb
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -46,8 +46,8 @@ def read_model(checkpoint: Path | None, variant: str | None) -> tuple[HATNet, tu
             torch.default_generator.manual_seed(0)
             model = create_model(variant)
         return _drawable(model, variant), (MEAN, STD)
-    model = _drawable(load_model(checkpoint, variant), str(checkpoint))
-    record = find_metadata(checkpoint)
+    content = read_checkpoint(checkpoint)
+    model, record = _drawable(load_model(content, variant), str(checkpoint)), content.metadata
     return model, (_channels(record, "mean", MEAN, checkpoint), _channels(record, "std", STD, checkpoint))
 
 

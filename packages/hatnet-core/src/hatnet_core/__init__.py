@@ -1,6 +1,9 @@
 """HAT-Net: vision transformers with hierarchical attention (Liu et al., MIR 2024), in PyTorch.
 
-Names are imported when they are first used, so that the commands' ``--help`` does not wait for torch.
+Read ``attention.py``, then ``model.py``. Adapters to other libraries (``timm``, ``hub``, ``transformers``, ``export``,
+``images``, ``flop_handles``) are flat modules, because users import them by these names: ``import hatnet_core.timm``.
+
+Names are imported at their first use, so that the commands' ``--help`` does not wait for torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The arguments of the model (Table 1, Sec. 4.4): declared, checked and described here and nowhere else.
+"""Arguments of the model (Table 1, Sec. 4.4): the only place that declares, checks and describes them.
 
 :class:`HATNet` takes the fields of :class:`HATNetConfig` and keeps them as ``model.config``. Checkpoints, the hub and
 the configuration of transformers derive from them. To add an argument, add a field, check it in ``__post_init__`` and
@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
 
 ATTENTIONS = ("hierarchical", "window")
-"""Attentions of stages 2-4: H-MHSA, or the shifted windows of Swin that Table 5 compares it with."""
+"""Attentions of stages 2-4: H-MHSA, or Swin's shifted windows, the comparison of Table 5."""
 
 ACTIVATION_NAMES = ("silu", "gelu")
-"""The paper's SiLU, and the GELU that Sec. 4.4 compares it with."""
+"""The paper's SiLU, or GELU, the comparison of Sec. 4.4."""
 
 KERNELS = ("auto", "plain", "reference", "triton")
 """How models compute; see :func:`hatnet_core.set_kernels`. Not an argument of the model: it changes no result."""
@@ -68,7 +68,7 @@ class HATNetConfig(Mapping[str, Any]):
     attention: Sequence[str] = field(default=("hierarchical",) * 3, metadata=_TRAINED)
     """``hierarchical``, or ``window`` for Swin's windows of 7×7, shifted in every second block (Table 5).
 
-    A window stage makes no use of G1 and G2.
+    A window stage ignores G1 and G2.
     """
 
     activation: str = field(default="silu", metadata=_TRAINED)
@@ -84,7 +84,7 @@ class HATNetConfig(Mapping[str, Any]):
     """Outputs of the linear head; 0 returns the pooled features."""
 
     global_pool: str = "avg"
-    """``avg``, or an empty string for features that are not pooled, which takes ``num_classes=0``."""
+    """``avg``, or an empty string for feature maps without pooling, which needs ``num_classes=0``."""
 
     drop_rate: float = 0.2
     """Dropout before the linear layer of the head."""
@@ -96,7 +96,8 @@ class HATNetConfig(Mapping[str, Any]):
     """Stochastic depth of the last block; rises linearly from 0 at the first."""
 
     def __post_init__(self) -> None:
-        """Check every field; sequences become tuples, integers of NumPy become ``int``."""
+        """Check every field; convert sequences to tuples and integers of NumPy to ``int``."""
+        # vars(), because __setattr__ refuses to assign fields
         vars(self).update(
             embed_dims=positive_ints("embed_dims", self.embed_dims, 4),
             depths=positive_ints("depths", self.depths, 4),
@@ -109,7 +110,7 @@ class HATNetConfig(Mapping[str, Any]):
             activation=_one_of("activation", self.activation, ACTIVATION_NAMES),
             depthwise=_flag("depthwise", self.depthwise),
             in_chans=positive_int("in_chans", self.in_chans),
-            num_classes=_num_classes(self.num_classes),
+            num_classes=positive_int("num_classes", self.num_classes, lowest=0),
             global_pool=_global_pool(self.global_pool, self.num_classes),
             drop_rate=_rate("drop_rate", self.drop_rate),
             proj_drop_rate=_rate("proj_drop_rate", self.proj_drop_rate),
@@ -139,51 +140,51 @@ class HATNetConfig(Mapping[str, Any]):
         return {**self, **other}
 
     def replace(self, **changes: Any) -> HATNetConfig:
-        """Copy with other values of some fields."""
+        """Copy the configuration with other values of some fields."""
         return HATNetConfig(**{**self, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Arguments by name, for ``HATNet(**arguments)`` and for trackers of experiments."""
+        """Return the arguments by name, for ``HATNet(**arguments)`` and for experiment trackers."""
         return dict(self)
 
     def to_json_string(self) -> str:
-        """Arguments as a JSON object, one a line."""
+        """Return the arguments as a JSON object, one per line."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
 TRAINED = tuple(f.name for f in dataclasses.fields(HATNetConfig) if f.metadata.get("trained"))
-"""Arguments that weights are trained for; the others can change around them."""
+"""Arguments that weights are trained for; the others can change without retraining."""
 
 
 def as_index(value: Any) -> int:
-    """Integer of any kind, NumPy's among them, as an int; TypeError for a bool and anything else."""
-    if isinstance(value, bool):
+    """Convert an integer of any kind, also of NumPy, to int; raise TypeError for anything else."""
+    if isinstance(value, bool):  # operator.index takes it for 0 or 1
         raise TypeError(f"{value!r} is not an integer")
     return operator.index(value)
 
 
-def positive_int(name: str, value: int) -> int:
-    """``value`` as an int; ValueError naming it unless it is an integer of at least 1."""
+def positive_int(name: str, value: int, lowest: int = 1) -> int:
+    """Convert ``value`` to int; raise ValueError unless it is an integer of at least ``lowest``."""
     try:
         number = as_index(value)
     except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        number = lowest - 1
+    if number < lowest:
+        raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
     return number
 
 
 def positive_ints(name: str, values: Sequence[int], length: int) -> tuple[int, ...]:
-    """``values`` as a tuple of ints; ValueError naming them unless they are ``length`` integers of at least 1."""
+    """Convert ``values`` to a tuple of ints; raise ValueError unless they are ``length`` integers of at least 1."""
     if not isinstance(values, Sequence) or len(values) != length:
         got = tuple(values) if isinstance(values, list) else values
-        raise ValueError(f"{name} must hold {length} integers, got {got!r}")
+        raise ValueError(f"{name} must be {length} integers, got {got!r}")
     return tuple(positive_int(name, value) for value in values)
 
 
 def _attention(values: Sequence[str]) -> tuple[str, ...]:
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 3:
-        raise ValueError(f"attention must hold 3 of {', '.join(ATTENTIONS)}, got {values!r}")
+        raise ValueError(f"attention must be 3 of {', '.join(ATTENTIONS)}, got {values!r}")
     return tuple(_one_of("attention", value, ATTENTIONS) for value in values)
 
 
@@ -193,19 +194,9 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
     return value
 
 
-def _num_classes(value: int) -> int:
-    try:
-        count = as_index(value)
-    except TypeError:
-        count = -1
-    if count < 0:
-        raise ValueError(f"num_classes must be a positive integer, or 0 for no classifier, got {value!r}")
-    return count
-
-
 def _global_pool(value: str, num_classes: int) -> str:
     if _one_of("global_pool", value, ("avg", "")) == "" and num_classes:
-        raise ValueError(f"num_classes must be 0 with global_pool='', which leaves maps, got {num_classes}")
+        raise ValueError(f"num_classes must be 0 with global_pool='', which returns maps, got {num_classes}")
     return value
 
 

@@ -1,8 +1,8 @@
-"""One file for every batch size, height and width: ``torch.export`` programs and ONNX graphs, checked when made.
+"""Export a model as one ``torch.export`` program or ONNX graph for every batch size, height and width.
 
-The command ``hatnet-export`` (``cli.py``) writes the file, runs it beside the model at the traced and at other sizes,
-and keeps it only if the outputs agree. ONNX needs the extra ``hatnet-core[onnx]``.
-TorchScript is not offered: torch deprecates it in favour of ``torch.export``.
+The command ``hatnet-export`` (``cli.py``) writes the file, compares it with the model at the traced and at other
+sizes, and keeps it only if the outputs agree. ONNX needs the extra ``hatnet-core[onnx]``. TorchScript is not
+supported: torch deprecates it in favour of ``torch.export``.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from hatnet_core.model import HATNet, unwrap
 from hatnet_core.variants import MIN_SIZE
 
 TOLERANCE = 1e-4
-"""Largest difference of the outputs, relative to the largest output, at which a file still counts as the model."""
+"""Largest accepted difference of the outputs, relative to the largest output."""
 
 
 def export_program(model: nn.Module, size: tuple[int, int] = (224, 224), static: bool = False) -> ExportedProgram:
     """Trace ``model`` in evaluation mode, with ``torch.export``.
 
-    ``torch.export.export`` (not strict, its default) can be called on a model as well; this is it with the dynamic
-    dimensions named. A dynamic program takes every size from 32 pixels up, whatever size it was traced with.
+    The same as ``torch.export.export`` (not strict, its default) with named dynamic dimensions. A dynamic program
+    takes every size from 32 pixels up, whatever size it was traced with.
 
     Args:
         model: the model, or one wrapped as :func:`hatnet_core.model.unwrap` undoes; its training mode is left as it
             was.
-        size: height and width of the image it is traced with, in pixels.
-        static: whether the program takes this size and one image at a time only, instead of any.
+        size: height and width of the image to trace with, in pixels.
+        static: restrict the program to this size and one image at a time.
 
     Returns:
-        The program, of one input ``x`` [batch, in_chans, height, width]; ``torch.export.save`` writes it.
+        The program, with one input ``x`` [batch, in_chans, height, width]; ``torch.export.save`` writes it.
 
     Raises:
         TypeError: if ``model`` is not a :class:`HATNet`.
@@ -56,21 +56,20 @@ def export_onnx(model: nn.Module, path: str | Path, size: tuple[int, int] = (224
         model: the model, or one wrapped as :func:`hatnet_core.model.unwrap` undoes; its training mode is left as it
             was.
         path: the file to write.
-        size: height and width of the image it is traced with, in pixels.
-        static: whether the graph takes this size and one image at a time only, instead of any.
+        size: height and width of the image to trace with, in pixels.
+        static: restrict the graph to this size and one image at a time.
 
     Raises:
-        ImportError: if onnx or onnxscript is not installed.
+        ImportError: if onnxscript is not installed.
     """
     try:
-        import onnxscript  # noqa: F401  what torch.onnx needs, asked for before minutes of work
+        import onnxscript  # noqa: F401  torch.onnx needs it, after minutes of work
     except ImportError as error:
         raise ImportError("ONNX export needs onnxscript: pip install 'hatnet-core[onnx]'") from error
     model = unwrap(model)
-    model = unwrap(model)
     image = _image(model, 1 if static else 2, *size)
     with _evaluation(model), torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of torch.onnx about torch itself
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch.onnx about torch itself
         program = torch.onnx.export(
             model,
             (image,),
@@ -82,13 +81,14 @@ def export_onnx(model: nn.Module, path: str | Path, size: tuple[int, int] = (224
         )
     program = cast(torch.onnx.ONNXProgram, program)
     for name, constant in list(program.model.graph.initializers.items()):
-        if name.startswith("val_"):  # onnxruntime copies a constant under the next number, which a result may have
+        # onnxruntime's quantiser copies a constant under the next number, which may be the name of a result
+        if name.startswith("val_"):
             constant.name = name.replace("val_", "constant_")
     program.save(str(path))
 
 
 def largest_difference(model: nn.Module, path: str | Path, shapes: Sequence[tuple[int, int, int]]) -> float:
-    """Largest difference between the outputs of an exported file and of ``model`` on random images.
+    """Compare the outputs of an exported file with those of ``model`` on random images.
 
     Args:
         model: the model that was exported; run in evaluation mode.
@@ -96,8 +96,8 @@ def largest_difference(model: nn.Module, path: str | Path, shapes: Sequence[tupl
         shapes: batch size, height and width of each input.
 
     Returns:
-        The largest absolute difference, divided by the largest absolute output of the model if that is not 0; not a
-        number where an output is none.
+        The largest absolute difference, divided by the largest absolute output of the model if that is not 0; NaN if
+        an output is NaN.
 
     Raises:
         ImportError: if the file is ONNX and onnxruntime is not installed.
@@ -114,9 +114,12 @@ def largest_difference(model: nn.Module, path: str | Path, shapes: Sequence[tupl
 
 
 def check_shapes(size: tuple[int, int]) -> list[tuple[int, int, int]]:
-    """Batch size, height and width of inputs to check a dynamic export with, given the size it was traced with.
+    """Batch size, height and width of the inputs that a dynamic export is checked with.
 
-    The traced height and width, a larger image of more whole grids, one larger by odd numbers, and the smallest.
+    These are the traced size, a larger one of whole grids, one larger by odd numbers, and the smallest.
+
+    Args:
+        size: height and width that it was traced with.
     """
     height, width = size
     return [(1, height, width), (2, height + 32, width + 96), (3, height + 45, width + 107), (1, MIN_SIZE, MIN_SIZE)]

@@ -1,4 +1,4 @@
-"""Models by name: :func:`create_model`."""
+"""Build models by name."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> HATNet:
     Args:
         name: one of :func:`hatnet_core.list_models`, ablations included.
         pretrained: load the weights that the paper's authors released for the four models of Table 1, downloaded
-            to torch's hub folder when first asked for (see :mod:`hatnet_core.pretrained`). With another number of
-            classes than 1000 the head keeps its fresh weights; other than three input channels are adapted.
-        **kwargs: arguments of :class:`HATNet`, such as ``num_classes``, ``in_chans`` or ``drop_path_rate``;
-            they override those of the variant.
+            to torch's hub folder at the first call (see :mod:`hatnet_core.pretrained`). With other than 1000 classes
+            the head keeps its fresh weights; for other than three input channels the stem is adapted.
+        **kwargs: arguments of :class:`HATNet` that override those of the variant, such as ``num_classes``,
+            ``in_chans`` or ``drop_path_rate``.
 
     Returns:
         The model, in training mode, fp32, on the current default device.
 
     Raises:
-        ValueError: if the name is unknown (the known ones are listed), an argument is out of range, or no weights
-            were released for the model or they do not fit it.
+        ValueError: if the name is unknown, an argument is out of range, or the model has no released weights or other
+            parameters than they do.
         OSError: if the weights cannot be downloaded.
 
     Example:

@@ -1,13 +1,12 @@
-"""HAT-Net on the Hugging Face hub: a :class:`HATNet` with ``save_pretrained``, ``from_pretrained``, ``push_to_hub``.
+"""Share HAT-Net on the Hugging Face hub: ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
-Needs the extra ``hatnet-core[hub]``. A saved folder holds ``model.safetensors`` (a file that
-:func:`hatnet_core.load_checkpoint` reads, too), ``config.json`` (the arguments of :class:`HATNet`) and a model card.
-Folders on disk need no network. ``transformers.py`` has the class for ``AutoBackbone``.
+Needs the extra ``hatnet-core[hub]``. A saved folder contains ``model.safetensors``, which
+:func:`hatnet_core.load_checkpoint` reads as well, ``config.json`` with the arguments of :class:`HATNet`, and a model
+card. Folders on disk need no network. For ``AutoBackbone``, see :mod:`hatnet_core.transformers`.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any, cast
@@ -16,16 +15,11 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from hatnet_core.checkpoint import (
-    WEIGHTS,
-    build_loaded,
-    read_metadata,
-    read_state,
-    save_checkpoint,
-    saved_config,
-    variant_name,
-)
-from hatnet_core.config import HATNetConfig
+from hatnet_core.checkpoint.loading import build_loaded
+from hatnet_core.checkpoint.matching import variant_name
+from hatnet_core.checkpoint.reading import WEIGHTS, read_checkpoint
+from hatnet_core.checkpoint.saving import save_checkpoint, saved_config
+from hatnet_core.io import json_object
 from hatnet_core.model import HATNet
 
 CARD = """---
@@ -57,9 +51,9 @@ class HubHATNet(
     tags=["hat-net", "hierarchical-attention", "backbone"],
     model_card_template=CARD,
 ):
-    """A :class:`HATNet` that comes from and goes to the Hugging Face hub or a folder of its form.
+    """A :class:`HATNet` with the methods of ``PyTorchModelHubMixin``.
 
-    Takes the arguments of :class:`HATNet`. Weights are read from safetensors alone, strictly.
+    Takes the arguments of :class:`HATNet`. Weights are read from safetensors only, strictly.
 
     Example:
         >>> from hatnet_core.variants import model_arguments
@@ -68,8 +62,13 @@ class HubHATNet(
         >>> model = HubHATNet.from_pretrained("folder")  # doctest: +SKIP
     """
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_checkpoint(self, save_directory / WEIGHTS)
+        # The mixin would save the arguments of the constructor, which set_grid or another head may have changed.
+        (save_directory / "config.json").write_text(saved_config(self).to_json_string())
+
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card with this model's size and task; ``repo_id``, ``title`` and ``description`` may be given."""
+        """Fill in the card with size and task; ``repo_id``, ``title`` and ``description`` can be given."""
         num_classes = saved_config(self).num_classes
         values = {
             "title": variant_name(self.config) or "HAT-Net",
@@ -82,31 +81,32 @@ class HubHATNet(
         return super().generate_model_card(*args, **{**values, **kwargs})
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Save the model as it is now; a folder that holds one keeps it until the new files are complete.
+        """Save the model in its present state; files of an earlier save are replaced once all new ones are written.
 
         Args:
-            save_directory: the folder; made if it is not there.
-            **kwargs: ``push_to_hub`` and ``repo_id`` to upload as well, ``model_card_kwargs``, and what
-                :meth:`push_to_hub` takes.
+            save_directory: the folder, created if needed.
+            **kwargs: ``push_to_hub`` and ``repo_id`` to upload as well, ``model_card_kwargs``, and arguments of
+                :meth:`push_to_hub`.
 
         Returns:
             The address of the commit if ``push_to_hub``, else None.
 
         Raises:
-            ValueError: if stages of the model were pruned.
+            ValueError: if the model cannot be saved, as for :func:`hatnet_core.save_checkpoint`.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        # The mixin deletes config.json first, so that a failure would leave a folder without it.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as staging:
             super().save_pretrained(staging, model_card_kwargs=kwargs.get("model_card_kwargs"))
             for file in Path(staging).iterdir():
-                if file.name != "README.md" or not (folder / file.name).exists():  # a card may have been edited
+                if file.name != "README.md" or not (folder / file.name).exists():  # keep an edited card
                     file.replace(folder / file.name)
         return self.push_to_hub(repo_id or folder.name, **kwargs) if push else None
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Save and upload the model, as ``PyTorchModelHubMixin.push_to_hub``; the card names the repository."""
+        """Save and upload the model as ``PyTorchModelHubMixin.push_to_hub``; the card names the repository."""
         kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}
         return super().push_to_hub(repo_id, **kwargs)
 
@@ -123,56 +123,49 @@ class HubHATNet(
         token: str | bool | None = None,
         **arguments: Any,
     ) -> HubHATNet:
-        """The model in a folder of ``save_pretrained`` or in a repository of the hub, in evaluation mode.
+        """Load a model from a folder of ``save_pretrained`` or from the hub, in evaluation mode.
+
+        The mixin's own method ignores unknown arguments in ``config.json`` and does not name a damaged file.
 
         Args:
             pretrained_model_name_or_path: the folder, or the name on the hub.
-            map_location: device to put the model on.
-            revision: as for ``huggingface_hub.hf_hub_download``, and so ``cache_dir``, ``force_download``,
-                ``local_files_only`` and ``token``.
-            cache_dir: likewise.
-            force_download: likewise.
-            local_files_only: likewise.
-            token: likewise.
-            **arguments: arguments of :class:`HATNet` that override the configuration.
+            map_location: device of the model.
+            revision: branch, tag or commit on the hub.
+            cache_dir: folder for downloads; by default that of huggingface_hub.
+            force_download: download files that are in the cache as well.
+            local_files_only: use the cache only.
+            token: token for the hub; by default that of ``hf auth login``.
+            **arguments: arguments of :class:`HATNet` that override ``config.json``.
 
         Raises:
-            FileNotFoundError: if there is no such folder, no ``config.json`` or no ``model.safetensors`` in it.
-            ValueError: if they cannot be read or do not fit each other.
+            FileNotFoundError: if the folder, its ``config.json`` or its ``model.safetensors`` does not exist.
+            OSError: if the hub cannot be reached.
+            ValueError: if the files cannot be read or do not match each other.
         """
         name = str(pretrained_model_name_or_path)
         options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
         options |= {"local_files_only": local_files_only, "token": token}
         config, weights = (_file(name, file, options) for file in ("config.json", WEIGHTS))
-        try:
-            values = json.loads(config.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
-            raise ValueError(f"{config} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{config} must hold the arguments of HATNet, got {type(values).__name__}")
-        state, _ = read_state(weights)
-        model = build_loaded(cls, {**values, **arguments}, config, state, weights, map_location)
+        values = json_object(config.read_bytes(), config)
+        checkpoint = read_checkpoint(weights)
+        state = checkpoint.weights().tensors
+        model = build_loaded(cls, {**values, **arguments}, config, checkpoint, state, map_location)
         return cast("HubHATNet", model).eval()
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        save_checkpoint(self, save_directory / WEIGHTS)
-        # as now: set_grid, reset_classifier or another head may have changed the arguments it was built with
-        config = read_metadata(save_directory / WEIGHTS)["config"]
-        (save_directory / "config.json").write_text(HATNetConfig(**config).to_json_string())
 
 
 def _file(name: str, file: str, options: dict[str, Any]) -> Path:
-    """A file of a local folder, or of a repository of the hub."""
+    """Find a file in a local folder, or download it from a repository of the hub."""
     folder = Path(name)
-    if not folder.is_dir():
-        if folder.is_absolute() or name.startswith("."):
-            raise FileNotFoundError(f"no folder {name}: expected one of save_pretrained, or a name on the hub")
-        try:
-            return Path(hf_hub_download(name, file, **options))
-        except OSError as error:  # of the hub, of the network: without the traceback of each attempt
-            reason = str(error).strip().partition("\n")[0]
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError | EntryNotFoundError) else OSError
-        raise kind(f"could not get {file} of {name} from the hub, and there is no such folder: {reason}")
-    if not (folder / file).is_file():
-        raise FileNotFoundError(f"no {file} in {name}: expected a folder of save_pretrained")
-    return folder / file
+    if folder.is_dir():
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{name} must be a folder of save_pretrained: {file} is missing")
+        return folder / file
+    if folder.is_absolute() or name.startswith("."):
+        raise FileNotFoundError(f"{name} must be a folder of save_pretrained, or a name on the hub: no such folder")
+    try:
+        return Path(hf_hub_download(name, file, **options))
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError | EntryNotFoundError) else OSError
+    # Raised here, not inside "except": the tracebacks of all attempts would be attached.
+    raise kind(f"could not get {file} of {name} from the hub, and there is no such folder: {reason}")

@@ -1,7 +1,7 @@
-"""Find and decode image files the same way in training, prediction, dense tasks and analysis.
+"""Find and decode image files, in the same way for training, prediction, dense tasks and analysis.
 
-Needs Pillow, which hatnet-core does not install: nothing else in it imports this module, the packages that read images
-require Pillow themselves.
+Needs Pillow, which hatnet-core does not install. Nothing else in hatnet-core imports this module; packages that read
+images require Pillow themselves.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ IMAGE_SUFFIXES = frozenset(
 
 
 def is_image_file(path: str | PurePath) -> bool:
-    """Return whether every command takes a path for an image: a known suffix in any case, no hidden part.
+    """Return whether a path is an image file by its name: a known suffix in any case, and no hidden part.
 
     Args:
-        path: relative to the folder that is searched, so that only names below it count as hidden. A part that
-            starts with a dot is hidden, such as ``.ipynb_checkpoints`` or ``._cat.jpg``.
+        path: relative to the searched folder, so that only names below it count. A part that starts with a dot is
+            hidden, such as ``.ipynb_checkpoints`` or ``._cat.jpg``.
     """
     path = PurePath(path)
     return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture in RGB as a viewer shows it: turned upright as its EXIF says, transparency on white.
+    """Convert an image to RGB as a viewer shows it: rotated by its EXIF orientation, transparency on white.
 
-    16 bits a channel are scaled to 8, rounded. An EXIF that cannot be read turns nothing.
+    16 bits per channel are scaled to 8 and rounded. An unreadable EXIF is ignored.
 
     Args:
-        image: of any of Pillow's modes, loaded or only opened.
+        image: an image of any of Pillow's modes, loaded or only opened.
 
     Returns:
-        Of mode RGB, 8 bits a channel; height and width are swapped where EXIF turns by a quarter.
+        The image in mode RGB, 8 bits per channel. A rotation by 90° swaps height and width.
 
     Raises:
-        ValueError: if the image holds numbers of 32 bits, whose range nothing tells, or is of a mode that Pillow does
-            not convert to RGB.
-        OSError: if a file that was only opened turns out to be damaged.
+        ValueError: if the image has 32 bits per channel, whose range is unknown, or a mode that Pillow does not
+            convert to RGB.
+        OSError: if the file of an image that was only opened is damaged.
     """
-    image.load()  # what is damaged in the pixels is not taken for a damaged EXIF
+    image.load()  # raise for damaged pixels here, not under the suppress for a damaged EXIF
     with contextlib.suppress(SyntaxError, ValueError, OSError):
         image = ImageOps.exif_transpose(image)
     if image.mode == "F" or (image.mode == "I" and not _in_16_bits(image)):
-        raise ValueError("it holds numbers of 32 bits; expected an image of 8 or 16 bits a channel")
-    if image.mode.startswith("I"):  # Pillow alone would cut off what is above 255
+        raise ValueError("image must have 8 or 16 bits per channel, got 32")
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
         return image.convert("I").point(lambda value: value / 257 + 0.5).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
@@ -60,5 +60,5 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _in_16_bits(image: Image.Image) -> bool:
-    lowest, highest = cast("tuple[float, float]", image.getextrema())  # of its one channel
+    lowest, highest = cast("tuple[float, float]", image.getextrema())  # has one channel
     return lowest >= 0 and highest < 2**16

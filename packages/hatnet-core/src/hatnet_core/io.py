@@ -1,12 +1,14 @@
-"""Atomic writing of files, for all packages."""
+"""Write files atomically and read JSON, for all packages."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -50,3 +52,23 @@ def sync_folder(folder: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def json_object(content: Any, origin: str | Path) -> dict[str, Any]:
+    """Parse a JSON object, or check one that was parsed as part of another.
+
+    Args:
+        content: string or bytes of JSON, or a parsed value.
+        origin: where it was read, for the error.
+
+    Raises:
+        ValueError: if it is not valid JSON, or not an object.
+    """
+    if isinstance(content, str | bytes):
+        try:
+            content = json.loads(content)
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
+            raise ValueError(f"{origin} must be valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{origin} must be a JSON object, got {type(content).__name__}")
+    return content

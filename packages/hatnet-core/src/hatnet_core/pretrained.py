@@ -1,9 +1,9 @@
-"""The weights released by the paper's authors: their names, their addresses and the way into a model.
+"""Download and load the weights that the paper's authors released.
 
-The files are published without a licence. They are downloaded on a user's request only, into torch's hub folder
-(``torch.hub.get_dir()``/checkpoints), and never redistributed. ``HATNET_WEIGHTS_URL`` names another address to take
-them from, such as a mirror inside a network without internet. If a file ``SHA256SUMS`` (as ``sha256sum *.pth``
-prints it) lies beside them, the download has to agree with it; the authors published none.
+The files are published without a licence. They are downloaded only on request, into torch's hub folder
+(``torch.hub.get_dir()``/checkpoints), and never redistributed. ``HATNET_WEIGHTS_URL`` gives another address, such as a
+mirror in a network without internet. If that address has a file ``SHA256SUMS``, as ``sha256sum *.pth`` prints it, the
+download is compared with it; the authors published none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hatnet_core.model import HATNet, unwrap
 from hatnet_core.variants import model_arguments
 
 RELEASED_URL = "https://github.com/yun-liu/HAT-Net/releases/download/v2.0"
-"""Where the authors published the files; the environment variable ``HATNET_WEIGHTS_URL`` overrides it."""
+"""Address of the authors' files; the environment variable ``HATNET_WEIGHTS_URL`` overrides it."""
 
 RELEASED_FILES = {
     "hatnet_tiny": "HAT-Net_Tiny.pth",
@@ -33,7 +33,7 @@ RELEASED_FILES = {
     "hatnet_medium": "HAT-Net_Medium.pth",
     "hatnet_large": "HAT-Net_Large.pth",
 }
-"""The released file of each model of Table 1, trained on ImageNet-1k at 224×224."""
+"""Released file of each model of Table 1, trained on ImageNet-1k at 224×224."""
 
 RELEASED_CLASSES = 1000
 """Outputs of the classifier in the released files."""
@@ -42,14 +42,14 @@ SUMS_TIMEOUT_S = 30
 
 
 def load_pretrained(model: nn.Module, name: str) -> None:
-    """Load the released weights of ``name`` into ``model``; the head stays as it is if it has not 1000 classes.
+    """Load the released weights of ``name`` into ``model``; a head of other than 1000 classes is kept.
 
     Args:
-        model: the model; adapted as :func:`hatnet_core.load_checkpoint` says if it takes other than 3 channels.
+        model: the model; for other than 3 input channels, :func:`hatnet_core.load_checkpoint` adapts the weights.
         name: one of the four models of Table 1.
 
     Raises:
-        ValueError: if nothing was released for ``name``, the download is damaged, or the weights do not fit.
+        ValueError: if nothing was released for ``name``, the download is damaged, or the weights do not match.
         OSError: if the file cannot be downloaded.
     """
     hatnet = unwrap(model)
@@ -57,10 +57,10 @@ def load_pretrained(model: nn.Module, name: str) -> None:
 
 
 def released_url(name: str) -> str:
-    """The address of the released weights of ``name``.
+    """Address of the released weights of ``name``.
 
     Raises:
-        ValueError: if nothing was released for ``name``, or ``HATNET_WEIGHTS_URL`` is no http address.
+        ValueError: if nothing was released for ``name``, or ``HATNET_WEIGHTS_URL`` is not an http address.
     """
     if name not in RELEASED_FILES:
         raise ValueError(f"no weights were released for {name!r}; released: {', '.join(RELEASED_FILES)}")
@@ -71,17 +71,17 @@ def released_url(name: str) -> str:
 
 
 def released_file(name: str, folder: str | Path | None = None) -> Path:
-    """The released weights of ``name`` on disk, downloaded if they are not there yet.
+    """Path of the released weights of ``name``, downloaded at the first call.
 
-    A file enters the folder whole, after it has been read once: neither a download that broke off nor one that
-    another process is still busy with can be taken for it.
+    A file appears in the folder only after it has been downloaded and checked. An interrupted download, or one in
+    progress in another process, is never taken for it.
 
     Args:
         name: one of the four models of Table 1.
-        folder: where the file is kept; by default torch's hub folder.
+        folder: folder of the file; by default torch's hub folder.
 
     Raises:
-        ValueError: if nothing was released for ``name``, or what was downloaded is incomplete or damaged.
+        ValueError: if nothing was released for ``name``, or the download is incomplete or damaged.
         OSError: if the file cannot be downloaded.
     """
     url = released_url(name)
@@ -107,31 +107,31 @@ def _download(url: str, path: Path, folder: Path) -> None:
         raise OSError(
             f"could not download {url}: {error}; without a network, set HATNET_WEIGHTS_URL to a mirror "
             f"or put the file into {folder}"
-        ) from None  # else pages of tracebacks of urllib
-    except RuntimeError as error:  # torch.hub's way to report another hash
+        ) from None  # urllib's tracebacks fill pages
+    except RuntimeError as error:  # torch.hub reports another hash like this
         raise ValueError(f"the download of {url} is not the published file: {error}") from None
 
 
 def _check_sums_of_archive(path: Path) -> None:
-    """ValueError if a tensor is not the one whose checksum the file holds; torch.load does not compare them."""
-    if zipfile.is_zipfile(path):  # not what torch wrote before 1.6
+    """Raise ValueError if a tensor differs from its checksum in the file, which torch.load does not compare."""
+    if zipfile.is_zipfile(path):  # torch before 1.6 wrote another format
         with zipfile.ZipFile(path) as archive:
             if broken := archive.testzip():
                 raise ValueError(f"checksum of {broken} differs")
 
 
 def _published_sha256(url: str) -> str | None:
-    """What the file ``SHA256SUMS`` beside ``url`` says of it; None if there is no such file.
+    """Look up the hash of ``url`` in the file ``SHA256SUMS`` next to it; None if there is no such file.
 
     Raises:
-        ValueError: if there is one, and it does not say.
+        ValueError: if the file does not list it.
     """
     base, _, name = url.rpartition("/")
     try:
         with urllib.request.urlopen(f"{base}/SHA256SUMS", timeout=SUMS_TIMEOUT_S) as response:  # noqa: S310  checked by released_url
             lines = response.read().decode(errors="replace").splitlines()
     except urllib.error.HTTPError as error:
-        if error.code in (403, 404, 410):  # how servers and object stores say that there is none
+        if error.code in (403, 404, 410):  # answers of servers and object stores for a missing file
             return None
         raise
     for line in lines:

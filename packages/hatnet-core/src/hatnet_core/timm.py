@@ -1,15 +1,14 @@
-"""HAT-Net in timm's registry: importing this module registers the four models of Table 1.
+"""Register HAT-Net with timm: importing this module adds the four models of Table 1.
 
     import hatnet_core.timm
     timm.create_model("hatnet_small", features_only=True, out_indices=(1, 2, 3))
 
-Needs the extra ``hatnet-core[timm]``. The models are the ones of :mod:`hatnet_core`, parameter names included; timm
-builds them, loads the released weights (``pretrained=True``) and wraps them as it does its own.
+Needs the extra ``hatnet-core[timm]``. The models have the parameter names of :mod:`hatnet_core`. timm builds them,
+loads the released weights (``pretrained=True``) and wraps them like its own.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partialmethod
 from typing import Any
 
@@ -17,22 +16,26 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 
+from hatnet_core.checkpoint.released import rename_released
 from hatnet_core.model import HATNet, stage_indices
 from hatnet_core.pretrained import RELEASED_CLASSES, RELEASED_FILES, RELEASED_URL, released_file
-from hatnet_core.released_names import rename_released
 from hatnet_core.variants import list_models, model_arguments
 
 WEIGHT_SOURCES = {"url", "file", "state_dict", "hf_hub_id"}
-"""Keys of a pretrained_cfg that say where weights come from."""
+"""Keys of a pretrained_cfg that give a source of weights."""
 
 
 class TimmHATNet(HATNet):
-    """A :class:`HATNet` with timm's ``device`` and ``dtype``, and its default of ``forward_intermediates``, a pair."""
+    """A :class:`HATNet` that is built and called as timm does: ``device``, ``dtype``, and pairs of intermediates.
+
+    A subclass, because both defaults of ``forward_intermediates`` are public: the list of maps in hatnet-core, the
+    pair of final features and maps in timm.
+    """
 
     def __init__(
         self, *args: Any, device: str | torch.device | None = None, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
-        with nullcontext() if device is None else torch.device(device):
+        with torch.device(device or torch.get_default_device()):
             super().__init__(*args, **kwargs)
         self.to(dtype=dtype)
 
@@ -61,10 +64,10 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name) for name in lis
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
-    out_indices = tuple(stage_indices(kwargs.pop("out_indices", None)))  # the order of the maps
+    out_indices = tuple(stage_indices(kwargs.pop("out_indices", None)))  # in the order of the maps
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     elsewhere = isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg) or overlay.keys() & WEIGHT_SOURCES
-    if pretrained and not elsewhere:  # our download, which leaves nothing damaged in the folder that timm shares
+    if pretrained and not elsewhere:  # timm's own download would leave a damaged file in the shared folder
         file = released_file(name, kwargs.get("cache_dir"))
         kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(file)}
     return build_model_with_cfg(

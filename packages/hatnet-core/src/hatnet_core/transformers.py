@@ -1,14 +1,14 @@
-"""HAT-Net as a backbone of Hugging Face transformers: importing this module registers it with ``AutoBackbone``.
+"""Register HAT-Net as a backbone of Hugging Face transformers, for ``AutoBackbone``, when imported.
 
     from hatnet_core.transformers import HATNetConfig
     from transformers import AutoBackbone
 
     backbone = AutoBackbone.from_config(HATNetConfig(out_features=["stage2", "stage3", "stage4"]))
 
-Needs the extra ``hatnet-core[transformers]``. Names follow transformers: ``stage1`` to ``stage4`` are the paper's
-stages 2-5, ``stem`` is its stage 1. ``load_checkpoint(backbone.hatnet, path, drop_head=True)`` loads classification
-weights. ``HATNetBackbone.from_pretrained`` reads folders of ``save_pretrained``; ``AutoBackbone.from_pretrained`` asks
-the hub for every name first.
+Needs the extra ``hatnet-core[transformers]``. Names follow transformers: ``stem`` is the paper's stage 1, ``stage1``
+to ``stage4`` are its stages 2-5. ``load_checkpoint(backbone.hatnet, path, drop_head=True)`` loads classification
+weights. ``HATNetBackbone.from_pretrained`` reads folders of ``save_pretrained``; ``AutoBackbone.from_pretrained`` also
+asks the hub, even for a folder.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ from hatnet_core.model import HATNet
 from hatnet_core.variants import VARIANTS
 
 HEAD = ("num_classes", "global_pool", "drop_rate")
-"""Arguments of :class:`hatnet_core.HATNet` that a backbone does without."""
+"""Arguments of :class:`hatnet_core.HATNet` that a backbone does not have."""
 
 _ARGUMENTS = {f.name: f for f in dataclasses.fields(config.HATNetConfig) if f.name not in HEAD}
 _SMALL = {name: f.default for name, f in _ARGUMENTS.items()} | VARIANTS["hatnet_small"]
+# transformers reads the fields of a configuration from the annotations of dataclasses; made here so that only
+# hatnet_core.config declares them.
 _Arguments: Any = dataclasses.make_dataclass("_Arguments", [(name, Any, _SMALL[name]) for name in _ARGUMENTS])
 
 
 class HATNetConfig(BackboneConfigMixin, _Arguments, PreTrainedConfig):  # type: ignore[misc]  # made, not written
-    """The arguments of :class:`hatnet_core.HATNet` but those of its head; the defaults are HAT-Net-Small.
+    """Arguments of :class:`hatnet_core.HATNet`, except those of its head; the defaults are HAT-Net-Small.
 
     Args:
-        out_features: names of the maps that the backbone returns, out of ``stem`` and ``stage1`` to ``stage4``.
+        out_features: names of the returned maps, out of ``stem`` and ``stage1`` to ``stage4``.
         out_indices: the same by number, 0 for ``stem``; by default the last stage.
     """
 
@@ -51,7 +53,7 @@ class HATNetConfig(BackboneConfigMixin, _Arguments, PreTrainedConfig):  # type: 
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Settle which maps are returned, after transformers has set the fields."""
+        """Choose the returned maps, after transformers has set the fields."""
         self.stage_names = ["stem", *(f"stage{i}" for i in range(1, 5))]
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
@@ -59,7 +61,7 @@ class HATNetConfig(BackboneConfigMixin, _Arguments, PreTrainedConfig):  # type: 
         super().__post_init__(**kwargs)
 
     def hatnet_arguments(self) -> dict[str, Any]:
-        """The arguments of :class:`HATNet` for this configuration, without head."""
+        """Return the arguments of a :class:`HATNet` without head."""
         return {**{name: getattr(self, name) for name in _ARGUMENTS}, "num_classes": 0}
 
 
@@ -93,12 +95,12 @@ class HATNetBackbone(BackboneMixin, PreTrainedModel):
 
         Args:
             pixel_values: the images.
-            output_hidden_states: whether to return the maps of the stem and every stage, too.
-            output_attentions: without effect; fused attention gives no weights.
-            return_dict: whether to return a ``BackboneOutput`` rather than a tuple.
+            output_hidden_states: return the maps of the stem and every stage as well.
+            output_attentions: ignored; fused attention returns no weights.
+            return_dict: return a ``BackboneOutput`` instead of a tuple.
 
         Raises:
-            ValueError: if ``pixel_values`` is not of this shape, not floating, or H or W is below 32.
+            ValueError: if ``pixel_values`` has another shape, is not floating, or H or W is below 32.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

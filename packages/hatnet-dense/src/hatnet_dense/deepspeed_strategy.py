@@ -14,7 +14,7 @@ from typing import Any
 
 from mmengine._strategy import deepspeed as upstream
 
-from hatnet_core.zero import plain_records_only
+from hatnet_core.checkpoint.zero import plain_records_only
 from hatnet_dense.plain_checkpoint import plain
 
 Callback = Callable[[dict[str, Any]], None]

@@ -22,7 +22,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor
 
-from hatnet_core.zero import MODEL_STATES
+from hatnet_core.checkpoint.zero import MODEL_STATES
 
 HISTORY = "hatnet_dense.HistoryBuffer"
 """Key that marks a history of scalars among the plain values."""

@@ -17,8 +17,8 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from hatnet_core.checkpoint.zero import read_zero
 from hatnet_core.io import atomic_write
-from hatnet_core.zero import read_zero
 from hatnet_dense.annotations import annotation_problems, counted
 from hatnet_dense.config import demand, innermost
 from hatnet_dense.data_check import is_empty, naming_files, no_record, shortened

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save as save_tensors
 
 from hatnet_core import create_model, load_checkpoint, read_metadata, save_checkpoint
-from hatnet_core.zero import checkpoint_folder
+from hatnet_core.checkpoint.zero import checkpoint_folder
 from hatnet_testing import check as check_message
 from hatnet_testing import raises
 from hatnet_train.checkpoint import (

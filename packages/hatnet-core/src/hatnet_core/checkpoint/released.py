@@ -1,4 +1,4 @@
-"""The parameter names of the released files, which are not those of :class:`hatnet_core.HATNet`."""
+"""Translate the parameter names of the released files to those of :class:`hatnet_core.HATNet`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ RELEASED_NAMES: list[tuple[str, str]] = [
 """Regular expressions that turn a released parameter name into ours, applied in order."""
 
 RELEASED_UNUSED = re.compile(r"\.attn\.proj_norm\.(weight|bias)$")
-"""Released parameters that take no part in the computation; loading drops them."""
+"""Matches released parameters that the computation does not use; loading drops them."""
 
 
 def rename_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """A state dict of the released files with our names, and the names that were dropped; any other as it is."""
+    """Rename a state dict of the released files, and list the dropped names; return any other unchanged."""
     if "patch_embed.0.weight" not in state:
         return dict(state), []
     dropped = [name for name in state if RELEASED_UNUSED.search(name)]
