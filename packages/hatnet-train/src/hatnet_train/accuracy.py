@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import deepspeed
 import torch
 import torch.nn.functional as F
 from deepspeed import comm as dist
 from torch import Tensor
 
+from hatnet_train.config import TrainConfig
+from hatnet_train.data import Source
 from hatnet_train.data.augment import MEAN, STD, normalise
-from hatnet_train.data.loader import Batch
+from hatnet_train.data.loader import Batch, evaluation_batches
+from hatnet_train.engine import autocast
 from hatnet_train.launch import AgreedError
+from hatnet_train.weights import Ema, whole_model
+
+
+def held_out_metrics(
+    engine: deepspeed.DeepSpeedEngine,
+    ema: Ema | None,
+    held_out: Source,
+    config: TrainConfig,
+    *,
+    between: Callable[[Batch], None],
+) -> dict[str, Any]:
+    """Evaluate the weights of a training run, and their average; all ranks have to call it.
+
+    Args:
+        engine: engine with the weights.
+        ema: their average.
+        held_out: images to evaluate with.
+        config: the run.
+        between: called with every batch, after it.
+    """
+    engine.eval()
+    dtype = next(engine.module.parameters()).dtype
+    models: list[Callable[[Tensor], Tensor]] = [engine]
+    if ema is not None:
+        models.append(autocast(whole_model(engine, ema.weights()).to(dtype), config, engine.device))
+    batches = evaluation_batches(
+        held_out,
+        size=config.images.image_size,
+        crop_fraction=config.images.crop_fraction,
+        batch_size=max(1, config.optimisation.batch_size // dist.get_world_size() // config.compute.accumulation),
+        workers=config.images.workers,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        skip_bad=config.faults.on_bad_image == "replace",
+    )
+    with contextlib.closing(batches):
+        measured, *averaged = evaluate(models, batches, engine.device, dtype, between=between)
+    for metrics in averaged:
+        measured |= {f"ema_{name}": metrics[name] for name in ("eval_loss", "top1", "top5")}
+    return measured
 
 
 def evaluate(

@@ -56,6 +56,18 @@ class Manifest:
                 raise ValueError(f"files must be names of other files in the folder, got {reprlib.repr(name)}")
 
 
+class DamagedError(ValueError):
+    """Files of a checkpoint are missing or differ from its manifest.
+
+    Attributes:
+        problems: one string per file.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
 def folder_name(step: int, *, evaluated: bool) -> str:
     """Name of the checkpoint after ``step`` optimizer steps; names sort as the run went."""
     return f"step-{step:010d}" + "-evaluated" * evaluated
@@ -119,48 +131,53 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check(folder: Path) -> Iterator[str]:
-    """What is wrong with a checkpoint, a text for each file that is not as the manifest says; none if it is whole."""
+    """Yield a problem for each file of a checkpoint that differs from the manifest."""
     try:
         files = read_manifest(folder).files
     except ValueError as error:
         yield str(error)
         return
     for name, entry in files.items():
-        path = folder / name
-        try:
-            if path.is_symlink() or not path.is_file():
-                yield f"{path} is missing; expected a file of {entry.bytes} bytes"
-            elif path.stat().st_size != entry.bytes:
-                yield f"{path} has {path.stat().st_size} bytes; expected {entry.bytes}"
-            elif _digest(path) != entry.sha256:
-                yield f"{path} has other content than was written: its SHA-256 is not {entry.sha256[:16]}..."
-        except OSError as error:
-            yield f"cannot read {path}: {error.strerror or error}"
+        if problem := _problem(folder / name, entry, _digest):
+            yield problem
 
 
-def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, or None, and what is wrong with those that are newer."""
-    problems: list[str] = []
-    for folder in committed(checkpoints):
-        found = list(check(folder))
-        if not found:
-            return folder, problems
-        problems += found
-    return None, problems
+def read(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of each file of a checkpoint; each is read once, and compared with the manifest.
 
-
-def set_aside(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """:func:`newest`, and other names for those that are newer, so that no checkpoint has to go in their favour.
-
-    They are called ``damaged-step-…`` then, and stay; one that cannot be renamed is left as it is.
+    Raises:
+        DamagedError: after the last file, with all problems; nothing is yielded from the first problem on.
     """
-    good, problems = newest(checkpoints)
+    content, problems = b"", []
+
+    def digest(path: Path) -> str:
+        nonlocal content
+        content = path.read_bytes()
+        return hashlib.sha256(content).hexdigest()
+
+    try:
+        files = read_manifest(folder).files
+    except ValueError as error:
+        raise DamagedError([str(error)]) from error
+    for name, entry in files.items():
+        if problem := _problem(folder / name, entry, digest):
+            problems.append(problem)
+        elif not problems:
+            yield name, content
+    if problems:
+        raise DamagedError(problems)
+
+
+def set_aside(checkpoints: Path, good: Path | None) -> None:
+    """Rename damaged checkpoints newer than ``good`` to ``damaged-step-…``, so that none is removed in their favour.
+
+    One that cannot be renamed is left.
+    """
     for folder in committed(checkpoints):
         if folder == good:
             break
         with contextlib.suppress(OSError):
             folder.rename(folder.with_name(f"{DAMAGED}{folder.name}-{secrets.token_hex(4)}"))
-    return good, problems
 
 
 def tidy(checkpoints: Path, keep: int, written: Path) -> None:
@@ -232,6 +249,19 @@ def _flush(path: Path) -> Entry:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Entry(path.stat().st_size, digest)
+
+
+def _problem(path: Path, entry: Entry, digest: Callable[[Path], str]) -> str | None:
+    try:
+        if path.is_symlink() or not path.is_file():
+            return f"{path}: the file is missing, expected {entry.bytes} bytes"
+        if (size := path.stat().st_size) != entry.bytes:
+            return f"{path}: must have {entry.bytes} bytes, got {size}"
+        if (found := digest(path)) != entry.sha256:
+            return f"{path}: SHA-256 must be {entry.sha256[:16]}..., got {found[:16]}..."
+    except OSError as error:
+        return f"{path}: cannot read the file: {error.strerror or error}"
+    return None
 
 
 def _digest(path: Path) -> str:

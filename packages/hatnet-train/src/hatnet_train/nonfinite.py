@@ -17,16 +17,18 @@ from hatnet_train.sampler import Share
 from hatnet_train.sharding import gradients, masters
 
 
-class NonFiniteError(Exception):
-    """All ranks found that one of them has a loss or gradient that is not finite, before the update.
+class NonFiniteError(FloatingPointError):
+    """A rank has a loss or gradient that is not finite; raised on all ranks, before the update.
 
     Attributes:
-        step: of the run, from 0.
+        step: step of the run, from 0.
+        losses: losses of this rank, one per pass.
     """
 
-    def __init__(self, step: int, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, step: int, loss: float, losses: Sequence[float]) -> None:
+        super().__init__(f"loss {loss} or gradients are not finite at step {step}")
         self.step = step
+        self.losses = losses
 
 
 def dump(

@@ -15,13 +15,15 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from hatnet_train.launch import AgreedError
 from hatnet_train.watch import compact_ranks
+
+T = TypeVar("T")
 
 ROUNDS = 5
 """Measured all-reduces, and barriers; the median counts, since the first ones after a pause are slow."""
@@ -102,6 +104,13 @@ def raise_together(problem: str | None) -> None:
         raise AgreedError(problems[0])
     if ranks:
         raise AgreedError("; ".join(f"{compact_ranks(those)}: {text}" for text, those in ranks.items()))
+
+
+def from_rank_0(value: T) -> T:
+    """Return the value of rank 0 on every rank; all ranks call this."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def format_report(report: dict[str, Any]) -> str:

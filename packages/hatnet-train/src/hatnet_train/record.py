@@ -32,13 +32,13 @@ LOCK = ".lock"
 _LOCKS: list[IO[str]] = []  # open files hold the locks
 
 
-def open_run_folder(out: Path, record: dict[str, Any], *, go_on: bool) -> None:
+def open_run_folder(out: Path, record: dict[str, Any], *, resume: bool) -> None:
     """Rank 0 makes the folder and writes config.json; what stops it is raised on every rank.
 
     Args:
         out: the run folder.
         record: of :func:`run_record`.
-        go_on: it holds this run already; what it was started with stays, ``record`` is added under ``resumed``.
+        resume: it contains this run already; its first record stays, ``record`` is added under ``resumed``.
 
     Raises:
         AgreedError: if ``out`` holds files of another run, cannot be made, is in use, or is not the same folder for
@@ -47,7 +47,7 @@ def open_run_folder(out: Path, record: dict[str, Any], *, go_on: bool) -> None:
     problem = None
     if dist.get_rank() == 0:
         try:
-            problem = _prepare(out, record, go_on=go_on)
+            problem = _prepare(out, record, resume=resume)
         except ValueError as error:
             problem = str(error)
         except OSError as error:
@@ -60,12 +60,12 @@ def open_run_folder(out: Path, record: dict[str, Any], *, go_on: bool) -> None:
     raise_together(None if seen else f"run folder {out} is not that of rank 0; expected storage that all hosts share")
 
 
-def _prepare(out: Path, record: dict[str, Any], *, go_on: bool) -> str | None:
+def _prepare(out: Path, record: dict[str, Any], *, resume: bool) -> str | None:
     """Make or take over the folder; what speaks against it."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / CONFIG
     holds_files = any(p.name not in (LOCK, checkpoint.staged(path).name) for p in out.iterdir())
-    if holds_files and not go_on:
+    if holds_files and not resume:
         return f"run folder {out} is not empty; expected a new or empty folder for --out, or --resume auto"
     if holds_files and not path.is_file():
         return f"{out} holds files, but no {CONFIG}; expected a run folder of hatnet-train, or a new one, for --out"

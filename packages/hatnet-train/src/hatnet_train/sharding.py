@@ -32,24 +32,36 @@ def masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
     return list(unique.values())
 
 
-def gather(engine: deepspeed.DeepSpeedEngine, belonging: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Whole fp32 tensors of the parameters' shapes, by name, on every rank. All ranks have to call it.
+def gather(
+    engine: deepspeed.DeepSpeedEngine, belonging: Callable[[Tensor], Tensor], *, to: int | None = None
+) -> dict[str, Tensor]:
+    """Gather whole fp32 tensors of the parameters' shapes, by name. All ranks have to call it.
+
+    One tensor at a time is put together on the device. Ranks that get nothing keep nothing of it.
 
     Args:
         engine: whose parameters.
         belonging: from a master to a tensor of its size, such as a moment of the optimizer.
+        to: the rank that gets them, in the memory of its processor; by default every rank gets them, on its device.
     """
-    shapes = {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}
-    sizes = [shape.numel() for shape in shapes.values()]
-    flat = torch.zeros(sum(sizes), device=engine.device)
-    for piece, whole in zip(_pieces(engine).values(), torch.split(flat, sizes), strict=True):
+    divided = engine.zero_optimization() and dist.get_world_size() > 1
+    receives = to in (None, dist.get_rank())
+    wholes: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        piece = _piece(engine, parameter)
+        if not (divided or receives):
+            continue
+        whole = torch.zeros(_shape(parameter), device=engine.device)
         if piece is not None:
             part = belonging(piece.master).detach().reshape(-1)[piece.at : piece.at + piece.length]
-            whole[piece.start : piece.start + piece.length] = part
-    if engine.zero_optimization() and dist.get_world_size() > 1:
-        dist.all_reduce(flat)  # everywhere but in one process, a place is zero
-    wholes = zip(shapes.items(), torch.split(flat, sizes), strict=True)
-    return {name: whole.clone().view(shape) for (name, shape), whole in wholes}
+            whole.view(-1)[piece.start : piece.start + piece.length] = part
+        if divided and to is None:
+            dist.all_reduce(whole)  # everywhere but in one process, a place is zero
+        elif divided:
+            dist.reduce(whole, dst=to)
+        if receives:
+            wholes[name] = whole if to is None else whole.cpu()
+    return wholes
 
 
 def scatter(

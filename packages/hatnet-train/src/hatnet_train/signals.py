@@ -24,7 +24,7 @@ class Preempted(Exception):  # noqa: N818  an end, not an error
     """
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"saved at step {step} as SIGTERM or SIGUSR1 asked for; --resume auto goes on from there")
+        super().__init__(f"saved at step {step} and stopped as requested; --resume auto resumes from there")
         self.step = step
 
 

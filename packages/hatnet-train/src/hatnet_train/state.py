@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,14 +22,20 @@ import deepspeed
 import msgspec
 import numpy as np
 import torch
+from deepspeed import comm as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from hatnet_core import save_checkpoint
 from hatnet_core.checkpoint import WEIGHTS
+from hatnet_train import checkpoint
 from hatnet_train.config import FIELDS, TrainConfig
-from hatnet_train.records import Count, read_json
+from hatnet_train.data.augment import MEAN, STD
+from hatnet_train.launch import AgreedError
+from hatnet_train.monitor import peak_memory_gb
+from hatnet_train.preflight import from_rank_0, raise_together
+from hatnet_train.records import Count, parse_json
 from hatnet_train.sharding import gather, masters, scatter
 from hatnet_train.weights import Ema, full_weights, whole_model
 
@@ -60,6 +67,38 @@ class RunState:
     lr: float = 0.0
     seconds: float = 0.0
     waited: float = 0.0
+
+    def count(self, loss: float, seconds: float) -> None:
+        """Count a step that was trained."""
+        self.step += 1
+        self.trained += 1
+        self.loss += loss
+        self.seconds += seconds
+
+    def count_bad(self, images: int, limit: int) -> None:
+        """Count images of the epoch that could not be read; AgreedError on every rank if there are too many."""
+        self.bad_images += images
+        if self.bad_images > limit:
+            raise AgreedError(
+                f"{self.bad_images} images of epoch {len(self.rows) + 1} could not be read by step {self.step}; "
+                f"--max-bad-images is {limit}"
+            )
+
+    def metrics(self, batch_size: int) -> dict[str, float]:
+        """Metrics of the epoch's steps so far.
+
+        ``train_loss`` (mean), ``lr`` of the last step, ``images_per_second`` over all processes, ``data_wait`` (share
+        of the time), ``memory_gb`` (peak of this process), ``seconds``.
+        """
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "train_loss": self.loss / self.trained if self.trained else math.nan,
+            "lr": self.lr,
+            "images_per_second": self.trained * batch_size / seconds,
+            "data_wait": self.waited / seconds,
+            "memory_gb": peak_memory_gb(),
+            "seconds": self.seconds,
+        }
 
     def begin_epoch(self) -> None:
         """Forget the sums of the epoch before."""
@@ -111,29 +150,33 @@ def contents(
     data: Mapping[str, str],
     description: Mapping[str, Any],
 ) -> dict[str, Callable[[Path], None]]:
-    """What writes each file of a checkpoint; all ranks have to call this, one of them the writers.
+    """Gather the state of a run on rank 0, and return what writes each file; empty on the other ranks.
+
+    All ranks have to call it. The others gather nothing.
 
     Args:
         engine: the engine.
         ema: the average of its weights.
         state: how far the run is.
         config: the run.
-        data: what tells its data from others.
-        description: what a classifier needs beside the model.
+        data: identifies its data.
+        description: what a classifier needs in addition to the model.
     """
-    weights = full_weights(engine)
-    average = ema.weights() if ema is not None else None
-    moments = _moments(engine)
+    weights = full_weights(engine, to=0)
+    average = ema.weights(to=0) if ema is not None else None
+    moments = gather_moments(engine)
+    if dist.get_rank():
+        return {}
     record = {
         **dataclasses.asdict(state),
         "config": config.to_dict(),
         "data": dict(data),
-        "engine": dataclasses.asdict(_engine_state(engine)),
+        "engine": dataclasses.asdict(_engine_state(engine, state)),
         "optimizer": _scalars(engine),
     }
     files: dict[str, Callable[[Path], None]] = {
         WEIGHTS: lambda path: save_checkpoint(whole_model(engine, weights), path, description),
-        OPTIMIZER: lambda path: _write(path, save({name: t.cpu() for name, t in moments.items()})),
+        OPTIMIZER: lambda path: _write(path, save(moments)),
         STATE: lambda path: _write(path, json.dumps(record).encode()),
     }
     if average is not None:
@@ -141,13 +184,36 @@ def contents(
     return files
 
 
+def description(config: TrainConfig, classes: Sequence[str]) -> dict[str, Any]:
+    """What a classifier needs in addition to the model."""
+    return {
+        "classes": classes,
+        "image_size": config.images.image_size,
+        "crop_fraction": config.images.crop_fraction,
+        "mean": MEAN,
+        "std": STD,
+    }
+
+
 def read_saved(folder: Path) -> Saved:
-    """Read a checkpoint, whose files were checked before.
+    """Read a checkpoint: each file once, compared with the manifest.
 
     Raises:
-        ValueError: naming the file that is missing or holds something else.
+        DamagedError: if files are missing or differ from the manifest.
+        ValueError: naming the file that contains something else.
     """
-    record = read_json(folder / STATE, RECORD)
+    tensors: dict[str, dict[str, Tensor]] = {AVERAGE: {}}
+    record: Any = None
+    for name, content in checkpoint.read(folder):
+        if name == STATE:
+            record = parse_json(content, RECORD, folder / name)
+        elif name in (WEIGHTS, AVERAGE, OPTIMIZER):
+            try:
+                tensors[name] = load(content)
+            except SafetensorError as error:
+                raise ValueError(f"{folder / name}: not a valid safetensors file: {error}") from error
+    if missing := {WEIGHTS, OPTIMIZER, STATE} - {*tensors, *([STATE] if record else [])}:
+        raise ValueError(f"{folder / min(missing)}: missing in {checkpoint.MANIFEST}")
     return Saved(
         folder=folder,
         state=RunState(**{name: getattr(record, name) for name in RunState.__dataclass_fields__}),
@@ -155,10 +221,59 @@ def read_saved(folder: Path) -> Saved:
         data=record.data,
         engine=record.engine,
         scalars=record.optimizer,
-        weights=_read_tensors(folder / WEIGHTS),
-        average=_read_tensors(folder / AVERAGE) if (folder / AVERAGE).exists() else {},
-        moments=_read_tensors(folder / OPTIMIZER),
+        weights=tensors[WEIGHTS],
+        average=tensors[AVERAGE],
+        moments=tensors[OPTIMIZER],
     )
+
+
+def read_newest(checkpoints: Path, *, own: bool) -> tuple[Saved | None, list[str]]:
+    """Read the newest checkpoint that is not damaged.
+
+    Args:
+        checkpoints: the folder of all checkpoints.
+        own: rename those that are newer and damaged, see :func:`hatnet_train.checkpoint.set_aside`.
+
+    Returns:
+        The checkpoint, None without any, and what is wrong with the newer ones.
+    """
+    saved, problems = None, []
+    for folder in checkpoint.committed(checkpoints):
+        try:
+            saved = read_saved(folder)
+            break
+        except checkpoint.DamagedError as error:
+            problems += error.problems
+    if own:
+        checkpoint.set_aside(checkpoints, saved.folder if saved is not None else None)
+    return saved, problems
+
+
+def read_together(choose: Callable[[], Saved | None]) -> Saved | None:
+    """Read the checkpoint that rank 0 chooses on all ranks.
+
+    Args:
+        choose: reads it on rank 0; None for no checkpoint.
+
+    Raises:
+        AgreedError: on every rank, if rank 0 cannot choose, or one cannot read it.
+    """
+    saved, problem = None, None
+    if dist.get_rank() == 0:
+        try:
+            saved = choose()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    folder, problem = from_rank_0((saved.folder if saved is not None else None, problem))
+    if problem is not None:
+        raise AgreedError(problem)
+    if folder is not None and saved is None:
+        try:
+            saved = read_saved(folder)
+        except ValueError as error:
+            problem = str(error)
+    raise_together(problem)
+    return saved
 
 
 def check_same_run(saved: Saved, config: TrainConfig, data: Mapping[str, str]) -> None:
@@ -206,7 +321,6 @@ def restore(engine: deepspeed.DeepSpeedEngine, ema: Ema | None, saved: Saved) ->
     engine.skipped_steps = saved.engine.skipped_steps
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     engine.global_samples = engine.global_steps * engine.train_batch_size()
-    set_schedule(engine, saved.engine.scheduler_step)
     scaler = _scaler(engine)
     if scaler is not None:
         if hasattr(scaler, "load_state_dict"):
@@ -230,23 +344,13 @@ def _check_shapes(saved: Saved, *, averaged: bool) -> None:
         raise ValueError(f"{saved.folder / AVERAGE} does not hold an average of every weight, of its shape")
 
 
-def set_schedule(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
-    """Set the learning rate to that of ``step``."""
-    scheduler = engine.lr_scheduler
-    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    state = {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
-    scheduler.load_state_dict(state)
-
-
-def _engine_state(engine: deepspeed.DeepSpeedEngine) -> EngineState:
+def _engine_state(engine: deepspeed.DeepSpeedEngine, state: RunState) -> EngineState:
     scaler = _scaler(engine)
     values = {} if scaler is None else scaler.state_dict() if hasattr(scaler, "state_dict") else vars(scaler)
     return EngineState(
         global_steps=engine.global_steps,
         skipped_steps=engine.skipped_steps,
-        scheduler_step=engine.lr_scheduler.last_epoch,
+        scheduler_step=state.step - engine.skipped_steps,
         loss_scaling={name: value for name, value in values.items() if isinstance(value, int | float)},
     )
 
@@ -264,8 +368,13 @@ def _optimizer(engine: deepspeed.DeepSpeedEngine) -> Any:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _moments(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
-    """The optimizer's tensors of the parameters' shapes, whole; none before the first step."""
+def gather_moments(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
+    """Gather the optimizer's tensors of the parameters' shapes on rank 0, ``MOMENT/PARAMETER``.
+
+    There are none before the first step. DeepSpeed's ``safe_get_full_optimizer_state`` does not serve: it gathers on
+    every rank, knows nothing without ZeRO, and under ZeRO-1 and 2 finds no moments of a second parameter group.
+    ``safe_set_full_optimizer_state`` cannot set any before a first step.
+    """
     states = _optimizer(engine).state
     names = {
         name
@@ -277,7 +386,7 @@ def _moments(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
         raise RuntimeError("the optimizer steps on other tensors than sharding.masters knows: its moments were lost")
     moments: dict[str, Tensor] = {}
     for moment in sorted(names):
-        whole = gather(engine, lambda master: states[master][moment])  # noqa: B023  called at once
+        whole = gather(engine, lambda master: states[master][moment], to=0)  # noqa: B023  called at once
         moments |= {f"{moment}/{name}": tensor for name, tensor in whole.items()}
     return moments
 
@@ -305,13 +414,6 @@ def _load_moments(
             optimizer.state[master][moment] = torch.zeros_like(master)
         tensors = {name.partition("/")[2]: t for name, t in moments.items() if name.startswith(f"{moment}/")}
         scatter(engine, tensors, lambda master: optimizer.state[master][moment])  # noqa: B023  called at once
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {path}: {error}; expected a file of hatnet-train") from error
 
 
 def _write(path: Path, content: bytes) -> None:

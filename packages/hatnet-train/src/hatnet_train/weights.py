@@ -12,9 +12,9 @@ from hatnet_core import HATNet
 from hatnet_train.sharding import gather, masters, scatter
 
 
-def full_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
-    """All weights in fp32 on every rank, under the names of :class:`HATNet`. All ranks have to call it."""
-    return gather(engine, lambda master: master)
+def full_weights(engine: deepspeed.DeepSpeedEngine, *, to: int | None = None) -> dict[str, Tensor]:
+    """Gather all weights in fp32, by the names of :class:`HATNet`, as :func:`gather` does."""
+    return gather(engine, lambda master: master, to=to)
 
 
 def whole_model(engine: deepspeed.DeepSpeedEngine, weights: dict[str, Tensor]) -> HATNet:
@@ -44,12 +44,12 @@ class Ema:
         now = [master.detach().float() for master in self._masters]
         torch._foreach_lerp_(list(self._averages.values()), now, 1 - self.decay)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The average of all weights on every rank, under the names of :class:`HATNet`. All ranks have to call it."""
-        return gather(self._engine, self._average)
+    def weights(self, *, to: int | None = None) -> dict[str, Tensor]:
+        """Gather the average of all weights, by the names of :class:`HATNet`, as :func:`gather` does."""
+        return gather(self._engine, self._average, to=to)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Go on from an average that :meth:`weights` gave, on whatever number of processes."""
+        """Continue from an average that :meth:`weights` returned, on any number of processes."""
         scatter(self._engine, weights, self._average)
 
     def _average(self, master: Tensor) -> Tensor:
