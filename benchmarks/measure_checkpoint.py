@@ -12,9 +12,9 @@ from tempfile import TemporaryDirectory
 from results import Measurement, Ratio, Table, interleaved, quotients
 from training_steps import close, join_launch, make_trainer_in_memory, step_config, train_epoch
 
-from hatnet_train import checkpoint
 from hatnet_train.callbacks import Checkpointing
-from hatnet_train.state import read_saved, restore
+from hatnet_train.run import checkpoint
+from hatnet_train.run.state import read_saved, restore
 from hatnet_train.trainer import Trainer
 
 WRITE, CHECK, READ = "ours: write", "ours: compare with the manifest", "ours: read and restore"

@@ -21,12 +21,13 @@ from hatnet_train.config import TrainConfig
 from hatnet_train.data.augment import normalise
 from hatnet_train.data.loader import Batch
 from hatnet_train.data.mixing import draw_mixing
-from hatnet_train.launch import discover, join
+from hatnet_train.deepspeed.partition import full_weights, whole_model
+from hatnet_train.distributed.environment import discover
+from hatnet_train.distributed.launch import join
 from hatnet_train.optim import parameter_groups
 from hatnet_train.recipes import build_config
-from hatnet_train.state import RunState
+from hatnet_train.run.state import RunState
 from hatnet_train.trainer import Trainer
-from hatnet_train.weights import full_weights, whole_model
 
 TIMEOUT = 600.0
 """Seconds that the processes of a launch wait for each other."""

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hatnet_train.callbacks import Callback, register
 from hatnet_train.cli import train
-from hatnet_train.state import contents, gather_moments
-from hatnet_train.weights import full_weights
+from hatnet_train.deepspeed.partition import full_weights, gather_moments
+from hatnet_train.run.state import contents
 
 
 class Observe(Callback):

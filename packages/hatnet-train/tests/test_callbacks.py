@@ -17,8 +17,8 @@ from hatnet_train.callbacks import (
     Step,
     StopOnSignal,
 )
-from hatnet_train.checkpoint import committed
-from hatnet_train.nonfinite import NonFiniteError
+from hatnet_train.run.checkpoint import committed
+from hatnet_train.run.nonfinite import NonFiniteError
 from hatnet_train.signals import Preempted
 from image_folders import draw_coloured_images
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hatnet_testing import raises
-from hatnet_train.checkpoint import (
+from hatnet_train.run.checkpoint import (
     DAMAGED,
     MANIFEST,
     DamagedError,

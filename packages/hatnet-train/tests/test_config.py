@@ -106,7 +106,7 @@ TRY = """
 import sys
 from hatnet_train import build_config
 from hatnet_train.config import FIELDS, field_help
-from hatnet_train.state import differences
+from hatnet_train.run.state import differences
 
 old = build_config("digits", {}).to_dict()
 del old["patience"]

@@ -2,7 +2,7 @@ import pytest
 
 from hatnet_testing import raises
 from hatnet_train import build_config
-from hatnet_train.deepspeed_config import deepspeed_config
+from hatnet_train.deepspeed.config import deepspeed_config
 
 
 def test_the_global_batch_is_shared_by_the_processes():

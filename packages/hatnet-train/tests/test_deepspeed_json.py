@@ -4,8 +4,8 @@ import pytest
 
 from hatnet_testing import raises
 from hatnet_train import build_config
-from hatnet_train.deepspeed_config import deepspeed_config, unread_keys
-from hatnet_train.deepspeed_json import fields_of, read_deepspeed_json
+from hatnet_train.deepspeed.config import deepspeed_config, unread_keys
+from hatnet_train.deepspeed.user_json import fields_of, read_deepspeed_json
 
 
 @pytest.fixture

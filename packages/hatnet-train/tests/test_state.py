@@ -5,11 +5,20 @@ import pytest
 import torch
 
 from hatnet_testing import raises
-from hatnet_train.checkpoint import write_manifest
 from hatnet_train.config import FIELDS, TrainConfig
 from hatnet_train.recipes import build_config
-from hatnet_train.state import STATE, EngineState, RunState, Saved, check_same_run, differences, read_saved, seed_step
-from hatnet_train.verify import read_config
+from hatnet_train.run.checkpoint import write_manifest
+from hatnet_train.run.folder import read_config
+from hatnet_train.run.state import (
+    STATE,
+    EngineState,
+    RunState,
+    Saved,
+    check_same_run,
+    differences,
+    read_saved,
+    seed_step,
+)
 
 CONFIG = build_config("digits", {"clip_grad": 1.0})
 DATA = {"training data": "72 images, 0123", "held-out data": "12 images, 4567"}

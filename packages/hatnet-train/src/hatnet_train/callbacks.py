@@ -16,16 +16,16 @@ from torch import Tensor
 
 from hatnet_core import save_checkpoint
 from hatnet_core.checkpoint import WEIGHTS
-from hatnet_train import checkpoint
 from hatnet_train.config import TrainConfig
-from hatnet_train.launch import AgreedError
+from hatnet_train.deepspeed.partition import full_weights, whole_model
+from hatnet_train.distributed.collectives import from_rank_0
+from hatnet_train.distributed.errors import AgreedError
+from hatnet_train.distributed.heartbeat import Watch
 from hatnet_train.monitor import METRICS, Monitor, Progress
-from hatnet_train.nonfinite import NonFiniteError, dump
-from hatnet_train.preflight import from_rank_0
+from hatnet_train.run import checkpoint
+from hatnet_train.run.nonfinite import NonFiniteError, dump
+from hatnet_train.run.state import AVERAGE, Saved, contents, description, read_newest, read_saved, read_together
 from hatnet_train.signals import Preempted, Signals
-from hatnet_train.state import AVERAGE, Saved, contents, description, read_newest, read_saved, read_together
-from hatnet_train.watch import Watch
-from hatnet_train.weights import full_weights, whole_model
 
 if TYPE_CHECKING:
     from hatnet_train.trainer import Trainer

@@ -18,20 +18,20 @@ import torch.nn.functional as F
 from deepspeed import comm as dist
 from torch import Tensor
 
-from hatnet_train.accuracy import held_out_metrics
 from hatnet_train.callbacks import Callback, Step
 from hatnet_train.config import TrainConfig
 from hatnet_train.data import Source
 from hatnet_train.data.loader import Batch, global_order, prepare, train_batches
-from hatnet_train.deepspeed_config import deepspeed_config
-from hatnet_train.engine import build_engine
-from hatnet_train.nonfinite import NonFiniteError
+from hatnet_train.deepspeed.config import deepspeed_config
+from hatnet_train.deepspeed.ema import Ema
+from hatnet_train.deepspeed.engine import build_engine
+from hatnet_train.deepspeed.partition import gradients
+from hatnet_train.evaluate import held_out_metrics
 from hatnet_train.optim import Schedule, set_lr
-from hatnet_train.record import open_run_folder, run_record
-from hatnet_train.sharding import gradients
+from hatnet_train.run.nonfinite import NonFiniteError
+from hatnet_train.run.record import open_run_folder, run_record
+from hatnet_train.run.state import RunState, Saved, restore, seed_step
 from hatnet_train.signals import Preempted
-from hatnet_train.state import RunState, Saved, restore, seed_step
-from hatnet_train.weights import Ema
 
 
 class Trainer:

@@ -10,11 +10,12 @@ from itertools import islice
 
 import torch
 
-from hatnet_train import checkpoint, cli
+from hatnet_train import cli
 from hatnet_train.callbacks import Callback, register
 from hatnet_train.cli import train
 from hatnet_train.data import folder, loader
-from hatnet_train.sharding import gradients
+from hatnet_train.deepspeed.partition import gradients
+from hatnet_train.run import checkpoint
 
 NOT_A_NUMBER, INFINITE = 4, 7
 """Steps, from 0, at which rank 1 has images that are not numbers, and rank 0 an infinite gradient."""

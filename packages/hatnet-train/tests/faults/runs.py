@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from hatnet_core import read_metadata
-from hatnet_train.checkpoint import MANIFEST, check, committed
+from hatnet_train.run.checkpoint import MANIFEST, check, committed
 
 TIMES = {"images_per_second", "data_wait", "memory_gb", "seconds"}
 """Metrics of the machine."""

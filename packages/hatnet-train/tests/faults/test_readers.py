@@ -16,21 +16,13 @@ from hatnet_core import create_model, load_checkpoint, read_metadata, save_check
 from hatnet_core.zero import checkpoint_folder
 from hatnet_testing import check as check_message
 from hatnet_testing import raises
-from hatnet_train.checkpoint import (
-    MANIFEST,
-    VERSION,
-    check,
-    commit,
-    folder_name,
-    read,
-    read_manifest,
-)
 from hatnet_train.data.shard_writer import write_shards
 from hatnet_train.data.shards import Shards, read_index
-from hatnet_train.deepspeed_json import fields_of, read_deepspeed_json
-from hatnet_train.preflight import read_hostfile
-from hatnet_train.state import OPTIMIZER, STATE, WEIGHTS, read_saved
-from hatnet_train.verify import CONFIG, check_run, read_config
+from hatnet_train.deepspeed.user_json import fields_of, read_deepspeed_json
+from hatnet_train.distributed.preflight import read_hostfile
+from hatnet_train.run.checkpoint import MANIFEST, VERSION, check, commit, folder_name, read, read_manifest
+from hatnet_train.run.folder import CONFIG, check_run, read_config
+from hatnet_train.run.state import OPTIMIZER, STATE, WEIGHTS, read_saved
 from image_folders import make_image_folder
 
 RUNS = 1000

@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from hatnet_train.config import TrainConfig
 from hatnet_train.data.augment import TrainTransform, centre_crop, normalise, own_generators, seed_generators
 from hatnet_train.data.mixing import draw_mixing, mix, mix_labels
+from hatnet_train.data.order import GlobalOrder, Share, evaluation_share
 from hatnet_train.data.source import Source
-from hatnet_train.sampler import GlobalOrder, Share, evaluation_share
 from hatnet_train.signals import ignore_in_worker
 from hatnet_train.workers import OF_THE_MACHINE, WorkerError, child_signal_unhandled, kill
 
@@ -44,7 +44,7 @@ _ABANDONED: list[Any] = []
 
 
 class Batch(NamedTuple):
-    """What a worker hands over."""
+    """Batch as a worker makes it."""
 
     images: Tensor
     """[B, 3, size, size], uint8."""
@@ -92,14 +92,14 @@ def train_batches(
         rank: this process.
         world_size: number of processes.
         first_step: the step of the whole run to begin with.
-        skipped: steps of the whole run to leave out.
+        skipped: steps of the whole run to skip.
 
     Returns:
         For every step ``accumulation`` batches of ``batch_size / world_size / accumulation`` images. The next one
         raises ValueError, naming the image, if one cannot be read and ``on_bad_image`` is strict.
 
     Raises:
-        ValueError: if the augmentation is none that timm knows.
+        ValueError: if timm does not know the augmentation.
     """
     first_epoch, first_step = divmod(first_step, order.steps)
 
@@ -134,14 +134,14 @@ def evaluation_batches(
         source: the held-out images.
         size: side of the square input in pixels.
         crop_fraction: share of the short side that the centre crop takes.
-        batch_size: images a batch and process.
+        batch_size: images per batch and process.
         workers: data workers; 0 for this process itself.
         rank: this process.
         world_size: number of processes.
         skip_bad: do not count images that cannot be read.
 
     Raises:
-        ValueError: naming the image, if one cannot be read and is not to be left out.
+        ValueError: naming the image, if one cannot be read and is not to be skipped.
     """
     own = evaluation_share(len(source), rank=rank, world_size=world_size)
     batch_size = min(batch_size, -(-len(source) // world_size))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hatnet_train.config import TrainConfig
-from hatnet_train.deepspeed_json import AUTOCAST_DTYPES, enabled, value_at
+from hatnet_train.deepspeed.user_json import AUTOCAST_DTYPES, enabled, value_at
 
 
 def deepspeed_config(config: TrainConfig, *, world_size: int, user: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def deepspeed_config(config: TrainConfig, *, world_size: int, user: Mapping[str,
         config: the run.
         world_size: number of processes.
         user: a user's own configuration, see ``deepspeed_json.py``, that agrees with ``config`` because its fields
-            went into it. What only it says is taken over.
+            went into it. Its other keys are added.
 
     Raises:
         ValueError: if the processes cannot share the batch evenly, or ``user`` has another micro-batch, switches the

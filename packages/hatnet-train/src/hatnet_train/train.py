@@ -1,4 +1,4 @@
-"""The run of ``hatnet-train``, in every process of a launch: join the others, compare, go on or begin, and train."""
+"""Run of ``hatnet-train`` in every process of a launch: join the others, compare, start or resume, train."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from typing import Any
 
 from deepspeed import comm as dist
 
-from hatnet_train import checkpoint
 from hatnet_train.callbacks import default_callbacks
 from hatnet_train.config import TrainConfig
 from hatnet_train.data import Source, log_usage, open_split
-from hatnet_train.engine import build_model
-from hatnet_train.launch import discover, joined
-from hatnet_train.preflight import code_digest, compare, format_report, preflight, raise_together
-from hatnet_train.record import versions
+from hatnet_train.deepspeed.engine import build_model
+from hatnet_train.distributed.collectives import compare, raise_together
+from hatnet_train.distributed.environment import discover
+from hatnet_train.distributed.launch import joined
+from hatnet_train.distributed.preflight import code_digest, format_report, preflight
+from hatnet_train.run import checkpoint
+from hatnet_train.run.record import versions
+from hatnet_train.run.state import Saved, check_same_run, read_newest, read_saved, read_together
 from hatnet_train.signals import Signals
-from hatnet_train.state import Saved, check_same_run, read_newest, read_saved, read_together
 from hatnet_train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -45,13 +47,13 @@ def train_run(
         out: run folder; None for a preflight, which checks all that a run needs before its first step, measures the
             network and prints a report.
         user: a user's own DeepSpeed configuration, empty without.
-        resume: "none" to begin a run; "auto" to go on from the newest checkpoint in ``out`` or, where there is none,
-            to begin; or the path of a run folder or a checkpoint to go on from.
+        resume: "none" to start a run; "auto" to resume from the newest checkpoint in ``out``, or to start without one;
+            or the path of a run folder or a checkpoint to resume from.
         timeout: seconds to wait for another process.
-        signals: what this process is sent.
+        signals: signals that this process receives.
 
     Raises:
-        ValueError: if processes differ, or as :class:`Trainer` does; likewise FloatingPointError.
+        ValueError: if processes differ, or as :class:`Trainer` does; FloatingPointError is raised as well.
         Preempted: see :meth:`Trainer.run`.
         ConnectionError: if another process is gone or hangs, naming it.
     """
@@ -133,12 +135,12 @@ def _newest(run: Path, *, own: bool = False) -> Saved | None:
 
 
 def _inside(folder: Path, out: Path) -> bool:
-    """Whether a checkpoint belongs to the run in ``out``."""
+    """Return whether a checkpoint belongs to the run in ``out``."""
     return folder.resolve().parent == (out / "checkpoints").resolve()
 
 
 def open_both(config: TrainConfig) -> tuple[Source, Source]:
-    """Training and held-out images of a run, with the same classes, at least two."""
+    """Open training and held-out images, with the same classes, at least two."""
     training = open_split(config.images.data, train=True, size=config.images.image_size)
     if len(training.classes) < 2:
         raise ValueError(
@@ -149,7 +151,7 @@ def open_both(config: TrainConfig) -> tuple[Source, Source]:
 
 
 def _open_together(config: TrainConfig) -> tuple[Source, Source]:
-    """The data of a run; what is wrong with it on one rank is raised on all."""
+    """Open the data of a run; raise the problems of one rank on all."""
     opened: list[Source] = []
     problem = None
     try:
@@ -164,7 +166,7 @@ def _open_together(config: TrainConfig) -> tuple[Source, Source]:
 
 
 def _facts(config: TrainConfig, user: Mapping[str, Any], training: Source, held_out: Source) -> dict[str, str]:
-    """What has to be the same in all processes, in short."""
+    """Digests of everything that must be equal in all processes."""
     settings = json.dumps([_values(config), user], sort_keys=True)
     weights = {"weights to start from": _file_digest(Path(config.model.init))} if config.model.init else {}
     return {
@@ -178,7 +180,7 @@ def _facts(config: TrainConfig, user: Mapping[str, Any], training: Source, held_
 
 
 def _values(config: TrainConfig) -> dict[str, str]:
-    """Every field but the paths, which may differ: what lies there may not."""
+    """All fields but the paths, which may differ."""
     return {name: str(value) for name, value in config.to_dict().items() if name not in ("data", "init")}
 
 

@@ -1,11 +1,11 @@
-"""What a checkpoint holds of a run, on whatever number of processes and ZeRO stage it goes on.
+"""State of a run in a checkpoint, independent of the number of processes and the ZeRO stage.
 
-``model.safetensors``      the weights in fp32, a complete checkpoint for every other command
+``model.safetensors``      the weights in fp32, usable by every other command
 ``model_ema.safetensors``  their moving average, if there is one
 ``optimizer.safetensors``  the optimizer's moments, ``MOMENT/PARAMETER``
 ``state.json``             the rest: :class:`RunState`, configuration, scalars of optimizer and loss scaling
 
-No generator is in it: what a step draws comes from the seed, the step and the rank (:func:`seed_step`).
+No generator is saved: the random numbers of a step depend on the seed, the step and the rank (:func:`seed_step`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,33 +30,40 @@ from torch import Tensor
 
 from hatnet_core import save_checkpoint
 from hatnet_core.checkpoint import WEIGHTS
-from hatnet_train import checkpoint
 from hatnet_train.config import FIELDS, TrainConfig
 from hatnet_train.data.augment import MEAN, STD
-from hatnet_train.launch import AgreedError
-from hatnet_train.monitor import peak_memory_gb
-from hatnet_train.preflight import from_rank_0, raise_together
+from hatnet_train.deepspeed.ema import Ema
+from hatnet_train.deepspeed.partition import (
+    full_weights,
+    gather_moments,
+    load_moments,
+    loss_scaler,
+    optimizer_scalars,
+    scatter,
+    whole_model,
+)
+from hatnet_train.distributed.collectives import from_rank_0, raise_together
+from hatnet_train.distributed.errors import AgreedError
 from hatnet_train.records import Count, parse_json
-from hatnet_train.sharding import gather, masters, scatter
-from hatnet_train.weights import Ema, full_weights, whole_model
+from hatnet_train.run import checkpoint
 
 AVERAGE, OPTIMIZER, STATE = "model_ema.safetensors", "optimizer.safetensors", "state.json"
 
 
 @dataclass
 class RunState:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
-        step: optimizer steps that are behind it, those that were skipped among them.
-        rows: metrics of the epochs that are trained and evaluated.
-        skipped: steps that are left out because loss or gradients were not finite.
-        bad_images: how often an image of the epoch could not be read and was left out.
-        trained: steps of the epoch that were trained so far; the following are of these steps.
+        step: optimizer steps so far, skipped ones included.
+        rows: metrics of the finished epochs.
+        skipped: steps to skip because loss or gradients were not finite.
+        bad_images: unreadable images of the epoch.
+        trained: trained steps of the epoch; the fields below are of these.
         loss: sum of their losses.
         lr: learning rate of the last one.
-        seconds: time they took.
-        waited: share of it that went by waiting for data, in seconds.
+        seconds: their duration.
+        waited: seconds of it spent waiting for data.
     """
 
     step: Count = 0
@@ -118,12 +126,12 @@ class EngineState:
 
 REST = {"config": dict[str, Any], "data": dict[str, str], "engine": EngineState, "optimizer": dict[str, int | float]}
 RECORD: Any = msgspec.defstruct("RECORD", (get_type_hints(RunState, include_extras=True) | REST).items())
-"""All of state.json; no field has a default, as those of a new :class:`RunState` do."""
+"""Content of state.json; all fields are required."""
 
 
 @dataclass
 class Saved:
-    """A checkpoint that was read: all that :func:`restore` and the trainer need."""
+    """Content of a checkpoint."""
 
     folder: Path
     state: RunState
@@ -137,7 +145,7 @@ class Saved:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed what dropout and stochastic depth draw from: a run that goes on at ``step`` draws what it would have."""
+    """Seed the generator of dropout and stochastic depth for a step, the same in a resumed run."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
 
 
@@ -150,14 +158,14 @@ def contents(
     data: Mapping[str, str],
     description: Mapping[str, Any],
 ) -> dict[str, Callable[[Path], None]]:
-    """Gather the state of a run on rank 0, and return what writes each file; empty on the other ranks.
+    """Gather the state of a run on rank 0; return a writer of each file there, none on other ranks.
 
     All ranks have to call it. The others gather nothing.
 
     Args:
         engine: the engine.
         ema: the average of its weights.
-        state: how far the run is.
+        state: progress of the run.
         config: the run.
         data: identifies its data.
         description: what a classifier needs in addition to the model.
@@ -172,7 +180,7 @@ def contents(
         "config": config.to_dict(),
         "data": dict(data),
         "engine": dataclasses.asdict(_engine_state(engine, state)),
-        "optimizer": _scalars(engine),
+        "optimizer": optimizer_scalars(engine),
     }
     files: dict[str, Callable[[Path], None]] = {
         WEIGHTS: lambda path: save_checkpoint(whole_model(engine, weights), path, description),
@@ -185,7 +193,7 @@ def contents(
 
 
 def description(config: TrainConfig, classes: Sequence[str]) -> dict[str, Any]:
-    """What a classifier needs in addition to the model."""
+    """Metadata that a classifier needs in addition to the model."""
     return {
         "classes": classes,
         "image_size": config.images.image_size,
@@ -232,7 +240,7 @@ def read_newest(checkpoints: Path, *, own: bool) -> tuple[Saved | None, list[str
 
     Args:
         checkpoints: the folder of all checkpoints.
-        own: rename those that are newer and damaged, see :func:`hatnet_train.checkpoint.set_aside`.
+        own: rename those that are newer and damaged, see :func:`hatnet_train.run.checkpoint.set_aside`.
 
     Returns:
         The checkpoint, None without any, and what is wrong with the newer ones.
@@ -277,22 +285,22 @@ def read_together(choose: Callable[[], Saved | None]) -> Saved | None:
 
 
 def check_same_run(saved: Saved, config: TrainConfig, data: Mapping[str, str]) -> None:
-    """What of a run may not change where it goes on.
+    """Check that a run resumes with the same configuration and data.
 
     Raises:
         ValueError: naming the fields with the values of then and now, or the data.
     """
     if changes := differences(saved.config, saved.data, config.to_dict(), data):
         raise ValueError(
-            f"cannot go on from {saved.folder}: {changes}; expected what it was begun with, or another --out with "
-            "--init for the weights alone"
+            f"cannot resume from {saved.folder}: {changes}; use the first values, or another --out with --init for "
+            "the weights alone"
         )
 
 
 def differences(
     config_then: Mapping[str, Any], data_then: Mapping[str, str], config: Mapping[str, Any], data: Mapping[str, str]
 ) -> str:
-    """What a run computed with other values then than it would now, in words; empty if it goes on as it began."""
+    """Describe the values with which a run computed that differ now; empty if there are none."""
     now = json.loads(json.dumps(config))  # with lists for tuples
     then = {name: config_then.get(name, FIELDS[name].default) for name in now}  # a field may be newer than the run
     changed = [
@@ -307,7 +315,7 @@ def differences(
 
 
 def restore(engine: deepspeed.DeepSpeedEngine, ema: Ema | None, saved: Saved) -> None:
-    """Bring an engine, made with the weights of ``saved``, to where that run was.
+    """Restore an engine that was built with the weights of ``saved``.
 
     Raises:
         ValueError: if average or moments are those of another model, or there are none.
@@ -316,12 +324,12 @@ def restore(engine: deepspeed.DeepSpeedEngine, ema: Ema | None, saved: Saved) ->
     scatter(engine, saved.weights, lambda master: master)  # where the masters are more precise than the model
     if ema is not None:
         ema.load(saved.average)
-    _load_moments(engine, saved.moments, saved.scalars)
+    load_moments(engine, saved.moments, saved.scalars)
     engine.global_steps = saved.engine.global_steps
     engine.skipped_steps = saved.engine.skipped_steps
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     engine.global_samples = engine.global_steps * engine.train_batch_size()
-    scaler = _scaler(engine)
+    scaler = loss_scaler(engine)
     if scaler is not None:
         if hasattr(scaler, "load_state_dict"):
             scaler.load_state_dict(dict(saved.engine.loss_scaling))
@@ -330,7 +338,7 @@ def restore(engine: deepspeed.DeepSpeedEngine, ema: Ema | None, saved: Saved) ->
 
 
 def _check_shapes(saved: Saved, *, averaged: bool) -> None:
-    """See that every tensor that will be restored is there and of its parameter's shape."""
+    """Check names and shapes of all tensors to restore."""
     expected = {name: tensor.shape for name, tensor in saved.weights.items()}  # which the model has taken
     moments: dict[str, dict[str, torch.Size]] = {}
     for key, tensor in saved.moments.items():
@@ -339,13 +347,13 @@ def _check_shapes(saved: Saved, *, averaged: bool) -> None:
     if any(shapes != expected for shapes in moments.values()) or (
         not moments and saved.engine.global_steps > saved.engine.skipped_steps
     ):
-        raise ValueError(f"{saved.folder / OPTIMIZER} does not hold moments of every weight, of its shape")
+        raise ValueError(f"{saved.folder / OPTIMIZER} must have moments of every weight, of its shape")
     if averaged and {name: tensor.shape for name, tensor in saved.average.items()} != expected:
-        raise ValueError(f"{saved.folder / AVERAGE} does not hold an average of every weight, of its shape")
+        raise ValueError(f"{saved.folder / AVERAGE} must have an average of every weight, of its shape")
 
 
 def _engine_state(engine: deepspeed.DeepSpeedEngine, state: RunState) -> EngineState:
-    scaler = _scaler(engine)
+    scaler = loss_scaler(engine)
     values = {} if scaler is None else scaler.state_dict() if hasattr(scaler, "state_dict") else vars(scaler)
     return EngineState(
         global_steps=engine.global_steps,
@@ -355,66 +363,12 @@ def _engine_state(engine: deepspeed.DeepSpeedEngine, state: RunState) -> EngineS
     )
 
 
-def _scaler(engine: deepspeed.DeepSpeedEngine) -> Any:
-    """What scales the loss in fp16: torch's GradScaler, or DeepSpeed's own; None where nothing does."""
-    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
-    if scaler is None and engine.fp16_enabled():
-        scaler = engine.optimizer.loss_scaler
-    return scaler
-
-
-def _optimizer(engine: deepspeed.DeepSpeedEngine) -> Any:
-    """The optimizer inside of DeepSpeed's, or the only one."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
-def gather_moments(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
-    """Gather the optimizer's tensors of the parameters' shapes on rank 0, ``MOMENT/PARAMETER``.
-
-    There are none before the first step. DeepSpeed's ``safe_get_full_optimizer_state`` does not serve: it gathers on
-    every rank, knows nothing without ZeRO, and under ZeRO-1 and 2 finds no moments of a second parameter group.
-    ``safe_set_full_optimizer_state`` cannot set any before a first step.
-    """
-    states = _optimizer(engine).state
-    names = {
-        name
-        for master in masters(engine)
-        for name, value in states.get(master, {}).items()
-        if torch.is_tensor(value) and value.numel() == master.numel() and value.ndim
-    }
-    if not names and engine.global_steps > engine.skipped_steps:
-        raise RuntimeError("the optimizer steps on other tensors than sharding.masters knows: its moments were lost")
-    moments: dict[str, Tensor] = {}
-    for moment in sorted(names):
-        whole = gather(engine, lambda master: states[master][moment], to=0)  # noqa: B023  called at once
-        moments |= {f"{moment}/{name}": tensor for name, tensor in whole.items()}
-    return moments
-
-
-def _scalars(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
-    """The optimizer's numbers, which are the same for all parameters."""
-    for state in _optimizer(engine).state.values():
-        numbers = {name: value for name, value in state.items() if not torch.is_tensor(value) or value.ndim == 0}
-        return {name: value.item() if torch.is_tensor(value) else value for name, value in numbers.items()}
-    return {}
-
-
-def _load_moments(
-    engine: deepspeed.DeepSpeedEngine, moments: Mapping[str, Tensor], scalars: Mapping[str, float]
-) -> None:
-    optimizer = _optimizer(engine)
-    own = masters(engine)
-    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    for master in own if moments else []:
-        for name, value in scalars.items():  # torch's count of steps is a tensor, DeepSpeed's a number
-            device = master.device if fused else "cpu"
-            optimizer.state[master][name] = torch.tensor(value, device=device) if isinstance(value, float) else value
-    for moment in sorted({name.partition("/")[0] for name in moments}):
-        for master in own:
-            optimizer.state[master][moment] = torch.zeros_like(master)
-        tensors = {name.partition("/")[2]: t for name, t in moments.items() if name.startswith(f"{moment}/")}
-        scatter(engine, tensors, lambda master: optimizer.state[master][moment])  # noqa: B023  called at once
-
-
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
+
+
+def peak_memory_gb() -> float:
+    """Largest memory of this process so far in GB (10⁹ bytes): of its GPU, or resident without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

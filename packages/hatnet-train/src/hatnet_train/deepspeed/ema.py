@@ -1,4 +1,4 @@
-"""The model's weights under DeepSpeed: whole, wherever ZeRO has put them, and their moving average."""
+"""Exponential moving average of the weights."""
 
 from __future__ import annotations
 
@@ -8,21 +8,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from hatnet_core import HATNet
-from hatnet_train.sharding import gather, masters, scatter
-
-
-def full_weights(engine: deepspeed.DeepSpeedEngine, *, to: int | None = None) -> dict[str, Tensor]:
-    """Gather all weights in fp32, by the names of :class:`HATNet`, as :func:`gather` does."""
-    return gather(engine, lambda master: master, to=to)
-
-
-def whole_model(engine: deepspeed.DeepSpeedEngine, weights: dict[str, Tensor]) -> HATNet:
-    """The engine's model with these weights, in evaluation mode on its device, outside DeepSpeed."""
-    with torch.device("meta"):  # no time for weights that are replaced at once
-        model = HATNet(**engine.module.config)
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
+from hatnet_train.deepspeed.partition import gather, masters, scatter
 
 
 class Ema:

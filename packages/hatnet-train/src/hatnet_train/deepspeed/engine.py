@@ -1,4 +1,4 @@
-"""The model of a run under DeepSpeed."""
+"""The engine: the model of a run under DeepSpeed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from hatnet_core import HATNet, create_model, load_checkpoint, set_kernels
 from hatnet_core.checkpoint import head_size, read_state
 from hatnet_train.config import TrainConfig
-from hatnet_train.deepspeed_config import unread_keys
-from hatnet_train.deepspeed_json import AUTOCAST_DTYPES
+from hatnet_train.deepspeed.config import unread_keys
+from hatnet_train.deepspeed.user_json import AUTOCAST_DTYPES
 from hatnet_train.optim import parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def build_engine(
     num_classes: int,
     weights: Mapping[str, Tensor] | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """The model under DeepSpeed, with the same weights on every rank.
+    """Build the model under DeepSpeed, with the same weights on every rank.
 
     Args:
         config: the run.
@@ -84,7 +84,7 @@ def use_deterministic_algorithms() -> None:
 
 
 def build_model(config: TrainConfig, num_classes: int, weights: Mapping[str, Tensor] | None = None) -> HATNet:
-    """The model of a run, with ``weights``, those of ``config.model.init``, or fresh ones."""
+    """Build the model with ``weights``, those of ``config.model.init``, or fresh ones."""
     model = create_model(
         config.model.variant,
         num_classes=num_classes,

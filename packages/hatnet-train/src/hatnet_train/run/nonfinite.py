@@ -1,4 +1,4 @@
-"""What is written down when a loss or gradient is not finite, so that the cause can be found."""
+"""Dump of a step whose loss or gradients are not finite, to find the cause."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from hatnet_train.data import Source
-from hatnet_train.sampler import Share
-from hatnet_train.sharding import gradients, masters
+from hatnet_train.data.order import Share
+from hatnet_train.deepspeed.partition import gradients, masters
 
 
 class NonFiniteError(FloatingPointError):
@@ -42,7 +42,7 @@ def dump(
     """Write ``rank-0003.json``: this rank's images and labels, losses, generators, statistics of its tensors.
 
     Args:
-        folder: for this step; made if it is not there. If it cannot be written, the run has other worries.
+        folder: for this step; created if missing.
         engine: with the gradients of the step.
         share: the images of this rank at this step.
         source: where they come from.
@@ -67,7 +67,7 @@ def dump(
 
 
 def _statistics(tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """How many values are not finite, and of the rest the largest; all over the tensors of this rank."""
+    """Count non-finite values, and find the largest of the rest, over the tensors of this rank."""
     bad = sum(int((~t.isfinite()).sum()) for t in tensors)
     finite = [torch.nan_to_num(t.detach().float(), nan=0.0, posinf=0.0, neginf=0.0) for t in tensors]
     return {

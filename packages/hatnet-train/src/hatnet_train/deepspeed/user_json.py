@@ -17,13 +17,13 @@ FIELDS = {
     ("optimizer", "params", "lr"): ("lr", float),
     ("optimizer", "params", "weight_decay"): ("weight_decay", float),
 }
-"""Where the file holds what a field of :class:`TrainConfig` says, and the field's type."""
+"""Path in the file of a field of :class:`TrainConfig`, with the field and its type."""
 
 AUTOCAST_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 """Precisions other than fp32, which are also sections of the file, and what autocast calls them."""
 
 SECTIONS = (("zero_optimization",), ("optimizer",), ("optimizer", "params"), ("torch_autocast",), ("bf16",), ("fp16",))
-"""What must be an object, if it is there."""
+"""Sections that must be objects."""
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     for name in ("offload_optimizer", "offload_param"):
         if value_at(content, ("zero_optimization", name, "device")) not in (None, "none"):
             raise ValueError(
-                f"{path}: zero_optimization.{name} must be left out: the states of HAT-Net fit on its devices, and "
+                f"{path}: zero_optimization.{name} must be omitted: the states of HAT-Net fit on its devices, and "
                 "checkpoints do not look for them elsewhere"
             )
     try:
@@ -97,17 +97,17 @@ def fields_of(user: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def key_of(field: str) -> str:
-    """Where the file gives a field of :class:`TrainConfig`: ``train_batch_size`` for ``batch_size``."""
+    """Key of a field of :class:`TrainConfig` in the file: ``train_batch_size`` for ``batch_size``."""
     return next((".".join(path) for path, (name, _) in FIELDS.items() if name == field), field)
 
 
 def enabled(user: Mapping[str, Any], section: str) -> bool:
-    """Whether a section of the file is switched on."""
+    """Return whether a section of the file is enabled."""
     return bool(value_at(user, (section, "enabled")))
 
 
 def value_at(section: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """What lies at a path of names, None if nothing does."""
+    """Value at a path of names; None if missing."""
     value: Any = section
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None

@@ -1,6 +1,6 @@
-"""Checkpoints on disk: there as a whole, or not there.
+"""Checkpoints on disk, written and read atomically.
 
-A checkpoint is a folder ``step-0000001250`` below ``checkpoints/``. It is written into a hidden folder beside it,
+A checkpoint is a folder ``step-0000001250`` below ``checkpoints/``. It is written into a hidden folder next to it,
 every file flushed to the disk and listed with its size and SHA-256 in ``manifest.json``, and renamed only then:
 whatever ends the process, and whenever, a folder with that name is complete. Nothing in it is pickled.
 """
@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
+from hatnet_train.files import sync_folder, write_file
 from hatnet_train.records import Count, Sha256, read_json
 
 MANIFEST = "manifest.json"
@@ -31,7 +32,7 @@ VERSION = 1
 """Of the layout of a checkpoint."""
 
 STAGING, REMOVED, DAMAGED = ".staging-", ".removed-", "damaged-"
-"""What the names of folders begin with that are not, or no longer, checkpoints."""
+"""Prefixes of folders that are not, or no longer, checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``manifest.json`` lists: the files by name, and the accuracy if the checkpoint was evaluated."""
+    """Content of ``manifest.json``: files by name, and the accuracy if the checkpoint was evaluated."""
 
     files: Annotated[dict[str, Entry], Meta(min_length=1)]
     top1: float = -math.inf
@@ -76,11 +77,11 @@ def folder_name(step: int, *, evaluated: bool) -> str:
 def commit(
     checkpoints: Path, name: str, files: Mapping[str, Callable[[Path], None]], about: Mapping[str, Any]
 ) -> Path:
-    """Write a checkpoint so that it is there as a whole or not at all.
+    """Write a checkpoint as a whole or not at all.
 
     Args:
         checkpoints: the folder of all checkpoints; made if it is not there, but not the run folder above it.
-        name: of the checkpoint, by :func:`folder_name`; if there already is a whole one, it stays as it is.
+        name: of the checkpoint, by :func:`folder_name`; a whole one of that name is kept.
         files: what writes each file.
         about: further values for the manifest, anything JSON can hold.
 
@@ -114,7 +115,7 @@ def commit(
 
 
 def committed(checkpoints: Path) -> list[Path]:
-    """The checkpoints that are there, the newest first."""
+    """List the checkpoints, the newest first."""
     if not checkpoints.is_dir():
         return []
     found = [p for p in checkpoints.iterdir() if re.fullmatch(r"step-\d{10}(-evaluated)?", p.name)]
@@ -181,7 +182,7 @@ def set_aside(checkpoints: Path, good: Path | None) -> None:
 
 
 def tidy(checkpoints: Path, keep: int, written: Path) -> None:
-    """Remove what no run needs: all checkpoints but the newest ``keep`` and the best, and what was half-written.
+    """Remove all checkpoints but the newest ``keep`` and the best, and half-written ones.
 
     The best is that of the highest ``top1`` in its manifest; of equal ones the newest. A folder that does not go, for
     whatever reason, is left for the next time.
@@ -203,7 +204,7 @@ def tidy(checkpoints: Path, keep: int, written: Path) -> None:
 
 
 def write_manifest(folder: Path, names: Iterable[str], about: Mapping[str, Any]) -> None:
-    """List files of a folder that are there already in its manifest.
+    """List existing files of a folder in its manifest.
 
     Raises:
         OSError: if one cannot be read, or the manifest not be written.
@@ -213,38 +214,8 @@ def write_manifest(folder: Path, names: Iterable[str], about: Mapping[str, Any])
     write_file(folder / MANIFEST, content.encode())
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Replace a file by one of this content: readers see the old one or the new one, never a part.
-
-    Raises:
-        OSError: if it cannot be written; the old one stays.
-    """
-    new = staged(path)
-    try:
-        new.write_bytes(content)
-        _flush(new)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def staged(path: Path) -> Path:
-    """Where the next content of a file is written."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def sync_folder(folder: Path) -> None:
-    """Let the names in a folder reach the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _flush(path: Path) -> Entry:
-    """Let a file reach the disk; its entry in the manifest."""
+    """Flush a file to the disk; return its entry of the manifest."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
