@@ -13,8 +13,9 @@ from tempfile import TemporaryDirectory
 from harness import Measurement, Ratio, Table, interleaved, quotients
 from training_steps import close, join_launch, make_trainer_in_memory, step_config, train_epoch
 
-from hatnet_train import checkpoint
-from hatnet_train.state import read_saved, restore
+from hatnet_train.callbacks import Checkpointing
+from hatnet_train.run import checkpoint
+from hatnet_train.run.state import read_saved, restore
 from hatnet_train.trainer import Trainer
 
 WRITE, CHECK, READ = "ours: write", "ours: compare with the manifest", "ours: read and restore"
@@ -72,7 +73,9 @@ def _measure(variant: str, plan: Plan, scratch: Path, result: Measurement) -> No
 
 def _write(trainer: Trainer, folder: Path) -> None:
     rmtree(folder, ignore_errors=True)
-    trainer.save()
+    for callback in trainer.callbacks:
+        if isinstance(callback, Checkpointing):
+            callback.save(trainer)
 
 
 def _write_deepspeed(trainer: Trainer, folder: Path) -> None:

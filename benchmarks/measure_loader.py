@@ -23,9 +23,9 @@ from timm.data import create_dataset, create_loader
 from hatnet_train.config import TrainConfig
 from hatnet_train.data import loader, open_split
 from hatnet_train.data.loader import train_batches
+from hatnet_train.data.order import GlobalOrder
 from hatnet_train.data.shard_writer import write_shards
 from hatnet_train.recipes import build_config
-from hatnet_train.sampler import GlobalOrder
 
 RESIZE = 256
 """Short side in pixels of the pre-resized shards."""

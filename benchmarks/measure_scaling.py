@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from harness import Measurement, Ratio, Table, quotients
 from tqdm import tqdm
 
-from hatnet_train.launch import LAUNCHER_VARIABLES
+from hatnet_train.distributed.environment import LAUNCHER_VARIABLES
 
 TIMEOUT = 600
 """Seconds after which a launch is ended."""

@@ -16,18 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hatnet_train.callbacks import Checkpointing, Monitoring
 from hatnet_train.config import TrainConfig
-from hatnet_train.data import Source
 from hatnet_train.data.augment import normalise
 from hatnet_train.data.loader import Batch
 from hatnet_train.data.mixing import draw_mixing
-from hatnet_train.deepspeed_config import parameter_groups
-from hatnet_train.launch import discover, join
-from hatnet_train.monitor import Monitor
+from hatnet_train.deepspeed.partition import full_weights, whole_model
+from hatnet_train.distributed.environment import discover
+from hatnet_train.distributed.launch import join
+from hatnet_train.optim import parameter_groups
 from hatnet_train.recipes import build_config
-from hatnet_train.state import RunState
+from hatnet_train.run.state import RunState
 from hatnet_train.trainer import Trainer
-from hatnet_train.weights import full_weights, whole_model
 
 TIMEOUT = 600.0
 """Seconds that the processes of a launch wait for each other."""
@@ -82,32 +82,33 @@ class Unread:
         return str(len(self))
 
 
-def make_trainer(config: TrainConfig, out: Path, training: Source) -> Trainer:
-    """A Trainer that is about to train, with all that it reports while it does.
+def make_trainer_in_memory(config: TrainConfig, out: Path, steps: int) -> Trainer:
+    """A Trainer whose epoch has so many steps and whose batches are in memory; :data:`BATCHES` of noise in turn.
+
+    It reports and saves as ``hatnet-train`` does.
 
     Args:
         config: the run.
-        out: a new folder for what is reported.
-        training: the images to train with.
+        out: folder of the run.
+        steps: optimizer steps per epoch.
     """
-    trainer = Trainer(config, training, training, {})
-    trainer.out, trainer.monitor = out, Monitor(out, [], 0) if trainer.rank == 0 else None
-    return trainer
 
+    def loader(*_: object, world_size: int, **__: object) -> Generator[Batch, None, None]:
+        yield from cycle(make_batches(config, config.optimisation.batch_size // world_size))
 
-def make_trainer_in_memory(config: TrainConfig, out: Path, steps: int) -> Trainer:
-    """A Trainer whose epoch has so many steps and whose batches are in memory; :data:`BATCHES` of noise in turn."""
-    trainer = make_trainer(config, out, Unread(config.optimisation.batch_size * steps))
-    trainer.batches.close()
-    trainer.batches = cycle(make_batches(config, config.optimisation.batch_size // trainer.world_size))
+    data = Unread(config.optimisation.batch_size * steps)
+    callbacks = [Monitoring(), Checkpointing(keep=config.checkpoints.keep_checkpoints)]
+    trainer = Trainer(config, data, data, {}, callbacks=callbacks, loader=loader)
+    trainer.out = out
+    trainer.call("on_start")
     return trainer
 
 
 def train_epoch(trainer: Trainer, epoch: int) -> dict[str, float]:
-    """Train one epoch, counted from 0, without evaluation and checkpoint; what the Trainer says of it."""
+    """Train one epoch, counted from 0, without evaluation and checkpoint; its metrics."""
     trainer.state = RunState(step=epoch * trainer.order.steps)
     trainer.train_epoch(epoch)
-    return trainer.training_metrics()
+    return trainer.state.metrics(trainer.order.batch_size)
 
 
 def make_batches(config: TrainConfig, size: int) -> list[Batch]:
@@ -130,12 +131,10 @@ def make_batches(config: TrainConfig, size: int) -> list[Batch]:
 
 
 def close(*trainers: Trainer) -> None:
-    """End what writes to the run folders and what reads the data, so that their folders can be removed."""
+    """End what writes to the run folders, so that they can be removed."""
     for trainer in trainers:
-        if isinstance(trainer.batches, Generator):
-            trainer.batches.close()
-        if trainer.monitor is not None:
-            trainer.monitor.close()
+        trainer.batches.close()
+        trainer.call("close")
 
 
 def trainer_seconds(trainer: Trainer) -> float:

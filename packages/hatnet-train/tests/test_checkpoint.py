@@ -2,18 +2,21 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from hatnet_testing import raises
-from hatnet_train.checkpoint import (
+from hatnet_train.run.checkpoint import (
     DAMAGED,
     MANIFEST,
+    DamagedError,
     check,
     commit,
     committed,
     folder_name,
+    read,
     read_manifest,
     set_aside,
     tidy,
@@ -51,14 +54,35 @@ def test_no_checkpoint_goes_in_favour_of_a_damaged_one(tmp_path):
     for step in (3, 6, 9):
         save(tmp_path, step, 10.0 * step)
     flip(tmp_path / folder_name(9, evaluated=True) / "weights")
-    good, (problem,) = set_aside(tmp_path)
-    assert (good.name, problem.split(" ")[0]) == (
-        folder_name(6, evaluated=True),
-        str(tmp_path / folder_name(9, evaluated=True) / "weights"),
-    )
+    with raises(DamagedError, tmp_path / folder_name(9, evaluated=True) / "weights"):
+        list(read(tmp_path / folder_name(9, evaluated=True)))
+    set_aside(tmp_path, tmp_path / folder_name(6, evaluated=True))
     save(tmp_path, 7, keep=1)
     assert steps(tmp_path) == [7, 6]
     assert len([p for p in tmp_path.iterdir() if p.name.startswith(f"{DAMAGED}step-0000000009")]) == 1
+
+
+def test_a_checkpoint_is_opened_once_per_file_and_every_problem_is_named(tmp_path):
+    files = {name: lambda path: path.write_bytes(path.name.encode()) for name in ("one", "two", "three")}
+    folder = commit(tmp_path, folder_name(1, evaluated=False), files, {})
+    opened = []
+    listening = True
+
+    def note(event, arguments):  # an audit hook cannot be removed
+        if listening and event == "open" and str(arguments[0]).startswith(str(folder)):
+            opened.append(Path(arguments[0]).name)
+
+    sys.addaudithook(note)
+    assert dict(read(folder)) == {name: name.encode() for name in files}
+    listening = False
+    assert sorted(opened) == sorted([MANIFEST, *files])
+    (folder / "one").write_bytes(b"eno")
+    (folder / "three").unlink()
+    found = {}
+    with raises(DamagedError, folder / "one", folder / "three") as caught:
+        found.update(read(folder))
+    assert found == {}
+    assert len(caught.value.problems) == 2
 
 
 def test_what_was_written_just_now_stays_whatever_stands_beside_it(tmp_path):

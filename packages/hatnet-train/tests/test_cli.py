@@ -96,7 +96,7 @@ USAGE = [
 FAILURES = [
     (train, f"{TRAIN} --deepspeed_config no.json", "no.json"),
     (train, f"{TRAIN} --deepspeed_config bad.json", "bad.json train_batch_size -8"),
-    (train, f"{TRAIN} --deepspeed_config typo.json", "typo.json gradient_cliping gradient_clipping"),
+    (train, f"{TRAIN} --deepspeed_config typo.json", "typo.json gradient_clipping"),
     (train, "--recipe digits --out text.png", "--out text.png"),
     (train, "--verify nowhere", "nowhere config.json"),
     (train, "--check-hostfile nowhere", "nowhere"),
@@ -138,7 +138,7 @@ def files(checkpoint, tmp_path_factory):
     (folder / "empty").mkdir()
     for name, value in (("ds", {"train_batch_size": 64}), ("bad", {"train_batch_size": -8})):
         (folder / f"{name}.json").write_text(json.dumps(value))
-    (folder / "typo.json").write_text('{"gradient_cliping": 1.0}')
+    (folder / "typo.json").write_text('{"gradient_clipping": "1"}')
     return folder
 
 

@@ -110,7 +110,7 @@ TRY = """
 import contextlib, io, json
 from hatnet_train import build_config, cli
 from hatnet_train.config import field_help
-from hatnet_train.state import differences
+from hatnet_train.run.state import differences
 
 def run(*words):
     out, err = io.StringIO(), io.StringIO()

@@ -19,7 +19,7 @@ from hatnet_core import create_model, save_checkpoint
 from hatnet_testing import error_line
 from hatnet_train.classifier import load_classifier
 from hatnet_train.data.folder import Folder
-from hatnet_train.engine import use_deterministic_algorithms
+from hatnet_train.deepspeed.engine import use_deterministic_algorithms
 from image_folders import draw_coloured_images
 from launches import lines_naming, until
 

@@ -11,7 +11,7 @@ from hatnet_train.data import log_usage
 from hatnet_train.data.folder import Folder
 from hatnet_train.data.images import read_image
 from hatnet_train.recipes import build_config
-from hatnet_train.run import open_both
+from hatnet_train.train import open_both
 from image_folders import draw_coloured_images
 
 SYNSETS = ("n01440764", "n01443537", "n02105855")

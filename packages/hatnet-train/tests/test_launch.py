@@ -15,9 +15,10 @@ from torch.distributed import TCPStore
 
 from conftest import BIN
 from hatnet_testing import check, raises
-from hatnet_train.launch import Launch, discover, roll_call
-from hatnet_train.preflight import check_hostfile
-from hatnet_train.watch import compact_ranks
+from hatnet_train.distributed.environment import Launch, discover
+from hatnet_train.distributed.heartbeat import compact_ranks
+from hatnet_train.distributed.preflight import check_hostfile
+from hatnet_train.distributed.rendezvous import roll_call
 
 LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SLURM_", "OMPI_", "PMI_", "MPI_", "TORCHELASTIC_", "OMP_")
 TORCH = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
@@ -41,7 +42,8 @@ MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRA
 
 MEMBER = """
 import json, logging, os, sys, time
-from hatnet_train.launch import LAUNCHER_VARIABLES, discover, join
+from hatnet_train.distributed.environment import LAUNCHER_VARIABLES, discover
+from hatnet_train.distributed.launch import join
 
 logging.basicConfig(level="INFO", format="hatnet-train: %(message)s")
 launch, start = discover(os.environ), time.monotonic()
@@ -68,7 +70,8 @@ torch.distributed.destroy_process_group()
 
 ONLY_ANSWERS = """
 import os
-from hatnet_train.launch import discover, roll_call
+from hatnet_train.distributed.environment import discover
+from hatnet_train.distributed.rendezvous import roll_call
 
 roll_call(discover(os.environ), 60)
 """

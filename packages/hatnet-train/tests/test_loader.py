@@ -9,8 +9,8 @@ from hatnet_train.data import open_split
 from hatnet_train.data.augment import centre_crop
 from hatnet_train.data.folder import Folder
 from hatnet_train.data.loader import evaluation_batches, train_batches
+from hatnet_train.data.order import GlobalOrder
 from hatnet_train.data.source import Digits
-from hatnet_train.sampler import GlobalOrder
 
 
 def config(**overrides):

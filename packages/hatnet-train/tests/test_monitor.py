@@ -6,8 +6,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hatnet_testing import check
-from hatnet_train.monitor import Monitor, Progress, peak_memory_gb
-from hatnet_train.sampler import GlobalOrder
+from hatnet_train.data.order import GlobalOrder
+from hatnet_train.monitor import Monitor, Progress
+from hatnet_train.run.state import peak_memory_gb
 
 
 def row(epoch):

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from hatnet_testing import check, raises
-from hatnet_train import preflight
-from hatnet_train.launch import discover, join
-from hatnet_train.preflight import code_digest, format_report, raise_together
+from hatnet_train.distributed import preflight
+from hatnet_train.distributed.collectives import raise_together
+from hatnet_train.distributed.environment import discover
+from hatnet_train.distributed.launch import join
+from hatnet_train.distributed.preflight import code_digest, format_report
 
 
 def member(arguments):

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 
 from hatnet_testing import check, raises
 from hatnet_train.data.folder import Folder
+from hatnet_train.data.order import GlobalOrder
 from hatnet_train.data.shard_writer import write_shards
 from hatnet_train.data.shards import RECORD, Index, Shard, Shards, Split, verify
-from hatnet_train.sampler import GlobalOrder
 from image_folders import encoded
 
 IMAGENET = 1_281_167

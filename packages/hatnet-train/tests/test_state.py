@@ -7,8 +7,18 @@ import torch
 from hatnet_testing import raises
 from hatnet_train.config import FIELDS, TrainConfig
 from hatnet_train.recipes import build_config
-from hatnet_train.state import STATE, EngineState, RunState, Saved, check_same_run, differences, read_saved, seed_step
-from hatnet_train.verify import read_config
+from hatnet_train.run.checkpoint import write_manifest
+from hatnet_train.run.folder import read_config
+from hatnet_train.run.state import (
+    STATE,
+    EngineState,
+    RunState,
+    Saved,
+    check_same_run,
+    differences,
+    read_saved,
+    seed_step,
+)
 
 CONFIG = build_config("digits", {"clip_grad": 1.0})
 DATA = {"training data": "72 images, 0123", "held-out data": "12 images, 4567"}
@@ -71,6 +81,17 @@ RECORD = {
 }
 
 
+def write_state(folder, record):
+    (folder / STATE).write_text(json.dumps(record))
+    write_manifest(folder, [STATE], {})
+
+
+def test_files_that_a_manifest_lacks_are_named(tmp_path):
+    write_state(tmp_path, RECORD)
+    with raises(ValueError, tmp_path / "model.safetensors", "manifest.json"):
+        read_saved(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -86,14 +107,14 @@ RECORD = {
     ],
 )
 def test_a_wrong_value_of_the_state_is_named_with_file_and_field(change, named, tmp_path):
-    (tmp_path / STATE).write_text(json.dumps({**RECORD, **change}))
+    write_state(tmp_path, {**RECORD, **change})
     with raises(ValueError, tmp_path / STATE, *named):
         read_saved(tmp_path)
 
 
 @pytest.mark.parametrize("name", RECORD)
 def test_every_value_of_the_state_is_needed(name, tmp_path):
-    (tmp_path / STATE).write_text(json.dumps({key: value for key, value in RECORD.items() if key != name}))
+    write_state(tmp_path, {key: value for key, value in RECORD.items() if key != name})
     with raises(ValueError, tmp_path / STATE, name):
         read_saved(tmp_path)
 

@@ -21,7 +21,8 @@ PORT = "29517"  # these hosts are nobody else's
 
 MEMBER = """
 import logging, os, sys, time
-from hatnet_train.launch import discover, join
+from hatnet_train.distributed.environment import discover
+from hatnet_train.distributed.launch import join
 
 logging.basicConfig(level="INFO", format="hatnet-train: %(message)s")
 start = time.monotonic()

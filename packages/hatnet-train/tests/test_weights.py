@@ -10,10 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from hatnet_core import create_model
 from hatnet_train import build_config
-from hatnet_train.deepspeed_config import deepspeed_config
-from hatnet_train.engine import build_engine
-from hatnet_train.launch import discover, join
-from hatnet_train.weights import Ema, full_weights, whole_model
+from hatnet_train.deepspeed.config import deepspeed_config
+from hatnet_train.deepspeed.ema import Ema
+from hatnet_train.deepspeed.engine import build_engine
+from hatnet_train.deepspeed.partition import full_weights, whole_model
+from hatnet_train.distributed.environment import discover
+from hatnet_train.distributed.launch import join
+from hatnet_train.optim import Schedule, set_lr
 
 
 def three_steps(arguments):
@@ -22,10 +25,12 @@ def three_steps(arguments):
     join(discover(os.environ), 60)
     config = build_config("digits", {"zero_stage": stage, "precision": precision, "batch_size": 4, "lr": 1e-3})
     user = {"bf16": {"enabled": True}} if precision == "bf16" and stage == 2 else {}
-    engine = build_engine(config, deepspeed_config(config, world_size=2, user=user), 10, 3)
+    engine = build_engine(config, deepspeed_config(config, world_size=2, user=user), 3)
     dtype = next(engine.module.parameters()).dtype
     ema, history = Ema(engine, 0.5), []
+    schedule = Schedule.of(config, steps_per_epoch=10)
     for step in range(3):
+        set_lr(engine, schedule(step))
         generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
         images = torch.randn(2, 3, 32, 32, generator=generator).to(dtype)
         loss = engine(images).float().logsumexp(1).mean()

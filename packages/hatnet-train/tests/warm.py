@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-IMPORTS = ("hatnet_train.run", "sklearn.datasets", "matplotlib.figure", "matplotlib.backends.backend_agg")
+IMPORTS = ("hatnet_train.train", "sklearn.datasets", "matplotlib.figure", "matplotlib.backends.backend_agg")
 
 
 def main() -> int:

@@ -133,7 +133,7 @@ class Run(Options, Launched):
         config = self.config(user)
         signals = Signals(self.preempt_seconds)
         _import_deepspeed()
-        from hatnet_train.run import train_run
+        from hatnet_train.train import train_run
 
         try:
             with usage_errors():
@@ -145,13 +145,13 @@ class Run(Options, Launched):
 
     def user_config(self) -> dict[str, Any]:
         """Read the DeepSpeed JSON."""
-        from hatnet_train.deepspeed_json import read_deepspeed_json
+        from hatnet_train.deepspeed.user_json import read_deepspeed_json
 
         return {} if self.deepspeed_config is None else read_deepspeed_json(self.deepspeed_config)
 
     def config(self, user: dict[str, Any]) -> TrainConfig:
         """Build the configuration from command line, DeepSpeed JSON and recipe, in this order."""
-        from hatnet_train.deepspeed_json import fields_of, key_of
+        from hatnet_train.deepspeed.user_json import fields_of, key_of
 
         path, fields = self.deepspeed_config, fields_of(user)
         words = {word.partition("=")[0].replace("_", "-") for word in self.arguments}
@@ -279,7 +279,7 @@ class Verify(Command):
 
     def run(self) -> None:
         """Verify."""
-        from hatnet_train.verify import check_run, is_done
+        from hatnet_train.run.folder import check_run, is_done
 
         found = check_run(self.folder)
         for path, problems in found.items():
@@ -304,7 +304,7 @@ class CheckHostfile(Command):
 
     def run(self) -> None:
         """Look up."""
-        from hatnet_train.preflight import check_hostfile
+        from hatnet_train.distributed.preflight import check_hostfile
 
         hosts = check_hostfile(self.file)
         say(f"{self.file}: {len(hosts)} hosts, {sum(hosts.values())} processes, all names resolve")
@@ -369,8 +369,8 @@ class Evaluate(BadImages, Launched):
         if self.out is not None:
             writable_file(self.out)
         _import_deepspeed()
-        from hatnet_train.checkpoint import write_file
-        from hatnet_train.evaluation import evaluation_run
+        from hatnet_train.evaluate import evaluation_run
+        from hatnet_train.files import write_file
 
         row = evaluation_run(
             self.checkpoint,

@@ -13,16 +13,12 @@ import traceback
 from collections.abc import Callable, Collection
 
 from hatnet_core.console import EXPECTED, TRACEBACK, Command, error_text, flags_of, rank
+from hatnet_train.distributed.errors import LOST_CONTACT
 from hatnet_train.signals import stop_noticing
 from hatnet_train.workers import OF_THE_MACHINE, WorkerError
 
 GRACE_SECONDS = 10.0
 """Time that another rank than the first waits before it reports an error, which is mostly that of the first, too."""
-
-LOST_CONTACT = (
-    r"Connection (closed by peer|reset)|Connection refused|NCCL|ProcessGroup|Timed out waiting|gloo|Broken pipe"
-)
-"""Matches errors of torch's communication."""
 
 LESS = {
     "--batch-size": "a smaller --batch-size",

@@ -1,11 +1,10 @@
-"""What a run reports while it runs: progress, metrics.jsonl, TensorBoard and curves.png, all by rank 0."""
+"""Reports of a run, by rank 0: progress, metrics.jsonl, TensorBoard and curves.png."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import resource
 import sys
 import threading
 import time
@@ -13,34 +12,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from hatnet_train.checkpoint import write_file
-from hatnet_train.sampler import GlobalOrder
+from hatnet_train.data.order import GlobalOrder
+from hatnet_train.files import write_file
 
 METRICS = "metrics.jsonl"
 
 SECONDS_BETWEEN_LINES = 30.0
-"""How often a run whose output is not a terminal says how far it is."""
+"""Seconds between lines of progress where the output is not a terminal."""
 
 
 class Monitor:
-    """Record one row of metrics an epoch in the run folder, as numbers and as a picture.
+    """Record one row of metrics per epoch in the run folder, as numbers and as a picture.
 
-    A report that cannot be written does not end a run: that is said once, and the next epoch tries again.
+    A report that cannot be written does not end a run: it is warned about once, and the next epoch tries again.
 
     Args:
         out: the run folder; ``metrics.jsonl``, ``curves.png`` and ``tensorboard/`` appear in it.
-        rows: of the epochs before, where a run goes on; what the files have beyond them goes.
-        step: steps that are behind it.
+        rows: metrics of earlier epochs of a resumed run; further rows in the files are removed.
+        step: steps so far.
     """
 
     def __init__(self, out: Path, rows: Sequence[dict[str, Any]], step: int) -> None:
         self._out = out
         self._start, self._before = time.perf_counter(), len(rows)
-        self._told = False
+        self._warned = False
         self._tensorboard: SummaryWriter | None = None
         self._open_tensorboard(step)
         self._write(rows)
@@ -93,7 +91,7 @@ class Monitor:
             write_file(self._out / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
             if rows:
                 draw_curves(rows, self._out / "curves.png")
-            self._told = False
+            self._warned = False
 
     @contextlib.contextmanager
     def _tolerant(self) -> Iterator[None]:
@@ -101,15 +99,15 @@ class Monitor:
             yield
         except OSError as error:
             self._tensorboard = None  # its thread has ended
-            if not self._told:
-                self._told = True
+            if not self._warned:
+                self._warned = True
                 reason = error.strerror or error
-                warning = f"hatnet-train: warning: cannot report in {self._out}: {reason}; training goes on"
+                warning = f"hatnet-train: warning: cannot report in {self._out}: {reason}; training continues"
                 tqdm.write(warning, file=sys.stderr)
 
 
 def _leave_to_caller(failed: threading.ExceptHookArgs) -> None:
-    """Say nothing of the errors of TensorBoard's thread, which the caller gets, too."""
+    """Ignore errors of TensorBoard's thread, which the caller gets, too."""
     if not type(failed.thread).__module__.startswith("tensorboard"):
         _uncaught(failed)
 
@@ -118,13 +116,13 @@ _uncaught, threading.excepthook = threading.excepthook, _leave_to_caller
 
 
 class Progress:
-    """How far an epoch is: a bar on a terminal, elsewhere a line every :data:`SECONDS_BETWEEN_LINES`.
+    """Progress of an epoch: a bar on a terminal, elsewhere a line every :data:`SECONDS_BETWEEN_LINES`.
 
     Args:
         epoch: counted from 0.
         epochs: of the run.
         order: the order of the images, which knows steps and batch size.
-        done: steps of the epoch that are behind the run.
+        done: steps of the epoch so far.
     """
 
     def __init__(self, epoch: int, epochs: int, order: GlobalOrder, done: int) -> None:
@@ -136,17 +134,17 @@ class Progress:
         self._first = self._done = done
 
     def step(self, loss: float, data_wait: float) -> None:
-        """Another step is done.
+        """Count a step.
 
         Args:
-            loss: not a number if the step was left out.
-            data_wait: share of the time that went into waiting for data.
+            loss: NaN if the step was skipped.
+            data_wait: share of the time spent waiting for data.
         """
         self._done += 1
         now = time.perf_counter()
         seconds = (now - self._start) / (self._done - self._first)
         rate = f"{self._batch_size / seconds:.0f} images/s"
-        known = f"loss {loss:.4f}, {rate}" if loss == loss else rate  # a step that was left out has none
+        known = f"loss {loss:.4f}, {rate}" if loss == loss else rate  # a skipped step has none
         self._bar.set_postfix_str(known, refresh=False)
         self._bar.update()
         if self._bar.disable and now - self._spoke > SECONDS_BETWEEN_LINES:
@@ -158,15 +156,8 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.close()
-
-
-def peak_memory_gb() -> float:
-    """Largest memory of this process so far in GB (10⁹ bytes): of its GPU, or resident without one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def _duration(seconds: float) -> str:
@@ -176,7 +167,7 @@ def _duration(seconds: float) -> str:
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw losses and held-out accuracies over the epochs; the file is replaced only when complete.
+    """Draw losses and held-out accuracies over the epochs; the file is replaced as a whole.
 
     Args:
         rows: metrics of the epochs: ``epoch``, ``train_loss``, ``eval_loss``, ``top1`` and ``top5`` (percent), and,

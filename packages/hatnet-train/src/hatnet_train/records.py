@@ -33,10 +33,18 @@ def read_json(path: Path, kind: type[T], layout: Mapping[str, Any] | None = None
         ValueError: naming the file, and the field with its value and what was expected.
     """
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        problem = "cannot read the file" if isinstance(error, OSError) else "not valid JSON"
-        raise ValueError(f"{path}: {problem}: {getattr(error, 'strerror', None) or error}") from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the file: {error.strerror or error}") from error
+    return parse_json(content, kind, path, layout)
+
+
+def parse_json(text: bytes, kind: type[T], path: Path, layout: Mapping[str, Any] | None = None) -> T:
+    """Convert the content of a JSON file to a type, as :func:`read_json` does."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
     for name, expected in (layout or {}).items():
         if (found := content.get(name) if isinstance(content, dict) else None) != expected:
             raise ValueError(f"{path}: {name} must be {expected!r}, got {reprlib.repr(found)}")

@@ -1,4 +1,4 @@
-"""The signals that ask a run to end for now: SIGTERM, and SIGUSR1, which SLURM sends ahead of a time limit."""
+"""Signals that ask a run to stop: SIGTERM, and SIGUSR1, which SLURM sends ahead of a time limit."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from types import FrameType
 ENDING = (signal.SIGTERM, signal.SIGUSR1)
 
 REQUEUE = 75
-"""Exit status of a run that was asked to end, and can go on with ``--resume auto``; EX_TEMPFAIL of sysexits.h."""
+"""Exit status of a run that stopped as requested and can resume; EX_TEMPFAIL of sysexits.h."""
 
 
 class Preempted(Exception):  # noqa: N818  an end, not an error
-    """The run ends because it was asked to, and can go on.
+    """The run stops as requested, and can resume.
 
     Attributes:
         step: the step after which it was saved.
     """
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"saved at step {step} as SIGTERM or SIGUSR1 asked for; --resume auto goes on from there")
+        super().__init__(f"saved at step {step} and stopped as requested; --resume auto resumes from there")
         self.step = step
 
 
 class Signals:
-    """Notices SIGTERM and SIGUSR1, and ends the process if the run does not within a time.
+    """Watch for SIGTERM and SIGUSR1, and end the process if the run does not stop in time.
 
     The run looks at ``received`` between steps. The time is kept by a thread that the system wakes, since Python's own
     handlers wait while a process waits for others in torch.
 
     Args:
-        budget: seconds from the signal until the process ends by itself, with status :data:`REQUEUE`.
+        budget: seconds from the signal until the process is ended, with status :data:`REQUEUE`.
     """
 
     def __init__(self, budget: float) -> None:
@@ -57,12 +57,12 @@ class Signals:
         self.received = True
         time.sleep(self.budget)
         message = f"hatnet-train: error: not saved within the {self.budget:g} s of --preempt-seconds; "
-        os.write(sys.stderr.fileno(), f"{message}--resume auto goes on from the checkpoint before\n".encode())
+        os.write(sys.stderr.fileno(), f"{message}--resume auto resumes from the previous checkpoint\n".encode())
         os._exit(REQUEUE)
 
 
 def stop_noticing() -> None:
-    """Let these signals end the process again, as they do by default."""
+    """Let these signals end the process again, the default."""
     for number in ENDING:
         signal.signal(number, signal.SIG_DFL)
 

@@ -10,10 +10,12 @@ from itertools import islice
 
 import torch
 
-from hatnet_train import checkpoint, cli, state, trainer
+from hatnet_train import cli
+from hatnet_train.callbacks import Callback, register
 from hatnet_train.cli import train
 from hatnet_train.data import folder, loader
-from hatnet_train.sharding import gradients
+from hatnet_train.deepspeed.partition import gradients
+from hatnet_train.run import checkpoint
 
 NOT_A_NUMBER, INFINITE = 4, 7
 """Steps, from 0, at which rank 1 has images that are not numbers, and rank 0 an infinite gradient."""
@@ -22,26 +24,40 @@ OPENING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmt
 """Audit events at which :func:`die_while_saving` may kill its process."""
 
 
+class NotFinite(Callback):
+    """Let rank 1 have images that are not numbers, and rank 0 an infinite gradient."""
+
+    def on_start(self, trainer):
+        def poison(module, inputs):
+            if module.training and trainer.state.step == NOT_A_NUMBER and trainer.rank == 1:
+                return (inputs[0] * torch.nan, *inputs[1:])
+            return None
+
+        trainer.engine.module.register_forward_pre_hook(poison)
+
+    def after_backward(self, trainer, loss):
+        if trainer.state.step == INFINITE and trainer.rank == 0:
+            for gradient in islice(gradients(trainer.engine), 1):  # under ZeRO there are none before the last pass
+                gradient.view(-1)[0] = torch.inf
+
+
 def not_finite(arguments):
     """hatnet-train whose ranks meet values that are not finite."""
-    whole_pass, normalise = trainer.Trainer._pass, trainer.normalise
-
-    def poisoned(self, batch):
-        hit = self.state.step == NOT_A_NUMBER and self.rank == 1
-        trainer.normalise = lambda images: normalise(images) * (torch.nan if hit else 1.0)
-        loss = whole_pass(self, batch)
-        if self.state.step == INFINITE and self.rank == 0:
-            for gradient in islice(gradients(self.engine), 1):  # under ZeRO there are none before the last pass
-                gradient.view(-1)[0] = torch.inf
-        return loss
-
-    trainer.Trainer._pass = poisoned
+    register(NotFinite)
     return train(arguments)
 
 
+class WithoutThoseSteps(Callback):
+    """Skip the steps of :class:`NotFinite` from the beginning."""
+
+    def on_start(self, trainer):
+        if not trainer.state.skipped:
+            trainer.restart(None, skipped=[NOT_A_NUMBER, INFINITE])
+
+
 def without_those_steps(arguments):
-    """hatnet-train that leaves these steps out from the beginning."""
-    trainer.RunState = lambda: state.RunState(skipped=[NOT_A_NUMBER, INFINITE])
+    """hatnet-train that skips these steps from the beginning."""
+    register(WithoutThoseSteps)
     return train(arguments)
 
 
@@ -83,16 +99,20 @@ def save(folder, step):
     checkpoint.tidy(folder, 1, checkpoint.commit(folder, name, {"one": write, "two": write}, {}))
 
 
+class Hang(Callback):
+    """Let a rank not return from a step."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def after_step(self, trainer, step):
+        while trainer.state.step == NOT_A_NUMBER and trainer.rank == self.rank:
+            time.sleep(1)
+
+
 def hang(arguments, hanging=1):
     """hatnet-train one rank of which does not come back from a step."""
-    step = trainer.Trainer._step
-
-    def stuck(self):
-        while self.state.step == NOT_A_NUMBER and self.rank == hanging:
-            time.sleep(1)
-        return step(self)
-
-    trainer.Trainer._step = stuck
+    register(lambda: Hang(hanging))
     return train(arguments)
 
 
@@ -101,30 +121,33 @@ def hang_first(arguments):
     return hang(arguments, hanging=0)
 
 
+class ShowEvaluation(Callback):
+    """Leave a file ``evaluating`` when the evaluation has begun."""
+
+    def before_wait(self, trainer):
+        if not trainer.engine.training:
+            (trainer.out / "evaluating").touch()
+
+
 def show_evaluation(arguments):
     """hatnet-train that leaves a file ``evaluating`` when it has begun to."""
-    between = trainer.Trainer._between
-
-    def shown(self, batch):
-        (self.out / "evaluating").touch()
-        between(self, batch)
-
-    trainer.Trainer._between = shown
+    register(ShowEvaluation)
     return train(arguments)
+
+
+class FullAtTheEnd(Callback):
+    """Fill the disk after the last checkpoint."""
+
+    def after_epoch(self, trainer, row):
+        if trainer.rank == 0 and row["epoch"] == trainer.config.optimisation.epochs:
+            with contextlib.suppress(OSError), (trainer.out / "ballast").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1_000_000))
 
 
 def full_at_the_end(arguments):
     """hatnet-train whose disk gets full just before the final weights are written."""
-    finish = trainer.Trainer.finish
-
-    def without_space(self):
-        if self.rank == 0:
-            with contextlib.suppress(OSError), (self.out / "ballast").open("wb", buffering=0) as file:
-                while True:
-                    file.write(bytes(1_000_000))
-        finish(self)
-
-    trainer.Trainer.finish = without_space
+    register(FullAtTheEnd)
     return train(arguments)
 
 

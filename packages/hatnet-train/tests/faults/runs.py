@@ -1,12 +1,13 @@
 """Run folders: what two of them have in common, and what a fault left of one."""
 
+import hashlib
 import json
 
 import torch
 from safetensors.torch import load_file
 
 from hatnet_core import read_metadata
-from hatnet_train.checkpoint import check, committed
+from hatnet_train.run.checkpoint import MANIFEST, check, committed
 
 TIMES = {"images_per_second", "data_wait", "memory_gb", "seconds"}
 """Metrics of the machine."""
@@ -28,6 +29,24 @@ def state(checkpoint):
 def steps(out):
     """Steps of the committed checkpoints, the newest first."""
     return [int(folder.name.split("-")[1]) for folder in committed(out / "checkpoints")]
+
+
+def newest(checkpoints):
+    """The newest checkpoint that is whole, and the problems of those that are newer."""
+    problems = []
+    for folder in committed(checkpoints):
+        if not (found := list(check(folder))):
+            return folder, problems
+        problems += found
+    return None, problems
+
+
+def sign(folder, name):
+    """List the present content of a file in the manifest, as whoever can write the one file can write the other."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    content = (folder / name).read_bytes()
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def assert_all_whole(out):

@@ -9,8 +9,8 @@ import pytest
 from runs import assert_all_whole, assert_same_bits, steps
 
 from hatnet_testing import error_line
-from hatnet_train.checkpoint import committed
-from hatnet_train.trainer import FAILED_SAVES
+from hatnet_train.callbacks import FAILED_SAVES
+from hatnet_train.run.checkpoint import committed
 from launches import Launch, Warm, lines_naming, until
 
 TOO_SMALL = "size=320m"

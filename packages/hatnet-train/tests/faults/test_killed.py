@@ -7,9 +7,9 @@ import time
 
 import faulty
 import pytest
-from runs import assert_all_whole, assert_same_bits, steps
+from runs import assert_all_whole, assert_same_bits, newest, steps
 
-from hatnet_train.checkpoint import STAGING, check, newest
+from hatnet_train.run.checkpoint import STAGING, check
 from launches import lines_naming, until
 
 SECONDS = 12.0

@@ -7,7 +7,7 @@ import pytest
 from runs import assert_same_bits, steps
 
 from hatnet_testing import error_line
-from hatnet_train.watch import PATIENCE_SECONDS, SILENT_SECONDS
+from hatnet_train.distributed.heartbeat import PATIENCE_SECONDS, SILENT_SECONDS
 from launches import lines_naming, until
 
 SILENT = f"{SILENT_SECONDS:g} s"

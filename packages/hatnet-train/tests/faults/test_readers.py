@@ -9,28 +9,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import newest, sign
 from safetensors.torch import save as save_tensors
 
 from hatnet_core import create_model, load_checkpoint, read_metadata, save_checkpoint
 from hatnet_core.checkpoint.zero import checkpoint_folder
 from hatnet_testing import check as check_message
 from hatnet_testing import raises
-from hatnet_train.checkpoint import (
-    MANIFEST,
-    VERSION,
-    check,
-    commit,
-    folder_name,
-    newest,
-    read_manifest,
-    write_manifest,
-)
 from hatnet_train.data.shard_writer import write_shards
 from hatnet_train.data.shards import Shards, read_index
-from hatnet_train.deepspeed_json import fields_of, read_deepspeed_json
-from hatnet_train.preflight import read_hostfile
-from hatnet_train.state import OPTIMIZER, STATE, WEIGHTS, read_saved
-from hatnet_train.verify import CONFIG, check_run, read_config
+from hatnet_train.deepspeed.user_json import fields_of, read_deepspeed_json
+from hatnet_train.distributed.preflight import read_hostfile
+from hatnet_train.run.checkpoint import MANIFEST, VERSION, check, commit, folder_name, read, read_manifest
+from hatnet_train.run.folder import CONFIG, check_run, read_config
+from hatnet_train.run.state import OPTIMIZER, STATE, WEIGHTS, read_saved
 from image_folders import make_image_folder
 
 RUNS = 1000
@@ -124,13 +116,19 @@ def read_config_of_a_run(path):
     return read_config(path), check_run(path.parent)
 
 
+def read_signed(path):
+    """As a run resumes, from a folder whose manifest lists what is in it."""
+    sign(path.parent, path.name)
+    return read_saved(path.parent)
+
+
 READERS = {
-    "manifest": (MANIFEST, lambda path: (read_manifest(path.parent), list(check(path.parent)))),
-    "state of a run": (STATE, lambda path: read_saved(path.parent)),
+    "manifest": (MANIFEST, lambda path: (list(check(path.parent)), list(read(path.parent)))),
+    "state of a run": (STATE, read_signed),
     "weights": (WEIGHTS, read_metadata),
     "metadata of weights": ("metadata.json", read_metadata_of),
     "the newest of DeepSpeed's folders": ("latest", lambda path: checkpoint_folder(path.parent)),
-    "moments": (OPTIMIZER, lambda path: read_saved(path.parent)),
+    "moments": (OPTIMIZER, read_signed),
     "configuration of a run": (CONFIG, read_config_of_a_run),
     "DeepSpeed's configuration": ("ds.json", lambda path: fields_of(read_deepspeed_json(path))),
     "hostfile": ("hosts", read_hostfile),
@@ -217,7 +215,7 @@ def test_nothing_in_a_checkpoint_is_unpickled(name, saved, tmp_path, monkeypatch
     for write in (lambda path: path.write_bytes(pickle.dumps(Harm())), lambda path: torch.save({"a": Harm()}, path)):
         write(folder / name)
         if name != MANIFEST:  # as whoever can write the one file can write the other
-            write_manifest(folder, [WEIGHTS, OPTIMIZER, STATE], {})
+            sign(folder, name)
             assert list(check(folder)) == []
             with raises(ValueError, folder / name):
                 read_saved(folder)
@@ -254,6 +252,7 @@ def test_a_header_that_claims_more_than_the_file_holds_is_refused(saved, tmp_pat
     shutil.copytree(saved, folder)
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", 2**62) + content[8:])
-    for read, path in ((read_metadata, folder / WEIGHTS), (read_saved, folder)):
+    sign(folder, WEIGHTS)
+    for reader, path in ((read_metadata, folder / WEIGHTS), (read_saved, folder)):
         with raises(ValueError, folder / WEIGHTS):
-            read(path)
+            reader(path)

@@ -10,7 +10,7 @@ import pytest
 from runs import assert_same_bits, distance, rows, steps
 
 from hatnet_testing import check, error_line
-from hatnet_train.checkpoint import committed
+from hatnet_train.run.checkpoint import committed
 from launches import lines_naming, until
 
 

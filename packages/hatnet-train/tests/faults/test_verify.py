@@ -5,8 +5,8 @@ import shutil
 import pytest
 
 from hatnet_testing import check, error_line
-from hatnet_train.checkpoint import committed, read_manifest
-from hatnet_train.verify import check_run
+from hatnet_train.run.checkpoint import committed, read_manifest
+from hatnet_train.run.folder import check_run
 from launches import lines_naming
 
 

@@ -7,6 +7,7 @@ from the seed, the epoch and the place of the image in the global order (``sampl
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import signal
@@ -23,12 +24,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from hatnet_train.config import TrainConfig
-from hatnet_train.data.augment import TrainTransform, centre_crop, own_generators, seed_generators
-from hatnet_train.data.mixing import draw_mixing
+from hatnet_train.data.augment import TrainTransform, centre_crop, normalise, own_generators, seed_generators
+from hatnet_train.data.mixing import draw_mixing, mix, mix_labels
+from hatnet_train.data.order import GlobalOrder, Share, evaluation_share
 from hatnet_train.data.source import Source
-from hatnet_train.sampler import GlobalOrder, Share, evaluation_share
 from hatnet_train.signals import ignore_in_worker
 from hatnet_train.workers import OF_THE_MACHINE, WorkerError, child_signal_unhandled, kill
+
+logger = logging.getLogger(__name__)
 
 MIXING = 1
 """Added to the key of an image's generator for the draws of its pair's mixing."""
@@ -41,7 +44,7 @@ _ABANDONED: list[Any] = []
 
 
 class Batch(NamedTuple):
-    """What a worker hands over."""
+    """Batch as a worker makes it."""
 
     images: Tensor
     """[B, 3, size, size], uint8."""
@@ -53,7 +56,21 @@ class Batch(NamedTuple):
     """[B / 2, 5], float32: of each pair the share of the image itself and the box (``mixing.py``); [0, 5] without."""
 
     bad: tuple[str, ...]
-    """Of images that could not be read and were replaced or left out, why; empty where that is an error."""
+    """Reasons why images could not be read and were replaced or skipped; empty where that is an error."""
+
+    def report_bad(self) -> int:
+        """Log the images that could not be read, on any rank; return their number."""
+        for problem in self.bad:
+            logger.warning("skipped: %s", problem, extra={"all_ranks": True})
+        return len(self.bad)
+
+
+def global_order(source: Source, config: TrainConfig) -> GlobalOrder:
+    """Order in which a run sees its training images."""
+    options = config.optimisation
+    return GlobalOrder(
+        length=len(source), batch_size=options.batch_size, seed=options.seed, repeats=config.augmentation.repeats
+    )
 
 
 def train_batches(
@@ -75,14 +92,14 @@ def train_batches(
         rank: this process.
         world_size: number of processes.
         first_step: the step of the whole run to begin with.
-        skipped: steps of the whole run to leave out.
+        skipped: steps of the whole run to skip.
 
     Returns:
         For every step ``accumulation`` batches of ``batch_size / world_size / accumulation`` images. The next one
         raises ValueError, naming the image, if one cannot be read and ``on_bad_image`` is strict.
 
     Raises:
-        ValueError: if the augmentation is none that timm knows.
+        ValueError: if timm does not know the augmentation.
     """
     first_epoch, first_step = divmod(first_step, order.steps)
 
@@ -117,14 +134,14 @@ def evaluation_batches(
         source: the held-out images.
         size: side of the square input in pixels.
         crop_fraction: share of the short side that the centre crop takes.
-        batch_size: images a batch and process.
+        batch_size: images per batch and process.
         workers: data workers; 0 for this process itself.
         rank: this process.
         world_size: number of processes.
         skip_bad: do not count images that cannot be read.
 
     Raises:
-        ValueError: naming the image, if one cannot be read and is not to be left out.
+        ValueError: naming the image, if one cannot be read and is not to be skipped.
     """
     own = evaluation_share(len(source), rank=rank, world_size=world_size)
     batch_size = min(batch_size, -(-len(source) // world_size))
@@ -132,6 +149,21 @@ def evaluation_batches(
     padded = np.concatenate([own, np.full(batches * batch_size - len(own), -1, own.dtype)])
     make = _Evaluation(source, size, crop_fraction, skip_bad)
     yield from load(make, iter(padded.reshape(batches, batch_size)), workers)
+
+
+def prepare(batch: Batch, config: TrainConfig, num_classes: int, device: torch.device) -> tuple[Tensor, Tensor, float]:
+    """Finish a training batch on the device: normalise and mix it.
+
+    Returns:
+        Images [B, 3, S, S]; targets, [B] or of mixed images [B, K]; label smoothing that the targets lack.
+    """
+    images = normalise(batch.images.to(device, non_blocking=True))
+    targets = batch.labels.to(device, non_blocking=True)
+    smoothing = config.augmentation.label_smoothing
+    if not config.mixes:
+        return images, targets, smoothing
+    mixing = batch.mixing.to(device, non_blocking=True)
+    return mix(images, mixing), mix_labels(targets, mixing, num_classes, smoothing), 0.0
 
 
 class _Training:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hatnet_testing import raises
-from hatnet_train.sampler import GlobalOrder, evaluation_share
+from hatnet_train.data.order import GlobalOrder, evaluation_share
 
 IMAGENET = 1_281_167
 

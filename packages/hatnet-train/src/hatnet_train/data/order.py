@@ -1,7 +1,7 @@
-"""The one global order of samples: which images a step of a run sees, whatever the number of processes.
+"""Global order of the samples, the same on any number of processes.
 
 The order of an epoch depends on the seed and the epoch alone. Every step takes the next global batch of it, every rank
-its part of the batch; so a run can go on at any step, on any number of processes that divides the batch.
+its part of the batch; so a run can resume at any step, on any number of processes that divides the batch.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalOrder:
-    """The training images of a run, in the order in which it sees them.
+    """Order in which a run sees its training images.
 
     Args:
         length: number of training images.
-        batch_size: images a step, over all processes together.
+        batch_size: images per step, over all processes.
         seed: seed of the order.
         repeats: how often an image comes in a batch, augmented in its own way each time (repeated augmentation, 3
             in DeiT). An epoch stays as long: with 3 repeats it sees a third of the images. The copies of an image lie
-            in different thirds of the batch, usually on different ranks, beside different neighbours.
+            in different thirds of the batch, usually on different ranks, next to different neighbours.
 
     Raises:
         ValueError: naming the value, if one is not positive or a batch is larger than an epoch.
@@ -62,7 +62,7 @@ class GlobalOrder:
 
     @property
     def steps(self) -> int:
-        """Steps an epoch; an incomplete last batch is left out."""
+        """Steps per epoch; an incomplete last batch is skipped."""
         return self.length // self.batch_size
 
     def epoch(self, epoch: int) -> np.ndarray:
@@ -84,7 +84,7 @@ class GlobalOrder:
             epoch: counted from 0.
             rank: this process.
             world_size: number of processes; divides ``batch_size``.
-            first_step: the step to begin with, for a run that goes on in the middle of an epoch.
+            first_step: the first step, for a run that resumes in the middle of an epoch.
 
         Yields:
             ``batch_size / world_size`` places and images.

@@ -1,16 +1,13 @@
-"""From a :class:`TrainConfig` to what ``deepspeed.initialize`` takes: its dictionary, parameter groups, schedule."""
+"""From a :class:`TrainConfig` to the dictionary that ``deepspeed.initialize`` takes."""
 
 from __future__ import annotations
 
-import math
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
-from hatnet_core import HATNet
 from hatnet_train.config import TrainConfig
-from hatnet_train.deepspeed_json import AUTOCAST_DTYPES, enabled, value_at
+from hatnet_train.deepspeed.user_json import AUTOCAST_DTYPES, enabled, value_at
 
 
 def deepspeed_config(config: TrainConfig, *, world_size: int, user: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -20,7 +17,7 @@ def deepspeed_config(config: TrainConfig, *, world_size: int, user: Mapping[str,
         config: the run.
         world_size: number of processes.
         user: a user's own configuration, see ``deepspeed_json.py``, that agrees with ``config`` because its fields
-            went into it. What only it says is taken over.
+            went into it. Its other keys are added.
 
     Raises:
         ValueError: if the processes cannot share the batch evenly, or ``user`` has another micro-batch, switches the
@@ -60,32 +57,50 @@ def deepspeed_config(config: TrainConfig, *, world_size: int, user: Mapping[str,
     return _merged(ours, user)
 
 
-def parameter_groups(model: HATNet, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimizer groups: parameters with weight decay, and biases and norms without."""
-    exempt = model.no_weight_decay()
-    with_decay: list[nn.Parameter] = []
-    without_decay: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (without_decay if parameter.ndim <= 1 or name in exempt else with_decay).append(parameter)
-    return [
-        {"params": with_decay, "weight_decay": weight_decay},
-        {"params": without_decay, "weight_decay": 0.0},
-    ]
+def unread_keys(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Find keys that DeepSpeed ignores, such as misspelt ones.
 
+    DeepSpeed parses the top level of its configuration by looking up the keys it knows, and reports no others.
 
-def lr_factor(step: int, *, warmup_steps: int, total_steps: int, floor: float = 0.0) -> float:
-    """Learning rate of a step as a share of its peak: linear warm-up, then a cosine towards ``floor`` (Sec. 4.1).
+    Returns:
+        By key, the most similar one that DeepSpeed looks up, or "".
 
-    Args:
-        step: counted from 0.
-        warmup_steps: steps of the warm-up; the last of them has the peak rate. 0 starts at the peak.
-        total_steps: steps of the whole run, at least ``warmup_steps``.
-        floor: what the cosine leads to, as a share of the peak.
+    Raises:
+        Exception: whatever DeepSpeed raises of a wrong configuration.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
-    return floor + (1 - floor) * cosine
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    noted = _Noted(settings)
+    DeepSpeedConfig(noted)
+    known = noted.sought | {"sequence_parallel_size", "data_parallel_size"}  # those of deepspeed.initialize
+    similar = {key: difflib.get_close_matches(key, known, n=1) for key in sorted(settings.keys() - known)}
+    return {key: found[0] if found else "" for key, found in similar.items()}
+
+
+class _Noted(dict[str, Any]):
+    """Configuration that notes which keys are looked up."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.sought: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.sought.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.sought.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.sought.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self  # "key in d.keys()" is a look-up, too
+
+    def __copy__(self) -> _Noted:
+        return self
 
 
 def _precision(config: TrainConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The run of ``hatnet-train``, in every process of a launch: join the others, compare, go on or begin, and train."""
+"""Run of ``hatnet-train`` in every process of a launch: join the others, compare, start or resume, train."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from typing import Any
 
 from deepspeed import comm as dist
 
-from hatnet_train import checkpoint
+from hatnet_train.callbacks import default_callbacks
 from hatnet_train.config import TrainConfig
 from hatnet_train.data import Source, log_usage, open_split
-from hatnet_train.engine import build_model
-from hatnet_train.launch import discover, joined
-from hatnet_train.preflight import code_digest, compare, format_report, preflight, raise_together
-from hatnet_train.record import versions
+from hatnet_train.deepspeed.engine import build_model
+from hatnet_train.distributed.collectives import compare, raise_together
+from hatnet_train.distributed.environment import discover
+from hatnet_train.distributed.launch import joined
+from hatnet_train.distributed.preflight import code_digest, format_report, preflight
+from hatnet_train.run import checkpoint
+from hatnet_train.run.record import versions
+from hatnet_train.run.state import Saved, check_same_run, read_newest, read_saved, read_together
 from hatnet_train.signals import Signals
-from hatnet_train.state import Saved, check_same_run, read_saved
 from hatnet_train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -44,13 +47,13 @@ def train_run(
         out: run folder; None for a preflight, which checks all that a run needs before its first step, measures the
             network and prints a report.
         user: a user's own DeepSpeed configuration, empty without.
-        resume: "none" to begin a run; "auto" to go on from the newest checkpoint in ``out`` or, where there is none,
-            to begin; or the path of a run folder or a checkpoint to go on from.
+        resume: "none" to start a run; "auto" to resume from the newest checkpoint in ``out``, or to start without one;
+            or the path of a run folder or a checkpoint to resume from.
         timeout: seconds to wait for another process.
-        signals: what this process is sent.
+        signals: signals that this process receives.
 
     Raises:
-        ValueError: if processes differ, or as :class:`Trainer` does; likewise FloatingPointError.
+        ValueError: if processes differ, or as :class:`Trainer` does; FloatingPointError is raised as well.
         Preempted: see :meth:`Trainer.run`.
         ConnectionError: if another process is gone or hangs, naming it.
     """
@@ -63,12 +66,13 @@ def train_run(
         facts = _facts(config, user, training, held_out)
         compare({**facts, **_values(config)})
         data = {name: facts[name] for name in ("training data", "held-out data")}
-        saved = _checkpoint_to_go_on_from(config, out, resume, data) if out is not None else None
-        go_on = out is not None and (resume == "auto" or (saved is not None and _inside(saved.folder, out)))
-        trainer = Trainer(config, training, held_out, user, data=data, saved=saved, watch=watch, signals=signals)
+        saved = _saved(config, out, resume, data) if out is not None else None
+        resumes = out is not None and (resume == "auto" or (saved is not None and _inside(saved.folder, out)))
+        callbacks = default_callbacks(config, watch, signals)
+        trainer = Trainer(config, training, held_out, user, callbacks=callbacks, data=data, saved=saved)
         del saved  # the engine has it now
         if out is not None:
-            trainer.run(out, go_on=go_on)
+            trainer.run(out, resume=resumes)
             return
         gradients = 4 * sum(p.numel() for p in build_model(config, len(training.classes)).parameters())
         report = preflight(facts, gradients)
@@ -76,79 +80,67 @@ def train_run(
             sys.stdout.write(format_report(report) + "\n")
 
 
-def _checkpoint_to_go_on_from(config: TrainConfig, out: Path, resume: str, data: Mapping[str, str]) -> Saved | None:
-    """The checkpoint that rank 0 chose, read by all; None to begin."""
-    chosen: list[Path | str | None] = [None]
-    if dist.get_rank() == 0 and resume != "none":
-        try:
-            chosen = [_newest_of_own(out) if resume == "auto" else _named(Path(resume), out)]
-        except (ValueError, OSError) as error:
-            chosen = [str(error)]
-    dist.broadcast_object_list(chosen, src=0)
-    raise_together(chosen[0] if isinstance(chosen[0], str) else None)
-    if not isinstance(chosen[0], Path):
+def _saved(config: TrainConfig, out: Path, resume: str, data: Mapping[str, str]) -> Saved | None:
+    """Read the checkpoint to resume from, the same on all ranks; None to start a new run."""
+    if resume == "none":
         return None
-    saved, problem = None, None
-    try:
-        saved = read_saved(chosen[0])
-        check_same_run(saved, config, data)
-    except ValueError as error:
-        problem = str(error)
-    raise_together(problem)
+    saved = read_together(lambda: _newest(out, own=True) if resume == "auto" else _named(Path(resume), out))
     if saved is not None:
+        problem = None
+        try:
+            check_same_run(saved, config, data)
+        except ValueError as error:
+            problem = str(error)
+        raise_together(problem)
         logger.info("resuming from step %d, %s", saved.state.step, saved.folder)
     return saved
 
 
-def _named(path: Path, out: Path) -> Path:
-    """The checkpoint that a user named, or the newest of the run folder that was named.
+def _named(path: Path, out: Path) -> Saved:
+    """Read the checkpoint that a user named, or the newest of the run folder that was named.
 
     Raises:
-        ValueError: if it is damaged, or the run in ``out`` has gone on since.
+        ValueError: if it is damaged, or the run in ``out`` has newer ones.
     """
     if not (path / checkpoint.MANIFEST).is_file() or (path / "checkpoints").is_dir():
-        found = _newest(path)
-        if found is None:
-            raise ValueError(f"cannot go on from {path}: no checkpoint there; expected a run folder or a checkpoint")
+        if (found := _newest(path)) is None:
+            raise ValueError(f"cannot resume from {path}: it must be a run folder or a checkpoint, got neither")
         return found
-    if problems := list(checkpoint.check(path)):
-        raise ValueError(f"cannot go on from {path}: {'; '.join(problems)}")
-    newest, _ = checkpoint.newest(out / "checkpoints")
-    if newest is not None and _inside(path, out) and not newest.samefile(path):
-        raise ValueError(
-            f"cannot go on from {path} in {out}, which holds {newest.name}; expected another --out, or --resume auto"
-        )
-    return path
+    for newer in checkpoint.committed(out / "checkpoints") if _inside(path, out) else []:
+        if newer.samefile(path):
+            break
+        if not any(checkpoint.check(newer)):
+            raise ValueError(
+                f"cannot resume from {path} in {out}, which has the newer {newer.name}: use another --out, or "
+                "--resume auto"
+            )
+    try:
+        return read_saved(path)
+    except checkpoint.DamagedError as error:
+        raise ValueError(f"cannot resume from {path}: {error}") from error
 
 
-def _newest_of_own(out: Path) -> Path | None:
-    """:func:`_newest` of the run that goes on; what is damaged is set aside."""
-    newest = _newest(out)
-    checkpoint.set_aside(out / "checkpoints")
-    return newest
-
-
-def _newest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder; what is damaged is told.
+def _newest(run: Path, *, own: bool = False) -> Saved | None:
+    """Read the newest checkpoint of a run folder, and warn of damaged ones.
 
     Raises:
         ValueError: if there are only damaged ones.
     """
-    newest, problems = checkpoint.newest(run / "checkpoints")
+    saved, problems = read_newest(run / "checkpoints", own=own)
     for problem in problems:
         logger.warning("%s; this checkpoint is not used", problem)
-    if newest is None and problems:
-        raise ValueError(f"cannot go on from {run}: all its checkpoints are damaged; begin another run")
-    return newest
+    if saved is None and problems:
+        raise ValueError(f"cannot resume from {run}: all its checkpoints are damaged; start another run")
+    return saved
 
 
 def _inside(folder: Path, out: Path) -> bool:
-    """Whether a checkpoint belongs to the run in ``out``."""
+    """Return whether a checkpoint belongs to the run in ``out``."""
     return folder.resolve().parent == (out / "checkpoints").resolve()
 
 
 def open_both(config: TrainConfig) -> tuple[Source, Source]:
-    """Training and held-out images of a run, with the same classes, at least two."""
+    """Open training and held-out images, with the same classes, at least two."""
     training = open_split(config.images.data, train=True, size=config.images.image_size)
     if len(training.classes) < 2:
         raise ValueError(
@@ -159,7 +151,7 @@ def open_both(config: TrainConfig) -> tuple[Source, Source]:
 
 
 def _open_together(config: TrainConfig) -> tuple[Source, Source]:
-    """The data of a run; what is wrong with it on one rank is raised on all."""
+    """Open the data of a run; raise the problems of one rank on all."""
     opened: list[Source] = []
     problem = None
     try:
@@ -174,7 +166,7 @@ def _open_together(config: TrainConfig) -> tuple[Source, Source]:
 
 
 def _facts(config: TrainConfig, user: Mapping[str, Any], training: Source, held_out: Source) -> dict[str, str]:
-    """What has to be the same in all processes, in short."""
+    """Digests of everything that must be equal in all processes."""
     settings = json.dumps([_values(config), user], sort_keys=True)
     weights = {"weights to start from": _file_digest(Path(config.model.init))} if config.model.init else {}
     return {
@@ -188,7 +180,7 @@ def _facts(config: TrainConfig, user: Mapping[str, Any], training: Source, held_
 
 
 def _values(config: TrainConfig) -> dict[str, str]:
-    """Every field but the paths, which may differ: what lies there may not."""
+    """All fields but the paths, which may differ."""
     return {name: str(value) for name, value in config.to_dict().items() if name not in ("data", "init")}
 
 

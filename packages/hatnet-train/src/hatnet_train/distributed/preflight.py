@@ -1,13 +1,12 @@
-"""Before a run takes hours: do all processes have the same code and data, and how fast do they talk to each other.
+"""Preflight of a run: compare code and data of all processes, and measure their network.
 
-Runs after :func:`hatnet_train.launch.join` in every process of a launch.
+Runs after :func:`hatnet_train.distributed.launch.join` in every process of a launch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import re
 import reprlib
 import socket
@@ -20,16 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hatnet_train.launch import AgreedError
-from hatnet_train.watch import compact_ranks
+from hatnet_train.distributed.collectives import compare, ranks_by
+from hatnet_train.distributed.heartbeat import compact_ranks
 
 ROUNDS = 5
 """Measured all-reduces, and barriers; the median counts, since the first ones after a pause are slow."""
 
 CODE = ("hatnet_core", "hatnet_train")
 """Packages whose code decides what a run computes."""
-
-_ABSENT = "(not given)"
 
 
 def preflight(facts: dict[str, str], gradient_bytes: int) -> dict[str, Any]:
@@ -58,8 +55,8 @@ def preflight(facts: dict[str, str], gradient_bytes: int) -> dict[str, Any]:
     all_reduce, barrier_seconds = _measure(device, gradient_bytes)
     return {
         "world_size": len(everyone),
-        "hosts": _ranks_by([process["host"] for process in everyone]),
-        "devices": _ranks_by([process["device"] for process in everyone]),
+        "hosts": ranks_by([process["host"] for process in everyone]),
+        "devices": ranks_by([process["device"] for process in everyone]),
         "processes": [process["pid"] for process in everyone],
         "facts": everyone[0]["facts"],
         "all_reduce": all_reduce,
@@ -67,45 +64,8 @@ def preflight(facts: dict[str, str], gradient_bytes: int) -> dict[str, Any]:
     }
 
 
-def compare(facts: dict[str, str], **own: str) -> list[dict[str, Any]]:
-    """Compare all processes with rank 0; all ranks call this.
-
-    Args:
-        facts: what must be equal everywhere, by name.
-        own: what else is to be known of every process.
-
-    Returns:
-        The same on every rank: of each rank ``facts``, ``host``, ``pid`` and its ``own``.
-
-    Raises:
-        AgreedError: on every rank, naming each fact that differs, its ranks and their values beside that of rank 0.
-    """
-    mine = {"facts": facts, "host": socket.gethostname(), "pid": os.getpid(), **own}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    if differences := _differences([process["facts"] for process in everyone]):
-        raise AgreedError("; ".join(differences))
-    return everyone
-
-
-def raise_together(problem: str | None) -> None:
-    """What stopped some ranks stops all, with one message; all ranks call this, those that are well with None.
-
-    Raises:
-        AgreedError: on every rank, with the problems and the ranks that have them, if any has one.
-    """
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    ranks = _ranks_by([text or "" for text in problems])
-    well = ranks.pop("", [])
-    if len(ranks) == 1 and not well:
-        raise AgreedError(problems[0])
-    if ranks:
-        raise AgreedError("; ".join(f"{compact_ranks(those)}: {text}" for text, those in ranks.items()))
-
-
 def format_report(report: dict[str, Any]) -> str:
-    """The report of :func:`preflight` as a table to read, several lines."""
+    """Format the report of :func:`preflight` as a table."""
     device_of = {rank: name for name, ranks in report["devices"].items() for rank in ranks}
     rows = [("processes", f"{report['world_size']} on {len(report['hosts'])} host(s)")]
     for host, ranks in report["hosts"].items():
@@ -149,7 +109,7 @@ def check_hostfile(path: Path | str) -> dict[str, int]:
 def read_hostfile(path: Path | str) -> dict[str, int]:
     """Read a DeepSpeed hostfile.
 
-    A line is ``NAME slots=NUMBER``; empty lines and comments, from ``#`` on, are left out.
+    A line is ``NAME slots=NUMBER``; empty lines and comments, from ``#`` on, are ignored.
 
     Returns:
         Number of slots by host, in the order of the file.
@@ -194,26 +154,6 @@ def code_digest() -> str:
             digest.update(f"{package}/{name}\0{len(content)}\0".encode())
             digest.update(content)
     return digest.hexdigest()
-
-
-def _differences(facts: list[dict[str, str]]) -> list[str]:
-    """One text for each fact that is not equal on all ranks."""
-    texts = []
-    for name in sorted({name for one in facts for name in one}):
-        ranks = _ranks_by([one.get(name, _ABSENT) for one in facts])
-        if len(ranks) > 1:
-            (first, _), *others = ranks.items()
-            listed = "; ".join(f"{value} on {compact_ranks(those)}" for value, those in others)
-            texts.append(f"{name} must be equal on all ranks: {first} on rank 0, but {listed}")
-    return texts
-
-
-def _ranks_by(values: list[str]) -> dict[str, list[int]]:
-    """Ranks by value, in the order of the first rank of each."""
-    ranks: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
-        ranks.setdefault(value, []).append(rank)
-    return ranks
 
 
 def _measure(device: torch.device, size: int) -> tuple[dict[str, Any], float]:

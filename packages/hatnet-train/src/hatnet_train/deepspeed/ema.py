@@ -1,4 +1,4 @@
-"""The model's weights under DeepSpeed: whole, wherever ZeRO has put them, and their moving average."""
+"""Exponential moving average of the weights."""
 
 from __future__ import annotations
 
@@ -8,21 +8,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from hatnet_core import HATNet
-from hatnet_train.sharding import gather, masters, scatter
-
-
-def full_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
-    """All weights in fp32 on every rank, under the names of :class:`HATNet`. All ranks have to call it."""
-    return gather(engine, lambda master: master)
-
-
-def whole_model(engine: deepspeed.DeepSpeedEngine, weights: dict[str, Tensor]) -> HATNet:
-    """The engine's model with these weights, in evaluation mode on its device, outside DeepSpeed."""
-    with torch.device("meta"):  # no time for weights that are replaced at once
-        model = HATNet(**engine.module.config)
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
+from hatnet_train.deepspeed.partition import gather, masters, scatter
 
 
 class Ema:
@@ -44,12 +30,12 @@ class Ema:
         now = [master.detach().float() for master in self._masters]
         torch._foreach_lerp_(list(self._averages.values()), now, 1 - self.decay)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The average of all weights on every rank, under the names of :class:`HATNet`. All ranks have to call it."""
-        return gather(self._engine, self._average)
+    def weights(self, *, to: int | None = None) -> dict[str, Tensor]:
+        """Gather the average of all weights, by the names of :class:`HATNet`, as :func:`gather` does."""
+        return gather(self._engine, self._average, to=to)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Go on from an average that :meth:`weights` gave, on whatever number of processes."""
+        """Continue from an average that :meth:`weights` returned, on any number of processes."""
         scatter(self._engine, weights, self._average)
 
     def _average(self, master: Tensor) -> Tensor:

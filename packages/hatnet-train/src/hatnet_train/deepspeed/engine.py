@@ -1,10 +1,10 @@
-"""The model of a run under DeepSpeed."""
+"""The engine: the model of a run under DeepSpeed."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import deepspeed
@@ -12,27 +12,28 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from hatnet_core import HATNet, create_model, load_checkpoint, set_kernels
 from hatnet_core.checkpoint import head_size, read_state
 from hatnet_train.config import TrainConfig
-from hatnet_train.deepspeed_config import lr_factor, parameter_groups
+from hatnet_train.deepspeed.config import unread_keys
+from hatnet_train.deepspeed.user_json import AUTOCAST_DTYPES
+from hatnet_train.optim import parameter_groups
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine(
     config: TrainConfig,
     settings: dict[str, Any],
-    steps_per_epoch: int,
     num_classes: int,
     weights: Mapping[str, Tensor] | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """The model under DeepSpeed, with the same weights on every rank and the learning rate schedule of the run.
+    """Build the model under DeepSpeed, with the same weights on every rank.
 
     Args:
         config: the run.
         settings: DeepSpeed's configuration of it.
-        steps_per_epoch: optimizer steps an epoch, for the schedule.
         num_classes: outputs of the classifier.
         weights: of the checkpoint to resume from; by default fresh ones, or those of ``config.model.init``.
 
@@ -49,17 +50,12 @@ def build_engine(
         use_deterministic_algorithms()
     torch.manual_seed(config.optimisation.seed)
     model = build_model(config, num_classes, weights)
-    schedule = partial(
-        lr_factor,
-        warmup_steps=round(config.optimisation.warmup_epochs * steps_per_epoch),
-        total_steps=config.optimisation.epochs * steps_per_epoch,
-        floor=config.optimisation.min_lr / config.optimisation.lr,
-    )
     try:
+        for key, similar in unread_keys(settings).items():
+            logger.warning("DeepSpeed ignores the key %r%s", key, f", did you mean {similar}?" if similar else "")
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, config.optimisation.weight_decay),
-            lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
             config=settings,
         )
     except (TypeError, ValueError, AssertionError, LookupError, NotImplementedError, DeepSpeedConfigError) as error:
@@ -67,6 +63,12 @@ def build_engine(
     if config.compute.compile:
         engine.compile()
     return engine
+
+
+def autocast(model: HATNet, config: TrainConfig, device: torch.device) -> Any:
+    """Run a model outside of the engine under autocast of the run's precision."""
+    dtype = AUTOCAST_DTYPES.get(config.compute.precision)
+    return torch.autocast(device.type, getattr(torch, dtype or "bfloat16"), enabled=dtype is not None)(model)
 
 
 def use_deterministic_algorithms() -> None:
@@ -82,7 +84,7 @@ def use_deterministic_algorithms() -> None:
 
 
 def build_model(config: TrainConfig, num_classes: int, weights: Mapping[str, Tensor] | None = None) -> HATNet:
-    """The model of a run, with ``weights``, those of ``config.model.init``, or fresh ones."""
+    """Build the model with ``weights``, those of ``config.model.init``, or fresh ones."""
     model = create_model(
         config.model.variant,
         num_classes=num_classes,

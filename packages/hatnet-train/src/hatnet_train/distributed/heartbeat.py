@@ -1,4 +1,4 @@
-"""Signs of life: which process is gone, or hangs, when the others wait for it.
+"""Heartbeat of every process, to name the one that is gone or hangs when others wait for it.
 
 A thread of every process writes a sign of life to the store of the launch every few seconds, with the number of steps
 the process has made. A process whose communication fails, or that makes no step for a long time, reads them all: who
@@ -20,13 +20,13 @@ import torch
 from torch._C._distributed_c10d import Store
 
 SILENT_SECONDS = 10.0
-"""After so long without a sign of life, a process is gone: killed, its host down, or its network."""
+"""Seconds without a sign of life after which a process counts as gone: killed, host down, or network down."""
 
 PATIENCE_SECONDS = 6 * SILENT_SECONDS
 """After so long without a sign of the next rank, a process looks for itself, and ends; its own communication should
 have failed before that."""
 
-ADVICE = "its own output may say why; --resume auto goes on from the newest checkpoint"
+ADVICE = "its own output may say why; --resume auto resumes from the newest checkpoint"
 
 _EVERY = 2.0  # seconds between two signs
 
@@ -34,7 +34,7 @@ _REASON = "life/reason"
 
 
 class Watch:
-    """This process's signs of life, and its look at those of the others.
+    """Heartbeat of this process, and a view of those of the others.
 
     Args:
         store: of the launch; a connection that nobody else uses.
@@ -58,21 +58,21 @@ class Watch:
             self._thread.start()
 
     def mark(self) -> None:
-        """Say that this process got on: it is about to wait for the others, and they do not wait for it."""
+        """Mark progress: this process is about to wait for the others, and they do not wait for it."""
         self._marks += 1
         self._marked = time.monotonic()
 
     def end(self) -> None:
-        """Give no more signs."""
+        """Stop the heartbeat."""
         self._ended.set()
 
     def tell(self, reason: str) -> None:
-        """Leave the others the reason why this process alone ends."""
+        """Tell the others why this process ends alone."""
         with contextlib.suppress(torch.distributed.DistError):
             self._store.set(_REASON, f"rank {self._rank} on {self._me} has ended: {reason}")
 
     def culprits(self) -> str:
-        """Who is gone, or holds the others up, in words; takes up to :data:`SILENT_SECONDS` and a little."""
+        """Name the processes that are gone or slow; takes :data:`SILENT_SECONDS` or a little longer."""
         self._looking = True  # who looks need not be looked after
         try:
             return self._culprits()
@@ -100,12 +100,12 @@ class Watch:
         return f"all processes live; {compact_ranks(slow)} got least far ({hosts})"
 
     def _read(self, ranks: Sequence[int]) -> list[tuple[int, int, str]]:
-        """Signs, marks and place of every rank."""
+        """Read signs, marks and place of every rank."""
         keys = [f"life/{rank}" for rank in ranks]
         return [tuple(json.loads(value)) for value in self._store.multi_get(keys)]
 
     def _live(self) -> None:
-        """Sign, and look whether the next rank does, and whether this process gets on."""
+        """Sign, watch the next rank, and watch the progress of this process."""
         neighbour = (self._rank + 1) % self._world_size
         signs, heard = b"", time.monotonic()
         while not self._ended.wait(_EVERY):
@@ -127,7 +127,7 @@ class Watch:
         self._store.set(f"life/{self._rank}", json.dumps([self._signs, self._marks, self._me]))
 
     def _end_process(self, why: str) -> None:
-        """End, in a thread, so that the signs go on: communication has not failed as it should; NCCL may hang."""
+        """End in a thread, so that the heartbeat continues: NCCL may hang where it should fail."""
         self._looking = True
         threading.Thread(target=self._look_and_end, args=(why,), daemon=True).start()
 
@@ -139,7 +139,7 @@ class Watch:
 
 
 def compact_ranks(ranks: Iterable[int]) -> str:
-    """Ranks as a short text: "rank 3", "ranks 0-2, 5"."""
+    """Format ranks in short: "rank 3", "ranks 0-2, 5"."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""What is written down when a loss or gradient is not finite, so that the cause can be found."""
+"""Dump of a step whose loss or gradients are not finite, to find the cause."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from hatnet_train.data import Source
-from hatnet_train.sampler import Share
-from hatnet_train.sharding import gradients, masters
+from hatnet_train.data.order import Share
+from hatnet_train.deepspeed.partition import gradients, masters
 
 
-class NonFiniteError(Exception):
-    """All ranks found that one of them has a loss or gradient that is not finite, before the update.
+class NonFiniteError(FloatingPointError):
+    """A rank has a loss or gradient that is not finite; raised on all ranks, before the update.
 
     Attributes:
-        step: of the run, from 0.
+        step: step of the run, from 0.
+        losses: losses of this rank, one per pass.
     """
 
-    def __init__(self, step: int, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, step: int, loss: float, losses: Sequence[float]) -> None:
+        super().__init__(f"loss {loss} or gradients are not finite at step {step}")
         self.step = step
+        self.losses = losses
 
 
 def dump(
@@ -40,7 +42,7 @@ def dump(
     """Write ``rank-0003.json``: this rank's images and labels, losses, generators, statistics of its tensors.
 
     Args:
-        folder: for this step; made if it is not there. If it cannot be written, the run has other worries.
+        folder: for this step; created if missing.
         engine: with the gradients of the step.
         share: the images of this rank at this step.
         source: where they come from.
@@ -65,7 +67,7 @@ def dump(
 
 
 def _statistics(tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """How many values are not finite, and of the rest the largest; all over the tensors of this rank."""
+    """Count non-finite values, and find the largest of the rest, over the tensors of this rank."""
     bad = sum(int((~t.isfinite()).sum()) for t in tensors)
     finite = [torch.nan_to_num(t.detach().float(), nan=0.0, posinf=0.0, neginf=0.0) for t in tensors]
     return {

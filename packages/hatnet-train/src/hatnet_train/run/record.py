@@ -1,4 +1,4 @@
-"""The run folder and what it records of how a run was made: config.json."""
+"""Opening of a run folder, and its record of the run: config.json."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from typing import IO, Any
 
 from deepspeed import comm as dist
 
-from hatnet_train import checkpoint
 from hatnet_train.config import TrainConfig
-from hatnet_train.launch import AgreedError
-from hatnet_train.preflight import raise_together
-from hatnet_train.state import differences
-from hatnet_train.verify import CONFIG, read_config
+from hatnet_train.distributed.collectives import raise_together
+from hatnet_train.distributed.errors import AgreedError
+from hatnet_train.files import staged, write_file
+from hatnet_train.run import checkpoint
+from hatnet_train.run.folder import CONFIG, read_config
+from hatnet_train.run.state import differences
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("hatnet-core", "hatnet-train", "deepspeed", "torch", "torchvision", "timm", "numpy", "pillow")
-"""Whose versions decide what a run computes."""
+"""Packages whose versions decide the results of a run."""
 
 LOCK = ".lock"
 
 _LOCKS: list[IO[str]] = []  # open files hold the locks
 
 
-def open_run_folder(out: Path, record: dict[str, Any], *, go_on: bool) -> None:
-    """Rank 0 makes the folder and writes config.json; what stops it is raised on every rank.
+def open_run_folder(out: Path, record: dict[str, Any], *, resume: bool) -> None:
+    """Create the folder and config.json on rank 0; raise its error on every rank.
 
     Args:
         out: the run folder.
         record: of :func:`run_record`.
-        go_on: it holds this run already; what it was started with stays, ``record`` is added under ``resumed``.
+        resume: it contains this run already; its first record stays, ``record`` is added under ``resumed``.
 
     Raises:
         AgreedError: if ``out`` holds files of another run, cannot be made, is in use, or is not the same folder for
@@ -47,7 +48,7 @@ def open_run_folder(out: Path, record: dict[str, Any], *, go_on: bool) -> None:
     problem = None
     if dist.get_rank() == 0:
         try:
-            problem = _prepare(out, record, go_on=go_on)
+            problem = _prepare(out, record, resume=resume)
         except ValueError as error:
             problem = str(error)
         except OSError as error:
@@ -60,12 +61,12 @@ def open_run_folder(out: Path, record: dict[str, Any], *, go_on: bool) -> None:
     raise_together(None if seen else f"run folder {out} is not that of rank 0; expected storage that all hosts share")
 
 
-def _prepare(out: Path, record: dict[str, Any], *, go_on: bool) -> str | None:
-    """Make or take over the folder; what speaks against it."""
+def _prepare(out: Path, record: dict[str, Any], *, resume: bool) -> str | None:
+    """Create or reopen the folder; return a problem or None."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / CONFIG
-    holds_files = any(p.name not in (LOCK, checkpoint.staged(path).name) for p in out.iterdir())
-    if holds_files and not go_on:
+    holds_files = any(p.name not in (LOCK, staged(path).name) for p in out.iterdir())
+    if holds_files and not resume:
         return f"run folder {out} is not empty; expected a new or empty folder for --out, or --resume auto"
     if holds_files and not path.is_file():
         return f"{out} holds files, but no {CONFIG}; expected a run folder of hatnet-train, or a new one, for --out"
@@ -76,18 +77,18 @@ def _prepare(out: Path, record: dict[str, Any], *, go_on: bool) -> str | None:
         if not checkpoint.committed(out / "checkpoints") and (problem := _not_begun_alike(out, first, record)):
             return problem
         record = {**first, "resumed": [*first.get("resumed", []), record]}
-    for left in (checkpoint.MANIFEST, *(p.name for p in out.glob(".model*.tmp*"))):  # the run is not done any more
+    for left in (checkpoint.MANIFEST, *(p.name for p in out.glob(".model*.tmp*"))):  # the run is no longer finished
         (out / left).unlink(missing_ok=True)
-    checkpoint.write_file(path, (json.dumps(record, indent=2) + "\n").encode())
+    write_file(path, (json.dumps(record, indent=2) + "\n").encode())
     return None
 
 
 def _not_begun_alike(out: Path, first: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Why a run that left no checkpoint cannot be begun anew in its folder."""
+    """Problem of starting a run again that left no checkpoint; None without one."""
     if (out / checkpoint.MANIFEST).exists():
-        return f"{out} holds a run that is done, without checkpoints to go on from; expected another --out"
+        return f"{out} contains a finished run without checkpoints to resume from; use another --out"
     changes = differences(first["config"], first.get("data", {}), now["config"], now["data"])
-    return f"cannot go on in {out}: {changes}; expected what it was begun with, or another --out" if changes else None
+    return f"cannot resume in {out}: {changes}; use the first values, or another --out" if changes else None
 
 
 def _lock(path: Path) -> bool:
@@ -107,13 +108,13 @@ def _lock(path: Path) -> bool:
 def run_record(
     config: TrainConfig, settings: dict[str, Any], world_size: int, data: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What config.json holds.
+    """Content of config.json.
 
     Args:
         config: the run, with its seed.
         settings: DeepSpeed's configuration, a user's own in it.
         world_size: number of processes.
-        data: what tells its data from others.
+        data: identifies its data.
     """
     return {
         "config": config.to_dict(),

@@ -1,6 +1,6 @@
-"""Checkpoints on disk: there as a whole, or not there.
+"""Checkpoints on disk, written and read atomically.
 
-A checkpoint is a folder ``step-0000001250`` below ``checkpoints/``. It is written into a hidden folder beside it,
+A checkpoint is a folder ``step-0000001250`` below ``checkpoints/``. It is written into a hidden folder next to it,
 every file flushed to the disk and listed with its size and SHA-256 in ``manifest.json``, and renamed only then:
 whatever ends the process, and whenever, a folder with that name is complete. Nothing in it is pickled.
 """
@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
+from hatnet_train.files import sync_folder, write_file
 from hatnet_train.records import Count, Sha256, read_json
 
 MANIFEST = "manifest.json"
@@ -31,7 +32,7 @@ VERSION = 1
 """Of the layout of a checkpoint."""
 
 STAGING, REMOVED, DAMAGED = ".staging-", ".removed-", "damaged-"
-"""What the names of folders begin with that are not, or no longer, checkpoints."""
+"""Prefixes of folders that are not, or no longer, checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``manifest.json`` lists: the files by name, and the accuracy if the checkpoint was evaluated."""
+    """Content of ``manifest.json``: files by name, and the accuracy if the checkpoint was evaluated."""
 
     files: Annotated[dict[str, Entry], Meta(min_length=1)]
     top1: float = -math.inf
@@ -56,6 +57,18 @@ class Manifest:
                 raise ValueError(f"files must be names of other files in the folder, got {reprlib.repr(name)}")
 
 
+class DamagedError(ValueError):
+    """Files of a checkpoint are missing or differ from its manifest.
+
+    Attributes:
+        problems: one string per file.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
 def folder_name(step: int, *, evaluated: bool) -> str:
     """Name of the checkpoint after ``step`` optimizer steps; names sort as the run went."""
     return f"step-{step:010d}" + "-evaluated" * evaluated
@@ -64,11 +77,11 @@ def folder_name(step: int, *, evaluated: bool) -> str:
 def commit(
     checkpoints: Path, name: str, files: Mapping[str, Callable[[Path], None]], about: Mapping[str, Any]
 ) -> Path:
-    """Write a checkpoint so that it is there as a whole or not at all.
+    """Write a checkpoint as a whole or not at all.
 
     Args:
         checkpoints: the folder of all checkpoints; made if it is not there, but not the run folder above it.
-        name: of the checkpoint, by :func:`folder_name`; if there already is a whole one, it stays as it is.
+        name: of the checkpoint, by :func:`folder_name`; a whole one of that name is kept.
         files: what writes each file.
         about: further values for the manifest, anything JSON can hold.
 
@@ -102,7 +115,7 @@ def commit(
 
 
 def committed(checkpoints: Path) -> list[Path]:
-    """The checkpoints that are there, the newest first."""
+    """List the checkpoints, the newest first."""
     if not checkpoints.is_dir():
         return []
     found = [p for p in checkpoints.iterdir() if re.fullmatch(r"step-\d{10}(-evaluated)?", p.name)]
@@ -119,52 +132,57 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check(folder: Path) -> Iterator[str]:
-    """What is wrong with a checkpoint, a text for each file that is not as the manifest says; none if it is whole."""
+    """Yield a problem for each file of a checkpoint that differs from the manifest."""
     try:
         files = read_manifest(folder).files
     except ValueError as error:
         yield str(error)
         return
     for name, entry in files.items():
-        path = folder / name
-        try:
-            if path.is_symlink() or not path.is_file():
-                yield f"{path} is missing; expected a file of {entry.bytes} bytes"
-            elif path.stat().st_size != entry.bytes:
-                yield f"{path} has {path.stat().st_size} bytes; expected {entry.bytes}"
-            elif _digest(path) != entry.sha256:
-                yield f"{path} has other content than was written: its SHA-256 is not {entry.sha256[:16]}..."
-        except OSError as error:
-            yield f"cannot read {path}: {error.strerror or error}"
+        if problem := _problem(folder / name, entry, _digest):
+            yield problem
 
 
-def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, or None, and what is wrong with those that are newer."""
-    problems: list[str] = []
-    for folder in committed(checkpoints):
-        found = list(check(folder))
-        if not found:
-            return folder, problems
-        problems += found
-    return None, problems
+def read(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of each file of a checkpoint; each is read once, and compared with the manifest.
 
-
-def set_aside(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """:func:`newest`, and other names for those that are newer, so that no checkpoint has to go in their favour.
-
-    They are called ``damaged-step-…`` then, and stay; one that cannot be renamed is left as it is.
+    Raises:
+        DamagedError: after the last file, with all problems; nothing is yielded from the first problem on.
     """
-    good, problems = newest(checkpoints)
+    content, problems = b"", []
+
+    def digest(path: Path) -> str:
+        nonlocal content
+        content = path.read_bytes()
+        return hashlib.sha256(content).hexdigest()
+
+    try:
+        files = read_manifest(folder).files
+    except ValueError as error:
+        raise DamagedError([str(error)]) from error
+    for name, entry in files.items():
+        if problem := _problem(folder / name, entry, digest):
+            problems.append(problem)
+        elif not problems:
+            yield name, content
+    if problems:
+        raise DamagedError(problems)
+
+
+def set_aside(checkpoints: Path, good: Path | None) -> None:
+    """Rename damaged checkpoints newer than ``good`` to ``damaged-step-…``, so that none is removed in their favour.
+
+    One that cannot be renamed is left.
+    """
     for folder in committed(checkpoints):
         if folder == good:
             break
         with contextlib.suppress(OSError):
             folder.rename(folder.with_name(f"{DAMAGED}{folder.name}-{secrets.token_hex(4)}"))
-    return good, problems
 
 
 def tidy(checkpoints: Path, keep: int, written: Path) -> None:
-    """Remove what no run needs: all checkpoints but the newest ``keep`` and the best, and what was half-written.
+    """Remove all checkpoints but the newest ``keep`` and the best, and half-written ones.
 
     The best is that of the highest ``top1`` in its manifest; of equal ones the newest. A folder that does not go, for
     whatever reason, is left for the next time.
@@ -186,7 +204,7 @@ def tidy(checkpoints: Path, keep: int, written: Path) -> None:
 
 
 def write_manifest(folder: Path, names: Iterable[str], about: Mapping[str, Any]) -> None:
-    """List files of a folder that are there already in its manifest.
+    """List existing files of a folder in its manifest.
 
     Raises:
         OSError: if one cannot be read, or the manifest not be written.
@@ -196,42 +214,25 @@ def write_manifest(folder: Path, names: Iterable[str], about: Mapping[str, Any])
     write_file(folder / MANIFEST, content.encode())
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Replace a file by one of this content: readers see the old one or the new one, never a part.
-
-    Raises:
-        OSError: if it cannot be written; the old one stays.
-    """
-    new = staged(path)
-    try:
-        new.write_bytes(content)
-        _flush(new)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def staged(path: Path) -> Path:
-    """Where the next content of a file is written."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def sync_folder(folder: Path) -> None:
-    """Let the names in a folder reach the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _flush(path: Path) -> Entry:
-    """Let a file reach the disk; its entry in the manifest."""
+    """Flush a file to the disk; return its entry of the manifest."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Entry(path.stat().st_size, digest)
+
+
+def _problem(path: Path, entry: Entry, digest: Callable[[Path], str]) -> str | None:
+    try:
+        if path.is_symlink() or not path.is_file():
+            return f"{path}: the file is missing, expected {entry.bytes} bytes"
+        if (size := path.stat().st_size) != entry.bytes:
+            return f"{path}: must have {entry.bytes} bytes, got {size}"
+        if (found := digest(path)) != entry.sha256:
+            return f"{path}: SHA-256 must be {entry.sha256[:16]}..., got {found[:16]}..."
+    except OSError as error:
+        return f"{path}: cannot read the file: {error.strerror or error}"
+    return None
 
 
 def _digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Whether the files of a run folder are those that were written."""
+"""Run folder: its config.json, and the check of its files."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hatnet_train import checkpoint
 from hatnet_train.records import convert, read_json
+from hatnet_train.run import checkpoint
 
 CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What every config.json has of what ``run_record`` makes; the rest depends on the release."""
+    """Fields of ``run_record`` in every config.json; the rest depends on the release."""
 
     config: dict[str, Any]
     data: dict[str, str] = field(default_factory=dict)
@@ -28,11 +28,11 @@ def check_run(run: Path) -> dict[Path, list[str]]:
         run: the run folder.
 
     Returns:
-        What is wrong with each checkpoint, the oldest first, and with the run folder's own files: config.json and, of
-        a run that is done, those that its manifest lists.
+        Problems of each checkpoint, the oldest first, and of the run folder's own files: config.json and, of a
+        finished run, those that its manifest lists.
 
     Raises:
-        ValueError: if it is no run folder.
+        ValueError: if it is not a run folder.
     """
     folders = [*reversed(checkpoint.committed(run / "checkpoints"))]
     if not folders and not (run / CONFIG).exists():
@@ -47,12 +47,12 @@ def check_run(run: Path) -> dict[Path, list[str]]:
 
 
 def is_done(run: Path) -> bool:
-    """Whether a run came to its end: its manifest is written last, and removed when it goes on."""
+    """Return whether a run has finished: its manifest is written last, and removed when it resumes."""
     return (run / checkpoint.MANIFEST).exists()
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a config.json, all that it has.
+    """Read all of a config.json.
 
     Raises:
         ValueError: if it cannot be read, or is none that :func:`run_record` made.

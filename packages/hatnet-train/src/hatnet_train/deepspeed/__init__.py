@@ -1,0 +1,1 @@
+"""The model under DeepSpeed: configuration, engine, partitioned state, moving average."""

@@ -1,0 +1,1 @@
+"""The processes of a launch: environments, rendezvous, heartbeat, collectives, preflight."""
