@@ -121,8 +121,8 @@ def render(rows: Sequence[Mapping[str, Any]], style: str) -> str:
         return json.dumps(rows, indent=2, default=dict)
     declared: dict[str, Field[Any]] = {f.name: f for f in fields(rows[0])} if rows and is_dataclass(rows[0]) else {}
     hide = {name for name, f in declared.items() if not f.metadata.get("shown", True)}
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in hide]
-    keys = [key for key in keys if any(row.get(key) is not None for row in rows)]
+    known = declared or dict.fromkeys(key for row in rows for key in row)
+    keys = [key for key in known if key not in hide and any(row.get(key) is not None for row in rows)]
     table = [[_text(row.get(key), declared.get(key)) for key in keys] for row in rows]
     headings = [_metadata(declared.get(key)).get("heading") or key.replace("_", " ") for key in keys]
     right = [any(isinstance(row.get(key), int | float) for row in rows) for key in keys]
