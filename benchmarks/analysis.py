@@ -1,4 +1,4 @@
-"""Write down what hatnet-analysis measures on this machine: the paper's tables, growth of attention, speed of peers.
+"""Record measurements of hatnet-analysis on this machine: the paper's tables, growth of attention, speed of peers.
 
 Writes OUT/<date>-analysis-<measurement>.json, a readable .md and, of all but ``paper``, a picture of the same name.
 """
@@ -9,7 +9,7 @@ import argparse
 import datetime
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from hatnet_analysis.throughput import COMPARED, Settings, compare
 
 PACKAGES = ("hatnet-core", "hatnet-analysis", "torch", "timm", "fvcore", "mmdet", "mmsegmentation")
 
-Tables = dict[str, list[dict[str, Any]]]
+Tables = dict[str, Sequence[Mapping[str, Any]]]
 
 
 def main() -> int:
@@ -42,7 +42,8 @@ def main() -> int:
         header |= {"machine": machine(), "versions": versions(PACKAGES)}
         tables = MEASUREMENTS[name](stem.with_suffix(".png"))
         record = header | ({"rows": tables[""]} if "" in tables else tables)
-        stem.with_suffix(".json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(record, indent=1, ensure_ascii=False, default=dict)
+        stem.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
         stem.with_suffix(".md").write_text(_markdown(name, header, tables, stem.with_suffix(".png")), encoding="utf-8")
         print(f"wrote {stem}.json and {stem}.md")
     return 0

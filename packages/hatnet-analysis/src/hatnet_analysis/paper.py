@@ -130,7 +130,7 @@ class Printed:
     Attributes:
         model: as the paper names it.
         params_m: #Param in millions, a string of the printed digits; empty where the table has no such column.
-        flops_g: #FLOPs in G, likewise.
+        flops_g: #FLOPs in G, a string, too.
         accuracy: the columns that need a data set, by their heading.
         size: height and width in pixels for the FLOPs.
         build: name for :func:`hatnet_analysis.load_model`; with ``backbone``, the config that gets it.

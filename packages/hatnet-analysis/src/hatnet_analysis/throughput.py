@@ -51,7 +51,7 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """Settings of a measurement of speed.
 
     Attributes:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
