@@ -70,7 +70,7 @@ class Measurement:
     settings: dict[str, Any] = field(default_factory=dict)
     tables: list[Table] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
-    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    rows: dict[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     not_measured: str | None = None
 
     def record(self) -> dict[str, Any]:
@@ -83,7 +83,11 @@ class Measurement:
             "settings": self.settings,
             "tables": [table.record() for table in self.tables],
             "ratios": [ratio.record() for ratio in self.ratios],
-            **({"rows": self.rows} if self.rows else {}),
+            **(
+                {"rows": {title: [dict(row) for row in rows] for title, rows in self.rows.items()}}
+                if self.rows
+                else {}
+            ),
         }
 
 

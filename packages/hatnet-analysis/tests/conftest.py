@@ -24,7 +24,7 @@ DENSE = ("test_models.py", "test_paper.py")
 """Tests that build models of MMDetection and MMSegmentation."""
 
 LIBRARIES = r"(mm(cv|det|engine|seg)|deepspeed|torch|importlib|pkg_resources|numpy)\b"
-"""Modules whose own warnings are not ours to mend; whatever is raised in hatnet_analysis or its tests is an error."""
+"""Modules whose own warnings we cannot fix; warnings raised in hatnet_analysis or its tests are errors."""
 
 # threads that wait for each other on a busy machine take several times as long as one
 torch.set_num_threads(1)

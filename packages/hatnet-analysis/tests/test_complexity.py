@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hatnet_analysis import (
     h_mhsa_macs,
-    h_mhsa_macs_completed,
+    h_mhsa_macs_padded,
     mhsa_macs,
     reduction_macs,
     stage_complexity,
@@ -21,14 +21,10 @@ from hatnet_analysis import (
 from hatnet_analysis.complexity import (
     attention_macs,
     h_mhsa_bound,
-    h_mhsa_bytes,
-    h_mhsa_weights,
-    mhsa_bytes,
-    mhsa_weights,
-    reduction_bytes,
-    reduction_weights,
-    window_bytes,
-    window_weights,
+    h_mhsa_cost,
+    mhsa_cost,
+    reduction_cost,
+    window_cost,
 )
 from hatnet_analysis.flops import trace
 from hatnet_analysis.growth import SpatialReductionAttention
@@ -100,8 +96,8 @@ def test_the_equations_give_the_numbers_worked_out_by_hand_for_the_first_stage_o
         (h_mhsa_macs, (30, 28, 64, 7, 2), ("grid_size", 7, "30×28")),
         (h_mhsa_macs, (28, 30, 64, 7, 2), ("grid_size", 7, "28×30")),
         (h_mhsa_macs, (28, 28, 64, 7, 8), ("pool_size", 8, "28×28")),
-        (window_weights, (30, 28, 1, 7), ("window_size", 7, "30×28")),
-        (reduction_weights, (28, 28, 1, 8), ("reduction", 8, "28×28")),
+        (window_cost, (30, 28, 1, 7), ("window_size", 7, "30×28")),
+        (reduction_cost, (28, 28, 1, 8), ("reduction", 8, "28×28")),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(function, arguments, named):
@@ -126,10 +122,10 @@ def test_an_argument_that_is_not_a_positive_integer_is_refused_by_name(name, val
     grid_size=st.integers(1, 8),
     pool_size=st.integers(1, 8),
 )
-def test_elsewhere_the_completed_grids_and_pools_are_counted_within_the_bound(size, grid_size, pool_size):
+def test_elsewhere_the_padded_grids_and_pools_are_counted_within_the_bound(size, grid_size, pool_size):
     module = HierarchicalAttention(6, 3, grid_size, pool_size)
     measured = traced_macs(module, *size)
-    assert measured == h_mhsa_macs_completed(*size, 6, grid_size, pool_size)
+    assert measured == h_mhsa_macs_padded(*size, 6, grid_size, pool_size)
     assert attention_macs(module, *size) == measured
     assert measured <= h_mhsa_bound(*size, 6, grid_size, pool_size)
 
@@ -138,10 +134,10 @@ def test_elsewhere_the_completed_grids_and_pools_are_counted_within_the_bound(si
 @given(
     multiples=st.tuples(st.integers(1, 3), st.integers(1, 3)), grid_size=st.integers(1, 6), pool_size=st.integers(1, 6)
 )
-def test_where_everything_divides_the_completed_count_is_equation_15(multiples, grid_size, pool_size):
+def test_where_everything_divides_the_padded_count_is_equation_15(multiples, grid_size, pool_size):
     height, width = (m * math.lcm(grid_size, pool_size) for m in multiples)
     arguments = (height, width, 6, grid_size, pool_size)
-    assert h_mhsa_macs_completed(*arguments) == h_mhsa_macs(*arguments)
+    assert h_mhsa_macs_padded(*arguments) == h_mhsa_macs(*arguments)
 
 
 @settings(max_examples=20, deadline=None)
@@ -160,7 +156,7 @@ def test_every_stage_of_a_model_is_measured_equal_to_its_formula(name, size):
     rows = stage_complexity(create_model(name), *size)
     assert [row["stage"] for row in rows] == [2, 3, 4, 5]
     for row in rows:
-        assert row["measured_macs"] == row["h_mhsa_macs_completed"] <= row["h_mhsa_bound"]
+        assert row["measured_macs"] == row["h_mhsa_macs_padded"] <= row["h_mhsa_bound"]
         assert row["mhsa_macs"] == mhsa_macs(row["height"], row["width"], row["dim"])
         if row["grid_size"] is None:
             assert row["measured_macs"] == row["mhsa_macs"]
@@ -170,16 +166,16 @@ def test_every_stage_of_a_model_is_measured_equal_to_its_formula(name, size):
             assert row["measured_macs"] == row["h_mhsa_macs"] == expected
 
 
-def test_where_sizes_do_not_divide_equation_15_stands_beside_the_completed_count_and_the_bound():
+def test_where_sizes_do_not_divide_equation_15_stands_beside_the_padded_count_and_the_bound():
     # 480×320 pixels: maps of 120×80, 60×40 and 30×20 with G1 = 8, 7, 7 and G2 = 8, 4, 2; the first one divides
     rows = stage_complexity(create_model("hatnet_tiny"), 480, 320)
     assert [row["divides"] for row in rows] == [True, False, False, True]
     for row in rows[1:3]:
-        assert row["measured_macs"] == row["h_mhsa_macs_completed"] < row["h_mhsa_bound"]
+        assert row["measured_macs"] == row["h_mhsa_macs_padded"] < row["h_mhsa_bound"]
         assert row["measured_macs"] != row["h_mhsa_macs"]
     # stage 3, C = 96: 2400·96·(4·96 + 2·7²) + 2·(2400/4²)·96·(96 + 2400), and 63·42 positions in its grids
     assert rows[1]["h_mhsa_macs"] == 182_937_600
-    assert rows[1]["h_mhsa_macs_completed"] == 182_937_600 + 2 * (63 * 42 - 2400) * 49 * 96
+    assert rows[1]["h_mhsa_macs_padded"] == 182_937_600 + 2 * (63 * 42 - 2400) * 49 * 96
     assert rows[1]["h_mhsa_bound"] == pytest.approx(182_937_600 * (66 / 60) * (46 / 40))
     dense = stage_complexity(create_model("hatnet_tiny"), 36, 36)[0]  # 9×9 positions: 81/8² pools
     assert dense["h_mhsa_macs"] == pytest.approx(81 * 48 * (4 * 48 + 128) + 2 * 81 / 64 * 48 * (48 + 81))
@@ -207,8 +203,8 @@ def attended_weights(module, height, width):
 )
 def test_weights_are_as_many_as_queries_and_keys_make_at_any_size(size, heads, grid_size, pool_size):
     module = HierarchicalAttention(heads * 2, 2, grid_size, pool_size)
-    assert max(attended_weights(module, *size)) == h_mhsa_weights(*size, heads, grid_size, pool_size)
-    assert attended_weights(Attention(heads * 2, 2), *size) == [mhsa_weights(*size, heads)]
+    assert max(attended_weights(module, *size)) == h_mhsa_cost(*size, 2, grid_size, pool_size, heads).weights
+    assert attended_weights(Attention(heads * 2, 2), *size) == [mhsa_cost(*size, 2, heads).weights]
 
 
 @settings(max_examples=10, deadline=None)
@@ -216,14 +212,14 @@ def test_weights_are_as_many_as_queries_and_keys_make_at_any_size(size, heads, g
 def test_weights_of_windows_and_spatial_reduction_are_as_many_as_queries_and_keys_make(multiples, heads, size):
     height, width = (m * size for m in multiples)
     windows = attended_weights(WindowAttention(heads * 2, 2, size), height, width)
-    assert windows == [window_weights(height, width, heads, size)]
+    assert windows == [window_cost(height, width, 2, size, heads).weights]
     reduced = attended_weights(SpatialReductionAttention(2, size), height, width)
-    assert reduced == [reduction_weights(height, width, 1, size)]
+    assert reduced == [reduction_cost(height, width, 2, size).weights]
 
 
-@pytest.mark.parametrize("function", [mhsa_weights, h_mhsa_weights, window_weights, reduction_weights])
+@pytest.mark.parametrize("function", [mhsa_cost, h_mhsa_cost, window_cost, reduction_cost])
 @pytest.mark.parametrize("value", [0, -8, 8.0])
-def test_weights_refuse_what_is_not_a_positive_integer_by_name(function, value):
+def test_costs_refuse_what_is_not_a_positive_integer_by_name(function, value):
     names = list(inspect.signature(function).parameters)
     for name in names:
         with raises(ValueError, name, value):
@@ -259,18 +255,18 @@ def test_the_model_gives_its_attention_maps_whose_channels_are_last():
 def test_bytes_of_mhsa_and_h_mhsa_are_what_is_held_at_the_peak_at_any_size(dim_heads, size, sizes):
     dim, heads = dim_heads
     module = HierarchicalAttention(dim, dim // heads, *sizes)
-    assert measured_bytes(module, *size) == pytest.approx(h_mhsa_bytes(*size, dim, heads, *sizes), rel=TOLERANCE)
+    assert measured_bytes(module, *size) == pytest.approx(h_mhsa_cost(*size, dim, *sizes, heads).memory, rel=TOLERANCE)
     module = Attention(dim, dim // heads)
-    assert measured_bytes(module, *size) == pytest.approx(mhsa_bytes(*size, dim, heads), rel=TOLERANCE)
+    assert measured_bytes(module, *size) == pytest.approx(mhsa_cost(*size, dim, heads).memory, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("size", [(56, 56), (40, 96)])
 def test_bytes_of_windows_and_spatial_reduction_are_what_is_held_at_the_peak(size):
     for heads in (1, 3):
         window = WindowAttention(48, 48 // heads, 8)
-        assert measured_bytes(window, *size) == pytest.approx(window_bytes(*size, 48, heads, 8), rel=TOLERANCE)
+        assert measured_bytes(window, *size) == pytest.approx(window_cost(*size, 48, 8, heads).memory, rel=TOLERANCE)
     reduction = SpatialReductionAttention(48, 8)
-    assert measured_bytes(reduction, *size) == pytest.approx(reduction_bytes(*size, 48, 1, 8), rel=TOLERANCE)
+    assert measured_bytes(reduction, *size) == pytest.approx(reduction_cost(*size, 48, 8).memory, rel=TOLERANCE)
 
 
 def test_a_stage_of_windows_is_none_that_equation_15_speaks_of():

@@ -49,7 +49,7 @@ def closed_form(config, height, width):
 
 
 def normalised_values(model, height, width):
-    """How many values pass through the normalisations of the model."""
+    """Number of values that pass through the normalisations of the model."""
     values = []
     for module in model.modules():
         if isinstance(module, nn.GroupNorm):

@@ -1,5 +1,6 @@
-"""Growth is measured on the attention layers themselves; its points are held against what they have to allocate."""
+"""Growth, measured on the attention layers and compared with what they have to allocate."""
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hatnet_analysis.figures import growth_figure, save_figure
 from hatnet_analysis.growth import (
     CONTENDERS,
-    by_formula,
     crossings,
     exponents,
     fastest_rate,
@@ -51,7 +51,7 @@ def test_the_measured_peak_of_the_plain_products_is_the_formulas_within_three_pe
     x = x.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
         peak = peak_memory(lambda: layer(x), x.device)
-    assert peak == pytest.approx(by_formula(contender, "memory_formula", size), rel=0.03)
+    assert peak == pytest.approx(contender.formula("memory_formula", size), rel=0.03)
 
 
 def test_weights_are_counted_by_hand_at_one_size(rows):
@@ -82,7 +82,7 @@ def test_the_powers_are_those_of_the_formulas():
 
 
 def by_pair(rows, quantity):
-    return {(row["dearer"], row["cheaper"]): row["crossing"] for row in crossings(rows) if row["quantity"] == quantity}
+    return {(row["slower"], row["faster"]): row["crossing"] for row in crossings(rows) if row["quantity"] == quantity}
 
 
 def test_formulas_cross_at_the_roots_worked_out_by_hand():
@@ -93,7 +93,7 @@ def test_formulas_cross_at_the_roots_worked_out_by_hand():
         ("MHSA", "window (Swin)"): pytest.approx(4 * math.sqrt(8 * 8)),  # 2P = 2·8²
         # 2C + 2(C + P)/8² = 3C + 2·8²
         ("spatial reduction (PVT)", "window (Swin)"): pytest.approx(4 * math.sqrt(32 * (64 + 128 - 2))),
-        # these are dearer at every size: 2P > 2P/8² and so on, term by term
+        # the first costs more at every size: 2P > 2P/8² and so on, term by term
         ("MHSA", "spatial reduction (PVT)"): None,
         ("H-MHSA", "spatial reduction (PVT)"): None,
         ("H-MHSA", "window (Swin)"): None,
@@ -108,9 +108,9 @@ def test_a_crossing_of_the_formulas_of_memory_is_where_the_order_changes_for_goo
     assert found["H-MHSA", "window (Swin)"] == pytest.approx(4 * math.sqrt(by_hand), abs=1)
     crossed = {pair: crossing for pair, crossing in found.items() if crossing is not None}
     assert len(crossed) == 4
-    for (dearer, cheaper), crossing in crossed.items():
+    for (slower, faster), crossing in crossed.items():
         for size in range(32, 4096, 32):
-            memory = [by_formula(contenders[name], "memory_formula", size) for name in (dearer, cheaper)]
+            memory = [contenders[name].formula("memory_formula", size) for name in (slower, faster)]
             assert (memory[0] > memory[1]) == (size > crossing)
 
 
@@ -132,7 +132,7 @@ def test_a_measured_crossing_lies_between_the_sizes_where_the_order_changes():
     assert by_pair(rows, "seconds_materialised") == by_pair(rows, "memory_materialised") == {}
 
 
-def test_a_later_contender_may_be_the_one_that_becomes_dearer():
+def test_a_later_contender_may_be_the_one_that_becomes_slower():
     rows = measured({"MHSA": {100: 100, 400: 400}, "H-MHSA": {100: 50, 400: 800}})
     assert by_pair(rows, "seconds_fused") == {("H-MHSA", "MHSA"): pytest.approx(200)}
 
@@ -148,15 +148,15 @@ def test_an_order_that_never_changes_is_named_without_a_crossing():
 
 
 def bracket(rows):
-    """Dearer and cheaper one, crossing and sizes between of the one pair that was measured."""
+    """Slower and faster one, crossing and sizes between of the one pair that was measured."""
     (row,) = (row for row in crossings(rows) if row["quantity"] == "seconds_fused")
-    return row["dearer"], row["cheaper"], row["crossing"], row["between"]
+    return row["slower"], row["faster"], row["crossing"], row["between"]
 
 
 def test_a_crossing_of_times_is_named_where_the_spreads_are_apart_on_both_sides_of_it():
     clear = measured({"MHSA": {100: (40, 60), 400: (700, 900)}, "H-MHSA": {100: (80, 120), 400: (300, 500)}})
-    name, cheaper, crossing, between = bracket(clear)
-    assert (name, cheaper, between) == ("MHSA", "H-MHSA", None)
+    slower, faster, crossing, between = bracket(clear)
+    assert (slower, faster, between) == ("MHSA", "H-MHSA", None)
     assert 100 < crossing < 400
 
 
@@ -241,7 +241,7 @@ def test_the_picture_has_a_panel_for_each_quantity_and_unfitted_lines_under_the_
         assert len(drawn) == len(CONTENDERS)
         for contender, (line, dots) in zip(CONTENDERS, drawn, strict=True):
             assert tuple(dots) == SIZES
-            assert line == {s: pytest.approx(by_formula(contender, formula, s) / divisor) for s in range(64, 257, 32)}
+            assert line == {s: pytest.approx(contender.formula(formula, s) / divisor) for s in range(64, 257, 32)}
     assert all(dots[256] == pytest.approx(line[256], rel=0.03) for line, dots in curves(figure.axes[1]))
     for axes in figure.axes[2:]:
         assert all(dots[size] >= 0.999 * line[size] for line, dots in curves(axes) for size in SIZES)
@@ -251,14 +251,22 @@ def test_the_picture_has_a_panel_for_each_quantity_and_unfitted_lines_under_the_
 
 
 def test_other_measurements_do_not_move_the_lines_of_memory(rows):
-    doubled = [row | {"memory_materialised": 2 * row["memory_materialised"]} for row in rows]
+    doubled = [dict(row) | {"memory_materialised": 2 * row["memory_materialised"]} for row in rows]
     before, after = (curves(growth_figure(made).axes[1]) for made in (rows, doubled))
     assert [line for line, _ in before] == [line for line, _ in after]
     assert [dots for _, dots in before] != [dots for _, dots in after]
 
 
+def test_rows_of_a_report_are_read_like_measured_ones(rows):
+    report = json.loads(render(rows, "json"))
+    assert crossings(report) == crossings(rows)
+    assert exponents(report) == exponents(rows)
+    drawn, measured = (list(map(curves, growth_figure(made).axes)) for made in (report, rows))
+    assert drawn == measured
+
+
 def test_crossings_are_marked_in_the_picture_with_their_size(rows):
-    stretched = [row | {"size": size} for row in rows for size in (row["size"], 8 * row["size"])]  # up to 2048
+    stretched = [dict(row) | {"size": size} for row in rows for size in (row["size"], 8 * row["size"])]  # up to 2048
     figure = growth_figure(stretched)
     marks = [[line for line in axes.lines if line.get_marker() == "D"] for axes in figure.axes[:2]]
     assert [text.get_text() for text in figure.axes[0].texts] == ["312"]
@@ -269,5 +277,5 @@ def test_crossings_are_marked_in_the_picture_with_their_size(rows):
 
 
 def test_a_picture_without_a_timed_point_has_no_lines_of_time(rows):
-    untimed = [row | {"seconds_materialised": None, "seconds_fused": None} for row in rows]
+    untimed = [dict(row) | {"seconds_materialised": None, "seconds_fused": None} for row in rows]
     assert all(line == dots == {} for axes in growth_figure(untimed).axes[2:] for line, dots in curves(axes))

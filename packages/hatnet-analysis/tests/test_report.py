@@ -16,9 +16,9 @@ from PIL import Image
 from hatnet_analysis.attention_input import to_input
 from hatnet_analysis.attention_maps import record_weights, rollout
 from hatnet_analysis.growth import CONTENDERS, growth
-from hatnet_analysis.report import SIZE, _filled, _rows, write_report
+from hatnet_analysis.report import SIZE, _rows, write_report
 from hatnet_analysis.tables import SECTIONS, TABLES
-from hatnet_analysis.throughput import COMPARED
+from hatnet_analysis.throughput import COMPARED, SpeedRow
 from hatnet_core import create_model, save_checkpoint
 from hatnet_testing import raises
 
@@ -42,10 +42,12 @@ def test_the_positions_of_every_map_divide_the_explorers_image_evenly():
     assert SIZE % 32 == 0  # the page takes it so
 
 
-def test_braces_in_what_is_filled_in_are_left_alone():
-    page = _filled("explorer.html", model="{{data}}.pth", data="[]")
-    assert "{{data}}.pth" in page
-    assert 'id="explorer-data">[]</script>' in page
+def test_a_checkpoints_name_is_text_in_the_page(tmp_path):
+    name = "{{ titles }}<b>&.safetensors"
+    save_checkpoint(create_model("hatnet_tiny", num_classes=3), tmp_path / name)
+    page = write_report(tmp_path, ["attention"], checkpoint=tmp_path / name).read_text(encoding="utf-8")
+    assert html.escape(name) in page
+    assert "<b>" not in page
 
 
 def test_the_explorer_holds_the_weights_of_every_block_of_the_checkpoint(tmp_path):
@@ -108,7 +110,7 @@ def plot_of(page):
 def test_growth_stands_in_the_page_as_a_plot_and_three_tables(tmp_path, monkeypatch):
     rows = growth((64, 128), rounds=1)
     for i, row in enumerate(rows):
-        row["seconds_fused"] = i + 1.2345
+        row.seconds_fused = i + 1.2345
     monkeypatch.setattr("hatnet_analysis.report.growth", lambda **arguments: rows)
     page = write_report(tmp_path, ["complexity"]).read_text(encoding="utf-8")
     points, powers, crossings = tables_of(page)
@@ -117,7 +119,7 @@ def test_growth_stands_in_the_page_as_a_plot_and_three_tables(tmp_path, monkeypa
     assert [row[times] for row in points[1:]] == [f"{i + 1.2345:.4f}" for i in range(2 * len(CONTENDERS))]
     assert [row[0] for row in powers[1:]] == [contender.name for contender in CONTENDERS]
     assert powers[1][powers[0].index("time, fused")] == "0.43"  # 4 times the positions, 2.2345 / 1.2345 the time
-    assert crossings[0][:4] == ["dearer", "cheaper", "quantity", "from this side on (pixels)"]
+    assert crossings[0][:4] == ["slower", "faster", "quantity", "from this side on (pixels)"]
     assert ["MHSA", "H-MHSA", "macs"] in [row[:3] for row in crossings[1:]]
     plot = plot_of(page)
     assert plot.size == (13 * 110, 10 * 110)
@@ -129,7 +131,10 @@ def test_speed_stands_in_the_page_as_a_plot_and_a_table(tmp_path, monkeypatch):
 
     def measure(names, settings, progress):
         asked.append((tuple(names), settings.device))
-        return [{"model": name, "images_per_second": i + 10.5} for i, name in enumerate(names)]
+        return [
+            SpeedRow(**dict.fromkeys(SpeedRow.__dataclass_fields__) | {"model": name, "images_per_second": i + 10.5})
+            for i, name in enumerate(names)
+        ]
 
     monkeypatch.setattr("hatnet_analysis.throughput.measure_throughput", measure)
     monkeypatch.setattr("hatnet_analysis.throughput.load_model", lambda name, size: name)

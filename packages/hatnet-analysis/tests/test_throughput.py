@@ -1,4 +1,4 @@
-"""What is measured is what runs; the figures themselves are judged by nobody here."""
+"""Speed: turns, settings and rows; the rates themselves depend on the machine."""
 
 from itertools import combinations
 from types import SimpleNamespace

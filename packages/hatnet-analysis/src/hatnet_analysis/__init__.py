@@ -1,4 +1,4 @@
-"""HAT-Net measured: parameters, FLOPs, complexity (Eq. 5 and 15), speed, attention maps, and the paper's tables.
+"""Parameters, FLOPs, complexity (Eq. 5 and 15), speed and attention maps of HAT-Net, and the paper's tables.
 
 Names are imported when they are first used, so that the command's ``--help`` does not wait for torch.
 """
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hatnet_analysis.attention_maps import attention_weights, record_weights, rollout
     from hatnet_analysis.complexity import (
         h_mhsa_macs,
-        h_mhsa_macs_completed,
+        h_mhsa_macs_padded,
         mhsa_macs,
         reduction_macs,
         stage_complexity,
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from hatnet_analysis.throughput import Settings, compare, measure_throughput
 
 MODULES = ("attention_maps", "complexity", "flops", "memory", "models", "paper", "throughput")
-"""Where the names of ``__all__`` are defined."""
+"""Modules that define the names of ``__all__``."""
+
+RENAMED = {"h_mhsa_macs_completed": "h_mhsa_macs_padded"}
+"""Former names, which still work."""
 
 __all__ = [
     "Count",
@@ -37,7 +40,7 @@ __all__ = [
     "count_flops",
     "count_params",
     "h_mhsa_macs",
-    "h_mhsa_macs_completed",
+    "h_mhsa_macs_padded",
     "load_model",
     "measure_throughput",
     "mhsa_macs",
@@ -52,6 +55,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    name = RENAMED.get(name, name)
     if name in __all__:
         for module in map(import_module, (f"{__name__}.{module}" for module in MODULES)):
             if getattr(vars(module).get(name), "__module__", None) == module.__name__:

@@ -1,4 +1,4 @@
-"""What attention maps are made from: an image file, and a model with the normalisation of its images."""
+"""Read the inputs of attention maps: an image file, and a model with the normalisation of its images."""
 
 from __future__ import annotations
 
@@ -16,32 +16,29 @@ from hatnet_core.checkpoint import load_model, read_checkpoint
 from hatnet_core.images import to_rgb
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, for checkpoints that do not name their own."""
+"""ImageNet's, for checkpoints without their own."""
 
 MAX_PIXELS = 2**26
 """Largest image that is read, in pixels."""
 
 
 def read_model(checkpoint: Path | None, variant: str | None) -> tuple[HATNet, tuple[Sequence[float], Sequence[float]]]:
-    """The model of a checkpoint and how its images are normalised.
+    """Load a model in evaluation mode, with mean and standard deviation of its three channels.
 
     Args:
         checkpoint: a file or folder of hatnet-train, or, together with ``variant``, any that
             :func:`hatnet_core.load_checkpoint` reads; None for random weights, the same every time.
-        variant: of :func:`hatnet_core.list_models`, for checkpoints that do not say what they hold.
-
-    Returns:
-        The model in evaluation mode, and mean and standard deviation of its three channels.
+        variant: name from :func:`hatnet_core.list_models`, for checkpoints that do not record it.
 
     Raises:
-        ValueError: if neither says which model it is, the checkpoint cannot be read, is of another model or holds no
-            mean and standard deviation of three channels, or the model takes no RGB images or attends in windows.
-        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if neither names the model, the checkpoint is not readable, is of another model or lacks a mean and
+            standard deviation of three channels, or the model takes no RGB images or attends in windows.
+        FileNotFoundError: if the checkpoint is missing.
         ImportError: if the checkpoint is a safetensors file and safetensors is not installed.
     """
     if checkpoint is None:
         if variant is None:
-            raise ValueError("expected --checkpoint, or --variant for a model with random weights")
+            raise ValueError("--checkpoint or --variant must be given; --variant alone has random weights")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             model = create_model(variant)
@@ -52,12 +49,12 @@ def read_model(checkpoint: Path | None, variant: str | None) -> tuple[HATNet, tu
 
 
 def _drawable(model: HATNet, origin: str) -> HATNet:
-    """``model`` in evaluation mode; ValueError if it is not one whose attention is drawn here."""
+    """Return ``model`` in evaluation mode; raise a ValueError if its attention cannot be drawn."""
     if model.config["in_chans"] != 3:
-        raise ValueError(f"{origin} holds a model of in_chans={model.config['in_chans']}; expected 3, for RGB images")
+        raise ValueError(f"{origin}: in_chans must be 3, for RGB images, got {model.config['in_chans']}")
     if "window" in model.config["attention"]:
         stage = 2 + model.config["attention"].index("window")
-        raise ValueError(f"{origin} attends in windows in stage {stage}; expected H-MHSA in stages 2-4")
+        raise ValueError(f"{origin}: attention of stage {stage} must be H-MHSA, got windows")
     return model.eval()
 
 
@@ -69,31 +66,31 @@ def _channels(record: dict[str, Any], name: str, default: Sequence[float], check
         and len(values) == 3
         and all(isinstance(value, int | float) and lowest < value < math.inf for value in values)
     ):
-        what = "three numbers" if name == "mean" else "three positive numbers"
-        raise ValueError(f"{checkpoint} holds {name}={values!r}; expected {what}, one for each of its channels")
+        kind = "three numbers" if name == "mean" else "three positive numbers"
+        raise ValueError(f"{checkpoint}: {name} must be {kind}, one per channel, got {values!r}")
     return values
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file as :func:`hatnet_core.images.to_rgb` reads it: what hatnet-train classifies, too.
+    """Read an image file as hatnet-train does, by :func:`hatnet_core.images.to_rgb`.
 
     Raises:
-        ValueError: if it is no image that Pillow reads, beyond ``MAX_PIXELS``, or of numbers without a known range.
-        FileNotFoundError: if there is no such file.
+        ValueError: if Pillow cannot read it, it exceeds ``MAX_PIXELS``, or its values have no known range.
+        FileNotFoundError: if the file is missing.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no image at {path}: expected an existing image file")
+        raise FileNotFoundError(f"{path}: must be an existing image file")
     try:
         with Image.open(path) as image:
             if image.width * image.height <= MAX_PIXELS:
                 return to_rgb(image)
     except Exception as error:  # a damaged file makes a decoder raise anything
-        raise ValueError(f"{path} is not a readable image: {error}") from error
-    raise ValueError(f"{path} is {image.width}×{image.height}: expected at most {MAX_PIXELS} pixels")
+        raise ValueError(f"{path}: not a readable image: {error}") from error
+    raise ValueError(f"{path}: must have at most {MAX_PIXELS} pixels, got {image.width}×{image.height}")
 
 
 def to_input(image: Image.Image, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """An image scaled to ``size`` (height, width) and normalised, [1, 3, H, W]."""
+    """Scale an image to ``size`` (height, width) and normalise it; [1, 3, H, W]."""
     scaled = image.resize(size[::-1], Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(scaled.tobytes()), dtype=torch.uint8)
     x = pixels.reshape(*size, 3).permute(2, 0, 1) / 255

@@ -1,4 +1,4 @@
-"""The ``hatnet-analysis`` command: measure what the paper states about its models and attention.
+"""The ``hatnet-analysis`` command: measure the paper's models and its attention.
 
 Results go to standard output, pictures to files, progress to the log. :mod:`hatnet_core.console` parses, logs and ends
 the commands. Modules that measure, and with them torch, are imported when a command runs.
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from tyro.conf import Positional, arg
 
 from hatnet_analysis.__about__ import __version__
-from hatnet_analysis.tables import SECTIONS, TABLES, Row, render, render_titled
+from hatnet_analysis.tables import SECTIONS, TABLES, AttendedRow, FlopsRow, ParamsRow, render, render_titled
 from hatnet_core import console
 from hatnet_core.console import (
     DEVICE,
@@ -87,7 +87,7 @@ class Rows(Command):
     """A command that prints a table."""
 
     format: Literal["table", "json", "markdown"] = "table"
-    """How the result is printed."""
+    """Format of the result."""
 
     def run(self) -> None:
         """Measure and print."""
@@ -119,7 +119,8 @@ class Params(Rows):
             with refusals(name, (224, 224)):
                 model = on_meta(name)
             for part in parts_of(model):
-                rows.append(_named(name, part) | {"params": count_params(model.get_submodule(part))})
+                params = count_params(model.get_submodule(part))
+                rows.append(ParamsRow(model=name, part=part or None, params=params))
         return render(rows, self.format)
 
 
@@ -152,8 +153,8 @@ class Flops(Rows):
                 counted = count_flops(load_model(name, self.size), height, width)
             parts = {"": counted.total} if self.by == "model" else getattr(counted, f"{self.by}s")
             for part, count in parts.items():
-                row = _named(name, part) | {"height": height, "width": width}
-                rows.append(row | {"flops_paper": count.paper, "flops_complete": count.complete})
+                counts = {"flops_paper": count.paper, "flops_complete": count.complete}
+                rows.append(FlopsRow(model=name, part=part or None, height=height, width=width, **counts))
         return render(rows, self.format)
 
 
@@ -375,7 +376,9 @@ class Attention(Rows):
         view = maps.look(recorded, image, self.point, self.stage, self.block, self.head)
         if self.out is not None:
             save_figure(attention_figure(image, view), self.out)
-        return render([view.record()] if self.format == "json" else view.strongest(), self.format)
+        if self.format == "json":
+            return render([view.record()], "json")
+        return render([AttendedRow(**row) for row in view.strongest()], self.format)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -444,10 +447,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _progress(text: str) -> None:
     logger.info("%s ...", text)
-
-
-def _named(model: str, part: str) -> Row:
-    return {"model": model, "part": part} if part else {"model": model}
 
 
 def _refuse_unused(options: Command, names: Sequence[str], when: str) -> None:

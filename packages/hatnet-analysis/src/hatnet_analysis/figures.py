@@ -1,9 +1,9 @@
-"""The pictures of hatnet-analysis, drawn with matplotlib."""
+"""Figures of hatnet-analysis, drawn with matplotlib."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from hatnet_analysis.attention_maps import FIRST_STRIDE
-from hatnet_analysis.growth import CONTENDERS, by_formula, crossings, fastest_rate, points
+from hatnet_analysis.growth import CONTENDERS, crossings, fastest_rate, points
 from hatnet_core.io import atomic_write
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from hatnet_analysis.attention_maps import View
+    from hatnet_analysis.growth import CrossingRow
 
 COLOURS = {
     "MHSA": "#666666",
@@ -38,11 +39,11 @@ NAME_PLACES = tuple(
     for side in (1, -1)
     for x, y in near
 )
-"""Where a name may stand beside its point, in points of 1/72 inch, and which of its ends is there; the best first."""
+"""Offsets of a name from its point in points of 1/72 inch, and which of its ends is there; the best first."""
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, drawn without a display."""
+    """Create an empty figure of ``width`` × ``height`` inches that needs no display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -54,16 +55,15 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(part, dpi=150)
 
 
-def growth_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Log-log plots over the side of the image: multiply-adds, memory and time; points are measured, lines formulas.
+def growth_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Plot multiply-adds, memory and time over the side of the image, log-log.
 
-    No line is fitted to its points. Multiply-adds and bytes are drawn as the formulas give them; for time, one rate
-    for all contenders and both ways turns multiply-adds into seconds, that of the fastest point. A diamond in two
-    colours is where the upper one becomes the dearer: by the formulas for multiply-adds and memory, as measured for
-    time.
+    Points are measured, lines are formulas. No line is fitted to its points. For time, one rate for all contenders and
+    both ways turns multiply-adds into seconds, that of the fastest point. A diamond in two colours marks where the
+    upper one begins to cost more: by the formulas for multiply-adds and memory, as measured for time.
 
     Args:
-        rows: of :func:`hatnet_analysis.growth.growth`.
+        rows: of :func:`hatnet_analysis.growth.growth`, or read from the JSON of a report.
     """
     figure = new_figure(13, 10)
     panels = figure.subplots(2, 2)
@@ -79,7 +79,7 @@ def growth_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         at_rate = "" if rate is None else f"; lines: multiply-adds at {rate / 1e9:.3g} G/s, the fastest point's rate"
         _panel(axes, rows, (quantity, 1.0), ("macs", rate), quantity, f"time (s), {way}{at_rate}")
     handles = [Line2D([], [], color=colour, marker="o", markersize=5, label=name) for name, colour in COLOURS.items()]
-    label = "from this side on, the upper half's is the dearer"
+    label = "from this side on, the upper half's costs more"
     handles.append(Line2D([], [], linestyle="", marker="D", color="#888888", markersize=8, label=label))
     panels[0, 0].legend(
         handles=handles,
@@ -94,19 +94,19 @@ def growth_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 def _panel(
     axes: Any,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     measured: tuple[str, float],
     formula: tuple[str, float | None],
     crossed: str,
     title: str,
 ) -> None:
-    """One plot of a measured quantity over a formula, each with its divisor, and the crossings of ``crossed``."""
+    """Plot a measured quantity over a formula, each with its divisor, and mark the crossings of ``crossed``."""
     sizes = sorted({row["size"] for row in rows})
     sides = range(sizes[0], sizes[-1] + 1, 32)
     curves = {}
     for contender in CONTENDERS:
         dots = {size: value / measured[1] for size, value in points(rows, contender, measured[0]).items()}
-        line = {side: by_formula(contender, formula[0], side) / formula[1] for side in sides} if formula[1] else {}
+        line = {side: contender.formula(formula[0], side) / formula[1] for side in sides} if formula[1] else {}
         colour = COLOURS[contender.name]
         axes.plot(list(line.keys()), list(line.values()), color=colour, linewidth=1.4)
         axes.plot(list(dots.keys()), list(dots.values()), "o", color=colour, markersize=5)
@@ -114,7 +114,7 @@ def _panel(
     shown = [row for row in crossings(rows) if row["quantity"] == crossed and row["crossing"] is not None]
     inside = [row for row in shown if sizes[0] <= row["crossing"] <= sizes[-1]]
     for i, row in enumerate(sorted(inside, key=lambda row: float(row["crossing"]))):
-        _mark(axes, row, curves[row["dearer"]], (9, -14) if i == len(inside) - 1 else (-30, 6))
+        _mark(axes, row, curves[row["slower"]], (9, -14) if i == len(inside) - 1 else (-30, 6))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
@@ -124,9 +124,9 @@ def _panel(
     axes.grid(alpha=0.25)
 
 
-def _mark(axes: Any, crossing: dict[str, Any], curve: dict[int, float], offset: tuple[int, int]) -> None:
-    """A diamond on the curve of the dearer one, its upper half in that one's colour, its lower in the other's."""
-    side, colours = crossing["crossing"], (COLOURS[crossing["dearer"]], COLOURS[crossing["cheaper"]])
+def _mark(axes: Any, crossing: CrossingRow, curve: dict[int, float], offset: tuple[int, int]) -> None:
+    """Draw a diamond on the curve of the slower one, its upper half in that one's colour, its lower in the other's."""
+    side, colours = float(crossing["crossing"]), (COLOURS[crossing.slower], COLOURS[crossing.faster])
     below, above = max(s for s in curve if s <= side), min(s for s in curve if s >= side)
     share = math.log(side / below) / math.log(above / below) if above > below else 0.0
     height = curve[below] ** (1 - share) * curve[above] ** share
@@ -136,21 +136,20 @@ def _mark(axes: Any, crossing: dict[str, Any], curve: dict[int, float], offset: 
     axes.annotate(f"{side:.0f}", (side, height), offset, textcoords="offset points", fontsize=9, bbox=back)
 
 
-def compare_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Top-1 as the papers state it over FLOPs (complete) and over measured throughput; HAT-Net is one joined line.
-
-    Names stand where they cover neither a point nor the line nor another name, as far as there is such a place.
+def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Plot the papers' top-1 over FLOPs (complete) and over measured throughput; one line joins HAT-Net.
 
     Args:
-        rows: of :func:`hatnet_analysis.throughput.compare`.
+        rows: of :func:`hatnet_analysis.throughput.compare`, or read from the JSON of a report.
     """
     figure = new_figure(12, 4.8)
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, key, unit, label in (
-        (panels[0], "flops_complete", 1e9, "FLOPs (G), complete"),
-        (panels[1], "images_per_second", 1.0, "images a second, measured"),
-    ):
-        shown = [row for row in rows if row["paper_top1"] is not None]
+    shown = [row for row in rows if row["paper_top1"] is not None]
+    quantities = (
+        ("flops_complete", 1e9, "FLOPs (G), complete"),
+        ("images_per_second", 1.0, "images per second, measured"),
+    )
+    for axes, (key, unit, label) in zip(panels, quantities, strict=True):
         ours = [row for row in shown if row["model"].startswith("hatnet_")]
         peers = [row for row in shown if row not in ours]
         for group, name, style, colour in ((ours, "HAT-Net", "o-", HAT_NET), (peers, "peers", "s", "#999999")):
@@ -159,18 +158,18 @@ def compare_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         axes.set_xlabel(label)
         axes.grid(alpha=0.25)
         axes.margins(x=0.16, y=0.1)
-    panels[0].set_ylabel("ImageNet top-1 (%), as the papers state it")
+    panels[0].set_ylabel("ImageNet top-1 (%), from the papers")
     panels[0].legend(loc="lower right", frameon=False, fontsize=9)
     figure.draw_without_rendering()  # lays the panels out, so that names can be placed in pixels
-    for axes, key, unit in ((panels[0], "flops_complete", 1e9), (panels[1], "images_per_second", 1.0)):
-        _name_points(axes, [(row["model"], row[key] / unit, row["paper_top1"]) for row in rows if row["paper_top1"]])
+    for axes, (key, unit, _) in zip(panels, quantities, strict=True):
+        _name_points(axes, [(row["model"], row[key] / unit, row["paper_top1"]) for row in shown])
     return figure
 
 
 def _name_points(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write each name, the upper ones first, at the first of :data:`NAME_PLACES` where nothing else is.
+    """Write each name, the upper ones first, at the first of :data:`NAME_PLACES` that is free, or the first of all.
 
-    If none is free, at the first of all.
+    A free place covers no point, line or other name. adjustText puts names on their own points and across the line.
     """
     frame = axes.get_window_extent()
     covered = [point for line in axes.lines for point in _pixels(axes, line)]
@@ -181,7 +180,7 @@ def _name_points(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
         leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
         options = {"textcoords": "offset points", "fontsize": 7.5, "color": colour, "arrowprops": leader}
         text = axes.annotate(name, (x, y), NAME_PLACES[0][0], **options)
-        text.set_in_layout(False)
+        text.set_in_layout(False)  # a name must not move the panels that its place was computed for
         for place, side in (*NAME_PLACES, NAME_PLACES[0]):
             text.xyann = place
             text.set_horizontalalignment(side)
@@ -194,7 +193,7 @@ def _name_points(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
 
 
 def _pixels(axes: Any, line: Line2D) -> list[tuple[float, float]]:
-    """The points of a line, and points close together between them if they are joined, in pixels."""
+    """Return the points of a line in pixels, and, if they are joined, 100 more on each segment."""
     points = axes.transData.transform(line.get_xydata()).tolist()
     if line.get_linestyle() == "None":
         return [(x, y) for x, y in points]
@@ -203,12 +202,12 @@ def _pixels(axes: Any, line: Line2D) -> list[tuple[float, float]]:
 
 
 def attention_figure(image: Image, view: View) -> Figure:
-    """The image with the point and its grid, then local, global and rolled-out attention drawn over it.
+    """Draw the image with the point and its grid, and local attention, global attention and rollout over it.
 
     A position covers the pixels that the model sees there: its stride in the model's input, scaled to the image.
 
     Args:
-        image: as read.
+        image: in its own size.
         view: of :func:`hatnet_analysis.attention_maps.look`.
     """
     at = view.attention
@@ -251,9 +250,5 @@ def attention_figure(image: Image, view: View) -> Figure:
         left, top = at.left * cell[1], at.top * cell[0]
         width = min(at.local.shape[1] * cell[1], image.width - left)
         height = min(at.local.shape[0] * cell[0], image.height - top)
-        _frame(panels[0], (left, top), width, height)
+        panels[0].add_patch(Rectangle((left, top), width, height, fill=False, edgecolor="#00e5ff", linewidth=1.5))
     return figure
-
-
-def _frame(axes: Any, corner: tuple[float, float], width: float, height: float) -> None:
-    axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="#00e5ff", linewidth=1.5))

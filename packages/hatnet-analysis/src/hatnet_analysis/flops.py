@@ -1,14 +1,14 @@
-"""Parameters and FLOPs of a built model, in the two conventions that Table 2 has to be read with.
+"""Count the parameters and FLOPs of a built model, in two conventions.
 
 One multiply-add is one FLOP in both:
 
-- ``paper``: convolutions, linear layers and normalisations, and what fvcore counts of resampling and adaptive pooling.
-  For HAT-Net this is what Table 2 states. A product with a weight is a linear layer, however a model writes it.
-- ``complete``: these and every matrix product and convolution of two activations, which in these models are the two
-  matrix products of the attention. A counter does not see them when they run inside one fused operator; here it does.
+- ``paper``: convolutions, linear layers and normalisations, and what fvcore counts of resampling and adaptive pooling,
+  as Table 2 counts HAT-Net. A product with a weight is a linear layer, however a model writes it.
+- ``complete``: these and every matrix product and convolution of two activations, in these models the two matrix
+  products of the attention, also inside one fused operator.
 
-fvcore counts 5 a value of group, layer and instance norms, and of batch norms, which are evaluated with their running
-statistics, 2; one less each without weights.
+fvcore counts 5 per value of group, layer and instance norms, and 2 of batch norms with running statistics; one less
+each without weights.
 
 The handles of products are in ``hatnet_core.flop_handles``; the closed forms of the attention alone (Eq. 5 and 15) in
 ``complexity.py``; models by name in ``models.py``.
@@ -34,7 +34,7 @@ MULTIPLIES = re.compile(
     r"|(bi|tri)?linear|conv\w*|attention|transformer|lstm|gru|rnn|fft|i?stft"
     r"|linalg|matrix|solve|cholesky|p?inverse|(log|slog)?det|svd|qr|geqrf|orgqr|ormqr"
 )
-"""A word of the name of an operator that multiplies; without a handle such an operator is refused."""
+"""Words in the names of operators that multiply; without a handle such an operator is refused."""
 
 WITHOUT_PRODUCTS = frozenset(
     {
@@ -45,19 +45,19 @@ WITHOUT_PRODUCTS = frozenset(
         "torchvision::roi_align",
     }
 )
-"""Operators that are known to hold no product, against their names or from outside PyTorch."""
+"""Operators without products, despite their names or from outside PyTorch."""
 
 CONTAINERS = ("stages", "layers", "blocks")
-"""Names of children that stand for the modules in them."""
+"""Names of children that are replaced by the modules in them."""
 
 
 @dataclass(frozen=True)
 class Count:
-    """FLOPs of the whole model or a part of it for one image, in both conventions.
+    """FLOPs of a model or a part of it for one image, in both conventions.
 
     Attributes:
         paper: convolutions, linear layers and normalisations.
-        complete: these and the products of activations, those of the attention.
+        complete: these and the products of activations, as in attention.
     """
 
     paper: int
@@ -66,13 +66,12 @@ class Count:
 
 @dataclass(frozen=True)
 class Flops:
-    """What :func:`count_flops` returns.
+    """FLOPs of a model and its parts.
 
     Attributes:
         total: the whole model.
         stages: its parts in order, of HAT-Net ``stem``, ``stages.0`` to ``stages.3`` and ``head``. They add up to
-            ``total``, but for what a model computes outside all of its modules, and in parts without parameters, which
-            are left out.
+            ``total`` without what a model computes outside its modules or in parts without parameters.
         blocks: the parts of these, such as ``stages.0.blocks.1``.
         operators: by the operator's name, such as ``conv``, ``group_norm`` and ``attention``.
     """
@@ -84,24 +83,23 @@ class Flops:
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters, trainable or not; a shared one counts once."""
+    """Count the parameters, trainable or not; a shared one counts once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_flops(model: nn.Module, height: int, width: int) -> Flops:
     """Count the FLOPs of one image by running ``model`` on it, in evaluation mode.
 
-    Where G1 does not divide a feature map of HAT-Net, the completed positions of the last grids are computed and
-    therefore counted.
+    Where G1 does not divide a feature map of HAT-Net, the padding of the last grids is computed and therefore counted.
 
     Args:
-        model: takes a batch of images [1, in_chans, H, W], on any device but meta; its training modes are left as
-            they were. A model without ``in_chans`` is taken to want 3 channels.
+        model: takes a batch of images [1, in_chans, H, W], 3 channels if it has no ``in_chans``; on any device but
+            meta. Its training modes are restored.
         height: H of the image in pixels, at least 32.
-        width: W, likewise.
+        width: W of the image in pixels, at least 32.
 
     Raises:
-        ValueError: if a side is below 32, or the model holds an operator that cannot be counted.
+        ValueError: if a side is below 32, or an operator of the model cannot be counted.
 
     Example:
         >>> from hatnet_core import create_model
@@ -122,7 +120,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> Flops:
 
 
 def example_image(model: nn.Module, height: int, width: int, batch: int = 1) -> Tensor:
-    """Zeros [batch, in_chans, H, W] of the dtype and on the device of the model's first parameter."""
+    """Create zeros [batch, in_chans, H, W] of the dtype and on the device of the model's first parameter."""
     weight = next(model.parameters())
     in_chans = getattr(model, "in_chans", 3)
     return torch.zeros(batch, in_chans, height, width, device=weight.device, dtype=weight.dtype)
@@ -133,10 +131,10 @@ def trace(module: nn.Module, x: Tensor) -> FlopCountAnalysis:
 
     Returns:
         fvcore's analysis, with the products of every ``scaled_dot_product_attention`` under ``attention``, and every
-        product with a weight under ``conv`` or ``linear``; what is not seen says ``hatnet_core.flop_handles``.
+        product with a weight under ``conv`` or ``linear``; ``hatnet_core.flop_handles`` lists what is not seen.
 
     Raises:
-        ValueError: if an operator may hold products and fvcore has no count of it.
+        ValueError: if an operator may multiply and has no handle.
     """
     analysis = FlopCountAnalysis(module, x)
     analysis.set_op_handle(**HANDLES)
@@ -149,17 +147,16 @@ def trace(module: nn.Module, x: Tensor) -> FlopCountAnalysis:
     unknown = sorted(name for name in analysis.unsupported_ops() if _may_multiply(name))
     if unknown:
         raise ValueError(
-            f"cannot count {', '.join(unknown)}: expected operators that fvcore counts, "
-            "scaled_dot_product_attention, or operators without products"
+            "operators must be counted by fvcore, be scaled_dot_product_attention or have no products, "
+            f"got {', '.join(unknown)}"
         )
     return analysis
 
 
 def stage_names(model: nn.Module) -> list[str]:
-    """Names of the parts of a model that compute, one level down.
+    """List the children of a model in order, with :data:`CONTAINERS` replaced by the modules in them.
 
-    The children of the model, in their order, with :data:`CONTAINERS` replaced by what they hold; of a model that
-    only wraps another one, those of the inner one. Parts without parameters are left out.
+    A model that only wraps another one has the children of the inner one. Parts without parameters are omitted.
     """
     prefix, module = "", model
     while len(children := list(module.named_children())) == 1 and children[0][0] not in CONTAINERS:
@@ -168,7 +165,7 @@ def stage_names(model: nn.Module) -> list[str]:
 
 
 def block_names(model: nn.Module) -> list[str]:
-    """Names of the parts of the parts that :func:`stage_names` gives; one without parts stands for itself."""
+    """List the children of each part that :func:`stage_names` lists, or the part where it has none."""
     names = []
     for stage in stage_names(model):
         names += [f"{stage}.{name}" for name in _parts(model.get_submodule(stage))] or [stage]
@@ -192,7 +189,7 @@ def _count(operators: Counter[str]) -> Count:
 
 
 def _may_multiply(operator: str) -> bool:
-    """Whether an operator without a handle has to be refused; torchvision's or one's own is, unless it is known."""
+    """Return whether to refuse an operator without a handle: outside PyTorch, or with a name that multiplies."""
     if operator in WITHOUT_PRODUCTS:
         return False
     namespace, _, name = operator.partition("::")
@@ -201,7 +198,7 @@ def _may_multiply(operator: str) -> bool:
 
 @contextmanager
 def _evaluation(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the training mode of every submodule as before outside."""
+    """Switch to evaluation mode, and restore the mode of every submodule."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
@@ -213,7 +210,7 @@ def _evaluation(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_fused_encoder() -> Iterator[None]:
-    """Torch's multi-head attention as its single products, not as the one operator it has for inference."""
+    """Run PyTorch's multi-head attention as single products, not as one fused operator for inference."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

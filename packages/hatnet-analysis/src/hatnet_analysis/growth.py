@@ -1,10 +1,12 @@
-"""How time and space of an attention grow with the image: MHSA, windows, spatial reduction and H-MHSA, measured.
+"""Measure how time and memory of MHSA, windows, spatial reduction and H-MHSA grow with the image.
 
 One attention layer on the map of stage 2, a quarter of the image's sides, with 64 channels and one head: the stage
-where the difference is largest. Each runs in two ways. ``materialised`` is the plain products, which hold the
-attention weights as a tensor and which the formulas of space speak of; ``fused`` is what a user gets, where the
-weights exist only in parts. Maps are in ``channels_last``, as the model lays them out between its layers. A point that
-would take too long or too much memory is left out, and says so.
+where the difference is largest. ``materialised`` runs the plain products, which keep the attention weights as a tensor
+and which the formulas of memory describe; ``fused`` is PyTorch's default, where the weights exist only in parts. Maps
+are in ``channels_last``, as between the layers of the model. A point that would take too long or too much memory is
+skipped, with the reason in its row.
+
+Functions of rows take those of :func:`growth`, measured now or read from the JSON of a report.
 """
 
 from __future__ import annotations
@@ -13,31 +15,22 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import combinations
+from functools import partial
+from itertools import combinations, product
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hatnet_analysis.complexity import (
-    attention_macs,
-    h_mhsa_bytes,
-    h_mhsa_macs_completed,
-    h_mhsa_weights,
-    mhsa_bytes,
-    mhsa_macs,
-    mhsa_weights,
-    reduction_bytes,
-    reduction_macs,
-    reduction_weights,
-    window_bytes,
-    window_macs,
-    window_weights,
-)
+from hatnet_analysis.complexity import Cost, attention_macs, h_mhsa_cost, mhsa_cost, reduction_cost, window_cost
 from hatnet_analysis.memory import peak_memory
+from hatnet_analysis.tables import Row, column, hidden, megabytes
 from hatnet_core.attention import Attention, HierarchicalAttention, WindowAttention, token_attention
 from hatnet_core.layers import GroupNorm
 
@@ -47,7 +40,7 @@ SIZES = (224, 320, 448, 640, 896, 1280, 2048)
 DIM = 64
 """C of stage 2 in Small, Medium and Large, which is one head there."""
 
-GRID_SIZE = POOL_SIZE = REDUCTION = WINDOW_SIZE = 8
+SIZE = 8
 """G1 and G2 of stage 2 (Table 1) and PVT's reduction there; the window is of G1's size, for comparison."""
 
 MAX_MACS = 1.5e12
@@ -59,6 +52,8 @@ MEMORY_SHARE = 0.6
 LARGEST = 8192
 """Side in pixels up to which the formulas are compared with each other."""
 
+FORMULAS = ("macs", "memory_formula")
+
 TIMES = ("seconds_fused", "seconds_materialised")
 
 MEASURED = (*TIMES, "memory_materialised")
@@ -66,8 +61,7 @@ MEASURED = (*TIMES, "memory_materialised")
 
 WAYS = {"materialised": SDPBackend.MATH, "fused": None}
 
-FIGURES = (("seconds", ""), ("seconds", "_lowest"), ("seconds", "_highest"), ("memory", ""))
-"""What is measured of a way; the name of the way is in between."""
+Rows = Sequence[Mapping[str, Any]]
 
 
 class SpatialReductionAttention(nn.Module):
@@ -98,50 +92,87 @@ class Contender:
     """One kind of attention.
 
     Attributes:
-        name: as in tables and figures.
+        name: in tables and figures.
         build: makes the layer.
-        macs: its multiply-adds on a map of H×W (Eq. 5, Eq. 15 or their relative).
-        weights: attention weights that it holds at once.
-        memory: bytes that it holds at the peak, as plain products.
+        cost: its formulas for a map of H×W, with C of :data:`DIM` and one head.
     """
 
     name: str
     build: Callable[[], nn.Module]
-    macs: Callable[[int, int], int]
-    weights: Callable[[int, int], int]
-    memory: Callable[[int, int], int]
+    cost: Callable[..., Cost]
+
+    def formula(self, quantity: str, size: int) -> int:
+        """Evaluate ``macs``, ``weights`` or ``memory_formula`` for a square image of side ``size``."""
+        cost = self.cost(size // 4, size // 4, DIM)
+        return int(getattr(cost, quantity.removesuffix("_formula")))
 
 
 CONTENDERS = (
-    Contender(
-        "MHSA",
-        lambda: Attention(DIM, DIM),
-        lambda h, w: mhsa_macs(h, w, DIM),
-        lambda h, w: mhsa_weights(h, w, 1),
-        lambda h, w: mhsa_bytes(h, w, DIM, 1),
-    ),
+    Contender("MHSA", lambda: Attention(DIM, DIM), mhsa_cost),
     Contender(
         "spatial reduction (PVT)",
-        lambda: SpatialReductionAttention(DIM, REDUCTION),
-        lambda h, w: reduction_macs(h, w, DIM, REDUCTION),
-        lambda h, w: reduction_weights(h, w, 1, REDUCTION),
-        lambda h, w: reduction_bytes(h, w, DIM, 1, REDUCTION),
+        lambda: SpatialReductionAttention(DIM, SIZE),
+        partial(reduction_cost, reduction=SIZE),
     ),
     Contender(
         "H-MHSA",
-        lambda: HierarchicalAttention(DIM, DIM, GRID_SIZE, POOL_SIZE),
-        lambda h, w: h_mhsa_macs_completed(h, w, DIM, GRID_SIZE, POOL_SIZE),
-        lambda h, w: h_mhsa_weights(h, w, 1, GRID_SIZE, POOL_SIZE),
-        lambda h, w: h_mhsa_bytes(h, w, DIM, 1, GRID_SIZE, POOL_SIZE),
+        lambda: HierarchicalAttention(DIM, DIM, SIZE, SIZE),
+        partial(h_mhsa_cost, grid_size=SIZE, pool_size=SIZE),
     ),
-    Contender(
-        "window (Swin)",
-        lambda: WindowAttention(DIM, DIM, WINDOW_SIZE),
-        lambda h, w: window_macs(h, w, DIM, WINDOW_SIZE),
-        lambda h, w: window_weights(h, w, 1, WINDOW_SIZE),
-        lambda h, w: window_bytes(h, w, DIM, 1, WINDOW_SIZE),
-    ),
+    Contender("window (Swin)", lambda: WindowAttention(DIM, DIM, SIZE), partial(window_cost, window_size=SIZE)),
 )
+
+
+@dataclass(kw_only=True)
+class GrowthRow(Row):
+    """One attention at one size: formulas, seconds of forward passes (median, extremes), peak bytes.
+
+    ``measured_macs`` are the multiply-adds counted. What is not measured is None, with the reason in ``not_measured``.
+    """
+
+    attention: str
+    size: int
+    height: int
+    width: int
+    macs: int = column("multiply-adds (G)", 1e9, 3)
+    weights: int = hidden()
+    memory_formula: int = megabytes("memory, formula")
+    seconds_materialised: float | None = column("time, materialised (s)", digits=4, default=None)
+    seconds_materialised_lowest: float | None = hidden(None)
+    seconds_materialised_highest: float | None = hidden(None)
+    memory_materialised: int | None = megabytes("memory, materialised", None)
+    seconds_fused: float | None = column("time, fused (s)", digits=4, default=None)
+    seconds_fused_lowest: float | None = hidden(None)
+    seconds_fused_highest: float | None = hidden(None)
+    memory_fused: int | None = megabytes("memory, fused", None)
+    measured_macs: int | None = column("measured (M)", 1e6, 2, default=None)
+    not_measured: str | None = None
+
+
+@dataclass(kw_only=True)
+class PowerRow(Row):
+    """Powers of the number of pixels that an attention grows with; 1 is linear, 2 quadratic, None not measured."""
+
+    attention: str
+    power_of_macs: float | None = column("multiply-adds", digits=2)
+    power_of_seconds_fused: float | None = column("time, fused", digits=2)
+    power_of_memory_fused: float | None = column("memory, fused", digits=2)
+    power_of_memory_materialised: float | None = column("memory, materialised", digits=2)
+
+
+@dataclass(kw_only=True)
+class CrossingRow(Row):
+    """The side in pixels from which on one attention, ``slower``, takes more of a quantity than another.
+
+    ``crossing`` is None where that order holds at every size compared, or where it is only known to begin
+    ``between`` two sizes, the first of them None if no size has the reverse order.
+    """
+
+    slower: str
+    faster: str
+    quantity: str
+    crossing: float | None = column("from this side on (pixels)", digits=0)
+    between: list[int | None] | None = column("from a side between (pixels)")  # noqa: RUF009  # a declaration
 
 
 def growth(
@@ -149,65 +180,55 @@ def growth(
     device: str = "cpu",
     rounds: int = 3,
     progress: Callable[[str], None] = lambda text: None,
-) -> list[dict[str, Any]]:
+) -> list[GrowthRow]:
     """Measure every contender at every size.
 
     Args:
         sizes: sides of square images in pixels, multiples of 32.
         device: ``cpu`` or ``cuda``.
-        rounds: timed passes of a point; the median counts, the extremes tell how far it is to be trusted.
-        progress: takes one line before each point.
-
-    Returns:
-        For each contender and size ``attention``, ``size``, ``height`` and ``width`` of the map, ``macs``, ``weights``
-        and ``memory_formula`` (bytes) by the formulas, ``measured_macs``, the same products counted, and, a way,
-        ``seconds_…`` with ``_lowest`` and ``_highest`` of the passes and ``memory_…`` (bytes, beyond input and
-        parameters), None where ``not_measured`` tells the reason.
+        rounds: timed passes of a point.
+        progress: called with one line before each point.
 
     Raises:
-        ValueError: if a size is no multiple of 32.
+        ValueError: if a size is not a positive multiple of 32.
     """
     for size in sizes:
         if size < 32 or size % 32:
             raise ValueError(f"sizes must be multiples of 32, got {size}")
     rows = []
-    for contender in CONTENDERS:
-        for size in sorted(set(sizes)):
-            progress(f"{contender.name} at {size}×{size}")
-            rows.append(_point(contender, size, torch.device(device), rounds))
+    for contender, size in product(CONTENDERS, sorted(set(sizes))):
+        progress(f"{contender.name} at {size}×{size}")
+        rows.append(_point(contender, size, torch.device(device), rounds))
     return rows
 
 
-def _point(contender: Contender, size: int, device: torch.device, rounds: int) -> dict[str, Any]:
+def _point(contender: Contender, size: int, device: torch.device, rounds: int) -> GrowthRow:
     side = size // 4
-    macs, memory = contender.macs(side, side), contender.memory(side, side)
-    row: dict[str, Any] = {"attention": contender.name, "size": size, "height": side, "width": side}
-    row |= {"macs": macs, "weights": contender.weights(side, side), "memory_formula": memory}
-    row |= {f"{what}_{way}{end}": None for way in WAYS for what, end in FIGURES}
-    row |= {"measured_macs": None, "not_measured": None}
+    formulas: dict[str, Any] = {
+        quantity: contender.formula(quantity, size) for quantity in ("macs", "weights", "memory_formula")
+    }
+    row = GrowthRow(attention=contender.name, size=size, height=side, width=side, **formulas)
     layer = contender.build().eval().to(device)
     x = torch.randn(1, DIM, side, side, device=device).contiguous(memory_format=torch.channels_last)
     for way, backend in WAYS.items():
-        reason = _too_much(macs, memory if way == "materialised" else 0, device)
-        if reason:
-            row["not_measured"] = f"{way}: {reason}" if row["not_measured"] is None else f"both ways: {reason}"
+        if reason := _too_much(row.macs, row.memory_formula if way == "materialised" else 0, device):
+            row.not_measured = f"{way}: {reason}" if row.not_measured is None else f"both ways: {reason}"
             continue
-        times, row[f"memory_{way}"] = _measure(layer, x, backend, rounds)
-        row[f"seconds_{way}"] = statistics.median(times)
-        row[f"seconds_{way}_lowest"], row[f"seconds_{way}_highest"] = min(times), max(times)
-        row["measured_macs"] = row["measured_macs"] or attention_macs(layer, side, side)
+        times, memory = _measure(layer, x, backend, rounds)
+        values = {"": statistics.median(times), "_lowest": min(times), "_highest": max(times)}
+        for end, seconds in values.items():
+            setattr(row, f"seconds_{way}{end}", seconds)
+        setattr(row, f"memory_{way}", memory)
+        row.measured_macs = row.measured_macs or attention_macs(layer, side, side)
     return row
 
 
 def _measure(layer: nn.Module, x: Tensor, backend: SDPBackend | None, rounds: int) -> tuple[list[float], int]:
-    """Seconds of forward passes, and the peak bytes of one."""
+    """Return the seconds of forward passes, and the peak bytes of one."""
 
     def run() -> None:
-        if backend is None:
+        with nullcontext() if backend is None else sdpa_kernel(backend):
             layer(x)
-        else:
-            with sdpa_kernel(backend):
-                layer(x)
         if x.is_cuda:
             torch.cuda.synchronize()
 
@@ -222,7 +243,7 @@ def _measure(layer: nn.Module, x: Tensor, backend: SDPBackend | None, rounds: in
 
 
 def _too_much(macs: int, memory: int, device: torch.device) -> str | None:
-    """Why a point is left out: what it computes, or the bytes it would hold."""
+    """Return why a point is skipped: its multiply-adds, or the bytes that it would take."""
     if device.type == "cpu" and macs > MAX_MACS:
         return f"{macs:.1e} multiply-adds"
     if device.type == "cuda":
@@ -232,93 +253,94 @@ def _too_much(macs: int, memory: int, device: torch.device) -> str | None:
     return f"{memory / 1e9:.0f} GB" if memory > MEMORY_SHARE * free else None
 
 
-def fastest_rate(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Multiply-adds a second of the point that reached most, of all contenders, sizes and ways.
+def points(rows: Rows, contender: Contender, quantity: str) -> dict[int, float]:
+    """Return what was measured of a contender, by size."""
+    return {row["size"]: row[quantity] for row in rows if row["attention"] == contender.name and row[quantity]}
+
+
+def fastest_rate(rows: Rows) -> float | None:
+    """Return the multiply-adds per second of the fastest point of all; None where nothing was timed.
 
     With this one scale the multiply-adds of every contender become the least time that they could take here.
-
-    Args:
-        rows: of :func:`growth`.
-
-    Returns:
-        None where nothing was timed.
     """
     rates = (row["macs"] / row[f"seconds_{way}"] for row in rows for way in WAYS if row[f"seconds_{way}"])
     return max(rates, default=None)
 
 
-def crossings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """From which size on one contender is dearer than another.
+def exponents(rows: Rows) -> list[PowerRow]:
+    """Return the growth of each contender between the two largest sizes measured."""
+    return [
+        PowerRow(
+            attention=contender.name,
+            **{
+                f"power_of_{quantity}": _power(points(rows, contender, quantity))
+                for quantity in ("macs", "seconds_fused", "memory_fused", "memory_materialised")
+            },
+        )
+        for contender in CONTENDERS
+    ]
 
-    Args:
-        rows: of :func:`growth`.
 
-    Returns:
-        For each pair of contenders and each ``quantity`` (``macs`` and ``memory_formula`` by the formulas, measured
-        ``seconds_fused``, ``seconds_materialised`` and ``memory_materialised``) the ``dearer`` and the ``cheaper`` one
-        at the largest size compared, and the side of the square image in pixels from which on this order holds,
-        ``crossing``, a real number; None where it holds at every size compared. Times are only compared at sizes
-        where the passes of one are all slower than those of the other; where other sizes lie between the last one
-        of the reverse order and the first from which on this order holds, there is no ``crossing``, but these two
-        sizes stand in ``between``, the first of them None where no size has the reverse order. Formulas are compared
-        up to :data:`LARGEST`. A pair is left out where no size was measured of both, or where the order at the
-        largest is open.
+def _power(series: Mapping[int, float]) -> float | None:
+    if len(series) < 2:
+        return None
+    (a, low), (b, high) = list(series.items())[-2:]
+    return math.log(high / low) / math.log((b / a) ** 2)
+
+
+def crossings(rows: Rows) -> list[CrossingRow]:
+    """Find the size from which on one contender is slower, or larger, than another.
+
+    Formulas are compared up to :data:`LARGEST`, measured quantities at the sizes measured. Times are only compared at
+    sizes where the passes of one are all slower than those of the other. A pair is omitted where no size was measured
+    of both, or where the order at the largest is open.
     """
     found = []
-    for first, second in combinations(CONTENDERS, 2):
-        for quantity in ("macs", "memory_formula", *MEASURED):
-            compare = _measured_change if quantity in MEASURED else _formula_change
-            first_is_dearer, crossing, between = compare(first, second, quantity, rows)
-            if first_is_dearer is not None:
-                dearer, cheaper = (first, second) if first_is_dearer else (second, first)
-                pair = {"dearer": dearer.name, "cheaper": cheaper.name}
-                found.append({**pair, "quantity": quantity, "crossing": crossing, "between": between})
+    for pair, quantity in product(combinations(CONTENDERS, 2), (*FORMULAS, *MEASURED)):
+        if quantity in FORMULAS:
+            order, crossing = _formula_change(*pair, quantity)
+            between = None
+        else:
+            order, crossing, between = _measured_change(*pair, quantity, rows)
+        if order:
+            slower, faster = pair if order > 0 else pair[::-1]
+            names = {"slower": slower.name, "faster": faster.name}
+            found.append(CrossingRow(**names, quantity=quantity, crossing=crossing, between=between))
     return found
 
 
-def by_formula(contender: Contender, quantity: str, size: int) -> int:
-    """``macs`` or ``memory_formula`` of a contender for a square image of side ``size``, a multiple of 32."""
-    formula = contender.macs if quantity == "macs" else contender.memory
-    return formula(size // 4, size // 4)
+def _formula_change(first: Contender, second: Contender, quantity: str) -> tuple[float, float | None]:
+    """Return the sign of first − second at the largest size, and the size from which on it holds, None if always.
 
-
-def points(rows: Sequence[dict[str, Any]], contender: Contender, quantity: str) -> dict[int, float]:
-    """What was measured of a contender, by size."""
-    return {row["size"]: row[quantity] for row in rows if row["attention"] == contender.name and row[quantity]}
-
-
-Change = tuple[bool | None, float | None, list[int | None] | None]
-"""Whether the first is the dearer one in the end, None if that is open; the size from which on, None if always; the
-sizes that it lies between, if no more is clear."""
-
-
-def _formula_change(first: Contender, second: Contender, quantity: str, _: Sequence[dict[str, Any]]) -> Change:
-    """Multiply-adds a position are linear in the number of positions, so that between two sizes no root is missed."""
+    Multiply-adds per position are linear in the number of positions, so that no root between two sizes is missed.
+    """
     sizes = range(32, LARGEST + 1, 32)
-    differences = [by_formula(first, quantity, size) - by_formula(second, quantity, size) for size in sizes]
-    squares = [float(size**2) for size in sizes]
-    dearer, square = _last_change(squares, [d / square for d, square in zip(differences, squares, strict=True)])
-    return dearer, None if square is None else math.sqrt(square), None
+    squares = [size**2 for size in sizes]
+    differences = [first.formula(quantity, size) - second.formula(quantity, size) for size in sizes]
+    square = _last_root(squares, np.divide(differences, squares))
+    return differences[-1], None if square is None else math.sqrt(square)
 
 
-def _measured_change(first: Contender, second: Contender, quantity: str, rows: Sequence[dict[str, Any]]) -> Change:
-    """Between two sizes the quotient is taken as a power of the size."""
+def _measured_change(
+    first: Contender, second: Contender, quantity: str, rows: Rows
+) -> tuple[int, float | None, list[int | None] | None]:
+    """Return the same and, if no more is clear, the two sizes between which the order changes."""
     ours, theirs = (points(rows, contender, quantity) for contender in (first, second))
     sizes = sorted(ours.keys() & theirs.keys())
-    orders = [_order(first, second, quantity, rows, size) for size in sizes]
-    if not orders or not orders[-1]:
-        return None, None, None
-    reverse = max((i for i, order in enumerate(orders) if order == -orders[-1]), default=-1)
-    since = 1 + max((i for i, order in enumerate(orders) if order != orders[-1]), default=-1)
+    orders = np.array([_order(first, second, quantity, rows, size) for size in sizes])
+    if not orders.size or not orders[-1]:
+        return 0, None, None
+    order = int(orders[-1])
+    reverse, since = _last(orders == -order), _last(orders != order) + 1
     if since > reverse + 1:
-        return orders[-1] > 0, None, [sizes[reverse] if reverse >= 0 else None, sizes[since]]
-    sizes = sizes[max(reverse, 0) :]
-    dearer, log = _last_change([math.log(size) for size in sizes], [math.log(ours[s] / theirs[s]) for s in sizes])
-    return dearer, None if log is None else math.exp(log), None
+        return order, None, [sizes[reverse] if reverse >= 0 else None, sizes[since]]
+    sizes = sizes[max(reverse, 0) :]  # between two sizes the quotient is a power of the size
+    log = _last_root(np.log(sizes), np.log([ours[size] / theirs[size] for size in sizes]))
+    return order, None if log is None else math.exp(log), None
 
 
-def _order(first: Contender, second: Contender, quantity: str, rows: Sequence[dict[str, Any]], size: int) -> int:
-    """1 where the first is dearer at a size, -1 where the second is, 0 where the spreads of their times overlap."""
+def _order(first: Contender, second: Contender, quantity: str, rows: Rows, size: int) -> int:
+    """Return the sign of first − second at a size, 0 where the spreads of their times overlap."""
     low, high = (f"{quantity}_lowest", f"{quantity}_highest") if quantity in TIMES else (quantity, quantity)
     (our_low, our_high), (their_low, their_high) = (
         (points(rows, contender, low)[size], points(rows, contender, high)[size]) for contender in (first, second)
@@ -326,47 +348,23 @@ def _order(first: Contender, second: Contender, quantity: str, rows: Sequence[di
     return (our_low > their_high) - (our_high < their_low)
 
 
-def _last_change(places: Sequence[float], values: Sequence[float]) -> tuple[bool | None, float | None]:
-    """Whether the last value is above zero, and the place of its last root, on straight lines between the places."""
-    if not values or values[-1] == 0:
-        return None, None
-    above = values[-1] > 0
-    other = [i for i, value in enumerate(values) if value == 0 or (value > 0) != above]
-    if not other:
-        return above, None
-    (a, b), (low, high) = places[other[-1] : other[-1] + 2], values[other[-1] : other[-1] + 2]
-    return above, a + (b - a) * -low / (high - low)
+def _last_root(places: ArrayLike, values: ArrayLike) -> float | None:
+    """Return where values interpolated over places last change their sign; None where they never do."""
+    x, y = np.asarray(places, float), np.asarray(values, float)
+    y = y * np.sign(y[-1])
+    i = _last(y <= 0)
+    return None if i < 0 else float(np.interp(0, y[i : i + 2], x[i : i + 2]))
 
 
-def exponents(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How a measured quantity grows: the power of the number of pixels between the two largest sizes measured.
-
-    Args:
-        rows: of :func:`growth`.
-
-    Returns:
-        For each contender ``attention``, and ``power_of_…`` of ``macs`` (by the formula), ``seconds_fused``,
-        ``memory_fused`` and ``memory_materialised``; 1 is linear in the number of pixels, 2 quadratic, None
-        where fewer than two sizes were measured.
-    """
-    table = []
-    for contender in CONTENDERS:
-        row: dict[str, Any] = {"attention": contender.name}
-        for quantity in ("macs", "seconds_fused", "memory_fused", "memory_materialised"):
-            found = list(points(rows, contender, quantity).items())
-            row[f"power_of_{quantity}"] = None
-            if len(found) > 1:
-                (a, low), (b, high) = found[-2:]
-                row[f"power_of_{quantity}"] = math.log(high / low) / math.log((b / a) ** 2)
-        table.append(row)
-    return table
+def _last(mask: np.ndarray) -> int:
+    return int(np.flatnonzero(mask)[-1]) if mask.any() else -1
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def summary(rows: Rows) -> dict[str, Rows]:
     """Return the rows of :func:`growth`, their :func:`exponents` and the :func:`crossings` that exist, by title."""
-    crossed = [row for row in crossings(rows) if row["crossing"] is not None or row["between"]]
+    crossed = [row for row in crossings(rows) if row.crossing is not None or row.between]
     return {
         "Growth with the image": rows,
         "Power of the number of pixels, between the two largest sizes": exponents(rows),
-        "From where on one costs more than the other": crossed,
+        "Crossover points": crossed,
     }

@@ -1,8 +1,7 @@
-"""Peak memory of a piece of work: what PyTorch's allocator holds at most beyond what it held before.
+"""Peak memory of a function: the most that PyTorch allocates beyond what was allocated before.
 
-On a GPU the caching allocator keeps the figure itself, scratch space that PyTorch hands to cuDNN and cuBLAS included.
-On a CPU the profiler reports every allocation of PyTorch's own and its release; what oneDNN allocates for itself is
-not among them, nor is the release of what existed before.
+On a GPU the caching allocator records it, including scratch space for cuDNN and cuBLAS. On a CPU the profiler reports
+PyTorch's own allocations and releases, but neither oneDNN's nor releases of what existed before.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages, about starting and stopping
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's own messages
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes that PyTorch's allocator holds at most while ``work`` runs, beyond those that it holds before.
+    """Measure the peak of bytes allocated while ``work`` runs, minus those allocated before.
 
-    What existed before and is released meanwhile makes room on a GPU, and none on a CPU.
+    A tensor that existed before and is released meanwhile makes room on a GPU, but not on a CPU.
 
     Args:
-        work: runs once; its time is of no use, since a profiler watches it on a CPU.
-        device: where its tensors are, ``cpu`` or ``cuda``.
+        work: runs once, on a CPU under a profiler, so that its time is not representative.
+        device: of its tensors, ``cpu`` or ``cuda``.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

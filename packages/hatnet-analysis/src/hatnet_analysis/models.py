@@ -1,6 +1,6 @@
-"""Models by name: ours, ``timm/…``, and whatever a config of MMDetection or MMSegmentation describes.
+"""Models by name: ours, ``timm/…``, and configs of MMDetection or MMSegmentation.
 
-timm and hatnet-dense are optional, and imported only for a name that asks for them. All weights are random, nothing is
+timm and hatnet-dense are optional, and imported only for a name that needs them. All weights are random, nothing is
 downloaded.
 """
 
@@ -27,10 +27,10 @@ def load_model(name: str, size: tuple[int, int] | None = None) -> nn.Module:
     """Build a model with random weights, for images of one size.
 
     Args:
-        name: ``hatnet_small`` or any other of :func:`hatnet_core.list_models`; ``timm/resnet50``, with a tag of timm's
-            or without; a config of hatnet-dense by its name, of MMDetection or MMSegmentation as
-            ``mmdet::retinanet/…py``, or its file.
-        size: height and width in pixels, for those models of timm that are bound to one; their own by default.
+        name: ``hatnet_small`` or another name from :func:`hatnet_core.list_models`; ``timm/resnet50``, with or without
+            a tag; a config of hatnet-dense by its name, of MMDetection or MMSegmentation as ``mmdet::retinanet/…py``,
+            or its file.
+        size: height and width in pixels, for models of timm with a fixed size; their own by default.
 
     Raises:
         ValueError: if the name is unknown, or the model refuses the size.
@@ -40,13 +40,12 @@ def load_model(name: str, size: tuple[int, int] | None = None) -> nn.Module:
 
 
 def check_name(name: str) -> str:
-    """``name``; raises what :func:`load_model` would, as far as that shows without building the model."""
+    """Return ``name``; raise the errors of :func:`load_model` that are known without building the model."""
     _builder(name)
     return name
 
 
 def _builder(name: str) -> Callable[[tuple[int, int] | None], nn.Module]:
-    """What builds the model of a name."""
     if name in list_models(ablations=True):
         return lambda size: create_model(name)
     if name.startswith("timm/"):
@@ -56,7 +55,7 @@ def _builder(name: str) -> Callable[[tuple[int, int] | None], nn.Module]:
     known = list_models(ablations=True)
     alike = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {alike[0]}?" if alike else ""
-    raise ValueError(f"unknown model {name!r}; expected {FORMS.format(ours=', '.join(list_models()))}{hint}")
+    raise ValueError(f"model must be {FORMS.format(ours=', '.join(list_models()))}, got {name!r}{hint}")
 
 
 def _timm_builder(name: str) -> Callable[[tuple[int, int] | None], nn.Module]:
@@ -67,10 +66,10 @@ def _timm_builder(name: str) -> Callable[[tuple[int, int] | None], nn.Module]:
     if not timm.is_model(name):
         alike = ", ".join(f"timm/{found}" for found in difflib.get_close_matches(name, timm.list_models(), n=3))
         close = f", such as {alike}" if alike else ""
-        raise ValueError(f"unknown model 'timm/{name}'; expected timm/ and a name of timm.list_models(){close}")
+        raise ValueError(f"model must be timm/ and a name from timm.list_models(){close}, got 'timm/{name}'")
     tagged = timm.models.get_arch_pretrained_cfgs(name.partition(".")[0])
     if "." in name and name not in tagged:
-        raise ValueError(f"unknown model 'timm/{name}'; expected a tag that timm knows: {', '.join(tagged) or 'none'}")
+        raise ValueError(f"tag of a model must be one of {', '.join(tagged) or 'none'}, got 'timm/{name}'")
 
     def build(size: tuple[int, int] | None) -> nn.Module:
         model: nn.Module = timm.create_model(name)
@@ -86,7 +85,7 @@ def _timm_builder(name: str) -> Callable[[tuple[int, int] | None], nn.Module]:
 
 
 def _is_dense_config(name: str) -> bool:
-    """Whether hatnet-dense has a config of this name; looked up without importing it, which takes seconds."""
+    """Return whether hatnet-dense has a config of this name, without importing it, which takes seconds."""
     spec = find_spec("hatnet_dense")
     folders = (spec.submodule_search_locations if spec else None) or []
     return any(Path(folder, "configs", f"{name}.py").is_file() for folder in folders if Path(name).name == name)
@@ -100,11 +99,11 @@ def _dense_builder(name: str) -> Callable[[tuple[int, int] | None], nn.Module]:
 
 
 def with_backbone(head: str, backbone: str) -> nn.Module:
-    """A detector or segmenter of one config with the backbone of another, as the paper's Tables 3 and 4 exchange it.
+    """Build the detector or segmenter of one config with the backbone of another, as in Tables 3 and 4.
 
     Args:
-        head: config of MMDetection or MMSegmentation, all of which is kept but the backbone and the neck's inputs.
-        backbone: the config whose backbone it gets, of either library.
+        head: config of MMDetection or MMSegmentation, unchanged but for the backbone and the neck's inputs.
+        backbone: config of either library, whose backbone is taken.
 
     Raises:
         ImportError: if hatnet-dense is not installed.
@@ -118,11 +117,7 @@ def with_backbone(head: str, backbone: str) -> nn.Module:
 
 
 def classifier(backbone: str) -> nn.Module:
-    """The backbone of a config under a global average pool and a linear layer of ImageNet's 1000 classes.
-
-    Args:
-        backbone: config of MMDetection or MMSegmentation.
-    """
+    """Build a classifier of ImageNet's 1000 classes: a config's backbone, average pool and a linear layer."""
     from mmengine.registry import MODELS, init_default_scope
 
     _dense_config(backbone)
@@ -151,7 +146,7 @@ def _dense_config(name: str) -> Any:
 
 
 def _scoped_backbone(name: str) -> Any:
-    """The backbone of a config, its type with the name of its library, without the weights it would load."""
+    """Return the backbone of a config, its type prefixed with its library, without pretrained weights."""
     config = _dense_config(name)
     backbone = config.model.backbone
     import_module(f"{config.default_scope}.models")  # registers it
@@ -162,16 +157,16 @@ def _scoped_backbone(name: str) -> Any:
 
 
 def _backbone_channels(name: str) -> list[int]:
-    """Channels of the maps that a config's neck takes, or, without one, its decode head."""
+    """Return the channels of the maps that a config's neck takes, or, without one, its decode head."""
     model = _dense_config(name).model
     return list(model.get("neck", model.get("decode_head")).in_channels)
 
 
 @contextmanager
 def refusals(name: str, size: tuple[int, int], batch: int = 1) -> Iterator[None]:
-    """Whatever a model raises while it is built or run, as a ValueError of one line that names model and size.
+    """Turn any error of a model that is built or run into a ValueError of one line that names model and size.
 
-    A ValueError, ImportError or OSError that names the model passes as it is.
+    A ValueError, ImportError or OSError that names the model passes unchanged.
     """
     try:
         yield
@@ -187,16 +182,15 @@ def _refusal(name: str, size: tuple[int, int], batch: int, error: Exception) -> 
     images = f"{batch} images of " if batch > 1 else ""
     refused = f"cannot run {name} at {images}{size[0]}×{size[1]}"
     reason = str(error).strip().partition("\n")[0]
-    if reason and isinstance(error, ValueError | ImportError | OSError):  # it says what was expected
+    if reason and isinstance(error, ValueError | ImportError | OSError):  # names what was expected
         return ValueError(f"{refused}: {reason}")
     if not reason or isinstance(error, LookupError | TypeError | AttributeError):
-        reason = f"{type(error).__name__}: {reason}".removesuffix(": ")  # a message that says little without
-    expected = "a batch and a size that it takes and that fit" if batch > 1 else "a size that it takes and that fits"
-    return ValueError(f"{refused}, expected {expected}: {reason}")
+        reason = f"{type(error).__name__}: {reason}".removesuffix(": ")  # such a message needs its type
+    return ValueError(f"{refused}: {reason}")
 
 
 def on_meta(name: str) -> nn.Module:
-    """The model of a name at its own size, without storage for its weights where its kind allows; to count them."""
+    """Build a model at its own size, on the meta device where its kind allows, to count its parameters."""
     if name in list_models(ablations=True):
         with torch.device("meta"):
             return create_model(name)

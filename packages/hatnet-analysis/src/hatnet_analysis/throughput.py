@@ -1,7 +1,7 @@
-"""How many images a second models take, side by side, and what they need for it.
+"""Measure the throughput, latency and memory of models that take turns.
 
-Every round runs all models, one after the other, and begins with another one each time; a ratio is formed within a
-round, so that what slows the machine for a while slows both sides of it. Only ratios mean anything on another machine.
+Every round runs all models and begins with another one each time. Ratios are formed within a round, so that a slow
+phase of the machine slows both sides. Only ratios carry over to another machine.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from hatnet_analysis.flops import count_flops, count_params
 from hatnet_analysis.memory import peak_memory
 from hatnet_analysis.models import load_model, refusals
-from hatnet_analysis.peers import table_2
+from hatnet_analysis.paper import printed
+from hatnet_analysis.tables import Row, column, hidden, megabytes
 from hatnet_core.devices import pick_device
+
+Progress = Callable[[str], None]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-PERCENTILES = (50, 95, 99)
-
 OTHER_TOP1 = {"timm/convnext_tiny": 82.1, "timm/convnext_small": 83.1, "timm/convnext_base": 83.8}
-"""Top-1 at 224×224 of models beside Table 2, from their own paper (Liu et al., CVPR 2022, Table 1)."""
+"""Top-1 at 224×224 of models that Table 2 lacks, from their own paper (Liu et al., CVPR 2022, Table 1)."""
 
 COMPARED = (
     "hatnet_tiny",
@@ -45,23 +46,23 @@ COMPARED = (
     "timm/convnext_tiny",
     "timm/convnext_small",
 )
-"""What :func:`compare` compares unless told otherwise: models of about the FLOPs of ours."""
+"""Models that :func:`compare` compares by default, of about the FLOPs of ours."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """Settings of a measurement of speed.
 
     Attributes:
-        device: ``cpu``, or ``cuda`` with or without an index.
-        batch: images of one step.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        batch: images per step.
         size: height and width in pixels.
         dtype: ``float32``, or one of the others under autocast.
-        compile: whether ``torch.compile`` is used; compiling belongs to the warm-up.
+        compile: whether to use ``torch.compile``; compiling is part of the warm-up.
         train: whether a step is forward, backward and AdamW instead of forward alone.
-        channels_last: whether images and weights are in that memory format.
-        rounds: how often every model has its turn.
-        seconds: how long one turn lasts at least.
+        channels_last: memory format of images and weights.
+        rounds: turns of each model.
+        seconds: least duration of a turn.
     """
 
     device: str = "cpu"
@@ -75,6 +76,45 @@ class Settings:
     seconds: float = 1.0
 
 
+@dataclass(kw_only=True)
+class SpeedRow(Row):
+    """Speed of a model: medians over the rounds with their extremes, and percentiles of single steps.
+
+    Peak memory is that of a step in bytes, beyond weights, images and optimizer state. Ratios are to the first model.
+    """
+
+    model: str
+    device: str = hidden()
+    batch: int
+    height: int
+    width: int
+    dtype: str = hidden()
+    mode: str = hidden()
+    compile: bool = hidden()
+    channels_last: bool = hidden()
+    params: int = column("params (M)", 1e6, 2)
+    rounds: int = hidden()
+    images_per_second: float = column("images/s", digits=1)
+    images_per_second_lowest: float = column("lowest", digits=1)
+    images_per_second_highest: float = column("highest", digits=1)
+    latency_ms_p50: float = column("p50 (ms)", digits=1)
+    latency_ms_p95: float = column("p95 (ms)", digits=1)
+    latency_ms_p99: float = column("p99 (ms)", digits=1)
+    peak_memory: int = megabytes("peak memory beyond weights, images and optimizer state")
+    ratio: float = column("ratio", digits=2)
+    ratio_lowest: float = hidden()
+    ratio_highest: float = hidden()
+
+
+@dataclass(kw_only=True)
+class PeerSpeedRow(SpeedRow):
+    """Speed, FLOPs and the papers' top-1, None for an unknown model or another size of image."""
+
+    flops_paper: int = column("FLOPs, paper (G)", 1e9, 2)
+    flops_complete: int = column("FLOPs, complete (G)", 1e9, 2)
+    paper_top1: float | None = column("top-1, the papers' (%)")
+
+
 @dataclass
 class _Contender:
     name: str
@@ -86,23 +126,17 @@ class _Contender:
 
 
 def measure_throughput(
-    names: Sequence[str], settings: Settings, progress: Callable[[str], None] = lambda text: None
-) -> list[dict[str, Any]]:
+    names: Sequence[str], settings: Settings, progress: Progress = lambda text: None
+) -> list[SpeedRow]:
     """Measure models in turns.
 
     Args:
-        names: as for :func:`hatnet_analysis.models.load_model`; ratios are against the first.
-        settings: how.
-        progress: takes one line before each piece of work.
-
-    Returns:
-        A row for each model: the settings, ``params``, ``images_per_second`` (median over the rounds) with its
-        ``_lowest`` and ``_highest``, ``latency_ms_p50``, ``_p95`` and ``_p99`` of single steps, ``peak_memory``
-        (bytes that a step holds at most beyond weights, images and optimizer state, which exist before it), ``ratio``
-        of images a second to the first model, and its extremes.
+        names: models of :func:`hatnet_analysis.load_model`; ratios are to the first.
+        settings: how to measure.
+        progress: called with one line before each piece of work.
 
     Raises:
-        ValueError: if the device is not there, or a model cannot run so.
+        ValueError: if the device is missing, or a model cannot run with these settings.
     """
     device = checked_device(settings.device)
     contenders = []
@@ -117,40 +151,29 @@ def measure_throughput(
     return [_row(contender, contenders[0], settings) for contender in contenders]
 
 
-def compare(
-    names: Sequence[str], settings: Settings, progress: Callable[[str], None] = lambda text: None
-) -> list[dict[str, Any]]:
-    """Throughput joined with FLOPs and with the top-1 that the papers state.
-
-    Args:
-        names: as for :func:`measure_throughput`.
-        settings: likewise.
-        progress: likewise.
-
-    Returns:
-        The rows of :func:`measure_throughput` with ``flops_paper``, ``flops_complete`` and ``paper_top1``, None for
-        models of no known paper and at sizes other than that of the paper's figure.
-    """
-    rows = measure_throughput(names, settings, progress)
-    for row in rows:
-        progress(f"counting {row['model']}")
-        with refusals(row["model"], settings.size):
-            total = count_flops(load_model(row["model"], settings.size), *settings.size).total
-        row |= {"flops_paper": total.paper, "flops_complete": total.complete}
-        row["paper_top1"] = paper_top1(row["model"], settings.size)
+def compare(names: Sequence[str], settings: Settings, progress: Progress = lambda text: None) -> list[PeerSpeedRow]:
+    """Join throughput with FLOPs and the papers' top-1; arguments as for :func:`measure_throughput`."""
+    rows = []
+    for row in measure_throughput(names, settings, progress):
+        name = row["model"]
+        progress(f"counting {name}")
+        with refusals(name, settings.size):
+            total = count_flops(load_model(name, settings.size), *settings.size).total
+        counts: dict[str, Any] = {"flops_paper": total.paper, "flops_complete": total.complete}
+        rows.append(PeerSpeedRow(**row, **counts, paper_top1=paper_top1(name, settings.size)))
     return rows
 
 
 def paper_top1(name: str, size: tuple[int, int]) -> float | None:
-    """ImageNet top-1 (%) as Table 2 or the model's own paper states it for this size of image; not measured here."""
-    # of a model that Table 2 has twice, the row with a star, its own paper's training, stands before the other
-    printed = {(row.source, row.size): row.accuracy["top-1"] for row in table_2()}
-    others = {(model, (224, 224)): top1 for model, top1 in OTHER_TOP1.items()}
-    return (others | printed).get((name, size))
+    """Return the ImageNet top-1 (%) in Table 2 or the model's own paper at this size of image; not measured here."""
+    # of a model that Table 2 has twice, the second row replaces the one with a star, its own paper's training
+    known = {(model, (224, 224)): top1 for model, top1 in OTHER_TOP1.items()}
+    known |= {(row.source, row.size): row.accuracy["top-1"] for row in printed("2")}
+    return known.get((name, size))
 
 
 def checked_device(name: str) -> torch.device:
-    """A device that is there and whose memory is measured here; ``auto`` as for ``pick_device``.
+    """Return a device that exists and whose memory can be measured; ``auto`` as for ``pick_device``.
 
     Raises:
         ValueError: naming it otherwise.
@@ -176,7 +199,7 @@ def _contender(name: str, settings: Settings, device: torch.device) -> _Contende
 
 
 def _step(model: nn.Module, settings: Settings, device: torch.device) -> Callable[[], None]:
-    """What runs one batch and returns when it is done."""
+    """Return a function that runs one batch and waits for it."""
     memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=memory_format).train(settings.train)  # type: ignore[call-overload]  # one format for all
     in_chans = getattr(model, "in_chans", 3)
@@ -225,7 +248,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _turn(contender: _Contender, settings: Settings) -> None:
-    """Steps until the turn has lasted long enough, at least two."""
+    """Run steps until the turn has lasted long enough, at least two."""
     times: list[float] = []
     while len(times) < 2 or sum(times) < settings.seconds:
         start = time.perf_counter()
@@ -235,17 +258,26 @@ def _turn(contender: _Contender, settings: Settings) -> None:
     contender.latencies += times
 
 
-def _row(contender: _Contender, first: _Contender, settings: Settings) -> dict[str, Any]:
-    rates = contender.rates
-    ratios = [a / b for a, b in zip(rates, first.rates, strict=True)]
-    row: dict[str, Any] = {"model": contender.name, "device": settings.device, "batch": settings.batch}
-    row |= {"height": settings.size[0], "width": settings.size[1], "dtype": settings.dtype}
-    row |= {"mode": "training" if settings.train else "inference", "compile": settings.compile}
-    row |= {"channels_last": settings.channels_last, "params": contender.params, "rounds": settings.rounds}
-    row |= _spread("images_per_second", rates)
+def _row(contender: _Contender, first: _Contender, settings: Settings) -> SpeedRow:
+    ratios = [a / b for a, b in zip(contender.rates, first.rates, strict=True)]
     milliseconds = torch.tensor(contender.latencies) * 1e3
-    row |= {f"latency_ms_p{p}": milliseconds.quantile(p / 100).item() for p in PERCENTILES}
-    return row | {"peak_memory": contender.peak_memory} | _spread("ratio", ratios)
+    return SpeedRow(
+        model=contender.name,
+        device=settings.device,
+        batch=settings.batch,
+        height=settings.size[0],
+        width=settings.size[1],
+        dtype=settings.dtype,
+        mode="training" if settings.train else "inference",
+        compile=settings.compile,
+        channels_last=settings.channels_last,
+        params=contender.params,
+        rounds=settings.rounds,
+        peak_memory=contender.peak_memory,
+        **{f"latency_ms_p{p}": milliseconds.quantile(p / 100).item() for p in (50, 95, 99)},
+        **_spread("images_per_second", contender.rates),
+        **_spread("ratio", ratios),
+    )
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float]:

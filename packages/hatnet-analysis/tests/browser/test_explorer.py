@@ -103,7 +103,7 @@ def screenshot(page, name):
 
 
 def picture(page, name):
-    """What is drawn on a canvas, as [HEIGHT, WIDTH, 3]."""
+    """Pixels of a canvas, as [HEIGHT, WIDTH, 3]."""
     url = page.locator(f"#explorer-{name}").evaluate("canvas => canvas.toDataURL()")
     drawn = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
     assert drawn.size == (WIDTH, HEIGHT)
