@@ -402,7 +402,7 @@ def attended(qkv, num_heads, grid_size):
 def check_grid_attention(batch, heads, head_dim, size, grid_size, dtype, layout=torch.channels_last):
     qkv = (1.5 * torch.randn(batch, 3 * heads * head_dim, *size)).to(dtype).contiguous(memory_format=layout)
     arguments = {"num_heads": heads, "grid_size": grid_size}
-    assert triton_attention.takes(qkv, **arguments)
+    assert triton_attention.supports(qkv, **arguments)
     fast = functools.partial(triton_attention.grid_attention, **arguments)
     # the weights and their gradient are rounded too, before they enter products
     agree(fast, functools.partial(attended, **arguments), [qkv], dtype, roundings=2.0)
@@ -454,7 +454,7 @@ def test_grid_attention_of_any_shape(heads, head_dim, size, grid_size):
 )
 def test_grid_attention_refuses_what_it_has_no_room_for(grid_size, head_dim, dtype):
     qkv = torch.zeros(1, 3 * head_dim, 20, 20, dtype=dtype, device=DEVICE)
-    assert not triton_attention.takes(qkv, 1, grid_size)
+    assert not triton_attention.supports(qkv, 1, grid_size)
     with raises(ValueError, "grids", grid_size, head_dim, dtype):
         triton_attention.grid_attention(qkv, 1, grid_size)
 
@@ -482,7 +482,7 @@ def check_pooled_attention(batch, heads, head_dim, size, pooled, dtype, residual
     channels = heads * head_dim
     tensors = [1.5 * torch.randn(batch, channels, *size), 1.5 * torch.randn(batch, 2 * channels, *pooled)]
     tensors = [t.to(dtype) for t in tensors] + [torch.randn(batch, channels, *size)] * residual
-    assert triton_attention.takes_pooled(*tensors[:2], heads)
+    assert triton_attention.supports_pooled(*tensors[:2], heads)
 
     def fast(q, kv, *added):
         return triton_attention.pooled_attention(q, kv, heads, *added)
@@ -506,7 +506,7 @@ def test_pooled_attention_adds_a_residual_of_another_dtype(dtype):
 @elsewhere
 def test_pooled_attention_refuses_more_pooled_positions_than_it_has_room_for():
     q, kv = (torch.zeros(1, c, 5, 13, device=DEVICE, dtype=torch.float16) for c in (16, 32))
-    assert not triton_attention.takes_pooled(q, kv, 1)
+    assert not triton_attention.supports_pooled(q, kv, 1)
     with raises(ValueError, "kv", [1, 32, 5, 13]):
         triton_attention.pooled_attention(q, kv, 1)
 

@@ -77,9 +77,6 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] → [B, C, ⌈H/2⌉, ⌈W/2⌉], the same size in the first stage."""
-        return kernels.by_images(self, self._forward, x)
-
-    def _forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -120,6 +117,16 @@ class HATNet(nn.Module):
         self.head_drop = nn.Dropout(config.drop_rate)
         self.head = _classifier(self.num_features, self.num_classes)
         self.apply(_init_weights)
+        kernels.runs_triton(self.stem.conv1.weight.device)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> HATNet:
+        """Try the kernels on the device that the model is moved to; a compiler, which may run first, cannot.
+
+        ``to`` and ``cuda`` of this model, or of one around it, have no public method that both call.
+        """
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # of nn.Module
+        kernels.runs_triton(self.stem.conv1.weight.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] → logits [B, num_classes].

@@ -1,22 +1,29 @@
-"""The inner part of the MLP in slices: 1×1 → activation → K×K depthwise → activation → 1×1, the wide map never whole.
+"""The inside of the MLP in slices that fit a processor's cache: 1×1 → activation → K×K depthwise → activation → 1×1.
 
-The map of E·C channels is most of what the model reads and writes. Here a slice of it, some images and some of its
-channels (in float32 alone: others would round the sums), small enough for the processor's cache, goes through all five
-steps at a time. The backward pass computes the slices again, so that nothing of the width E·C is kept.
+The map of E·C channels is most of what the model reads and writes. It is never whole here. A slice of it goes through
+all five steps at a time: some images and, in float32, some channels (in other dtypes the sums over slices would be
+rounded). The backward pass computes the slices again, so that nothing of the width E·C is kept.
+
+Eager mode runs ordinary PyTorch operations, which ``torch.func`` and dispatch modes see. A compiler gets one operator,
+since it would unroll the loop over slices and bind it to a size.
 """
+
+# mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from hatnet_core.kernels.layout import to_tokens
+from hatnet_core.kernels.operator import register, to_tokens
 
 SLICE_VALUES = 2**20
-"""About as many values of the wide map are worked on at a time: 4 MB in float32."""
+"""Values of the wide map in a slice, about: 4 MB in float32."""
 
 MIN_CHANNELS = 64
 """Narrower slices make poor matrix products."""
@@ -31,71 +38,97 @@ def inverted_residual(x: Tensor, expand: Tensor, depthwise: Tensor, project: Ten
     Args:
         x: [B, C, H, W]; read in channels_last.
         expand: [E·C, C, 1, 1].
-        depthwise: [E·C, 1, K, K], K odd; borders are completed by zeros.
+        depthwise: [E·C, 1, K, K], K odd; maps are zero-padded.
         project: [C, E·C, 1, 1].
         activation: ``silu`` or ``gelu``.
 
     Returns:
-        [B, C, H, W] in channels_last, the dtype of ``x``.
+        [B, C, H, W] in channels_last, the dtype of ``x``, under autocast that of autocast.
     """
-    tokens, out = to_tokens(x), to_tokens(torch.empty_like(x, memory_format=torch.channels_last))
-    for images, channels in _slices(x, expand.shape[0]):
-        weights = _weights(expand, depthwise, project, channels)
-        _forward_slice(tokens[images], *weights, activation, out[images].flatten(0, 2), channels.start > 0)
-    return out.permute(0, 3, 1, 2)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, expand, depthwise, project = (t.to(dtype) for t in (x, expand, depthwise, project))
+    if torch.compiler.is_compiling():
+        out: Tensor = _operator(x, expand, depthwise, project, activation)
+    elif torch.is_grad_enabled():
+        out = _Function.apply(x, expand, depthwise, project, activation)
+    else:
+        out = _forward(x, expand, depthwise, project, activation)
+    return out
 
 
-def inverted_residual_backward(
+def _forward(x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str) -> Tensor:
+    tokens, parts = to_tokens(x), []
+    first, *others = channel_slices(x, expand.shape[0])
+    for images in image_slices(x, expand.shape[0]):
+        part = tokens[images]
+        out = _forward_slice(part, *_weights(expand, depthwise, project, first), activation)
+        for channels in others:
+            out = _forward_slice(part, *_weights(expand, depthwise, project, channels), activation, out)
+        parts.append(out.view(part.shape))
+    return _joined(parts).permute(0, 3, 1, 2)
+
+
+def _backward(
     gradient: Tensor, x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``expand``, ``depthwise`` and ``project``, given the ``gradient`` of the output."""
-    tokens, x_gradient = to_tokens(x), to_tokens(torch.empty_like(x, memory_format=torch.channels_last))
-    given = to_tokens(gradient)
-    weights = (expand, depthwise, project)
-    precision = torch.promote_types(x.dtype, torch.float32)  # of sums over slices
-    totals = [torch.zeros(w.shape, dtype=precision, device=w.device) for w in weights]
-    for images, channels in _slices(x, expand.shape[0]):
-        sums = _weights(totals[0], totals[1], totals[2], channels)
-        found = _backward_slice(
-            given[images],
-            tokens[images],
-            *_weights(*weights, channels),
-            activation,
-            x_gradient[images],
-            channels.start > 0,
-        )
-        for total, part in zip(sums, found, strict=True):
-            total += part
-    of_expand, of_depthwise, of_project = (total.to(x.dtype) for total in totals)
-    return x_gradient.permute(0, 3, 1, 2), of_expand, of_depthwise, of_project
+    tokens, given, parts = to_tokens(x), to_tokens(gradient), []
+    weights = [_weights(expand, depthwise, project, channels) for channels in channel_slices(x, expand.shape[0])]
+    precision = torch.promote_types(x.dtype, torch.float32)  # of sums over images
+    sums: list[list[Tensor]] = [[] for _ in weights]  # gradients of the three weights, by channel slice
+    for images in image_slices(x, expand.shape[0]):
+        x_gradient: Tensor | None = None
+        for total, slices in zip(sums, weights, strict=True):
+            x_gradient, *found = _backward_slice(given[images], tokens[images], *slices, activation, x_gradient)
+            found = [part.to(precision) for part in found]
+            total[:] = [a + b for a, b in zip(total, found, strict=True)] if total else found
+        parts += [x_gradient] if x_gradient is not None else []
+    of_expand, of_depthwise, of_project = zip(*sums, strict=True)
+    return (
+        _joined(parts).view(tokens.shape).permute(0, 3, 1, 2),
+        torch.cat(of_expand).to(x.dtype).view(expand.shape),
+        torch.cat(of_depthwise).to(x.dtype),
+        torch.cat(of_project, dim=1).to(x.dtype).view(project.shape),
+    )
 
 
-def _slices(x: Tensor, hidden: int) -> Iterator[tuple[slice, slice]]:
-    """Images and wide channels of each slice: whole images while they fit, else one image and some of its channels."""
-    positions = x.shape[2] * x.shape[3]
-    images = max(1, SLICE_VALUES // (positions * hidden))
+def image_slices(x: Tensor, hidden: int) -> Iterator[slice]:
+    """Images of [B, C, H, W] that go through together: as many as fit a slice, at least one."""
+    images = max(1, SLICE_VALUES // (x.shape[2] * x.shape[3] * hidden))
+    for i in range(0, max(1, x.shape[0]), images):
+        yield slice(i, i + images)
+
+
+def channel_slices(x: Tensor, hidden: int) -> Iterator[slice]:
+    """Channels of the wide map that go through together: all, or a part where one image does not fit a slice."""
+    values = x.shape[2] * x.shape[3] * hidden
     channels = hidden
-    if positions * hidden > SLICE_VALUES and x.dtype == torch.float32:  # others would round the sums of slices
-        count = -(-positions * hidden // SLICE_VALUES)
+    if values > SLICE_VALUES and x.dtype == torch.float32:  # other dtypes would round the sums over slices
+        count = -(-values // SLICE_VALUES)
         channels = max(MIN_CHANNELS, -(-hidden // count) // 32 * 32)
-    for i in range(0, x.shape[0], images):
-        for c in range(0, hidden, channels):
-            yield slice(i, i + images), slice(c, c + channels)
+    for c in range(0, hidden, channels):
+        yield slice(c, c + channels)
 
 
 def _weights(expand: Tensor, depthwise: Tensor, project: Tensor, channels: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """What belongs to a slice of the wide channels: [c, C], [c, 1, K, K] and [C, c], views."""
+    """Return [c, C], [c, 1, K, K] and [C, c], the weights of a slice of the wide channels; views."""
     return expand[channels].flatten(1), depthwise[channels], project[:, channels].flatten(1)
 
 
 def _forward_slice(
-    x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str, out: Tensor, add: bool
-) -> None:
-    """Tokens [b, H, W, C] → ``out`` [b·H·W, C], set or added to."""
-    act_ = ACTIVATE[activation]
-    hidden = act_(x.flatten(0, 2) @ expand.t()).view(*x.shape[:3], -1)
-    mixed = act_(_depthwise(hidden, depthwise))
-    _product(mixed.flatten(0, 2), project.t(), out, add)
+    x: Tensor,
+    expand: Tensor,
+    depthwise: Tensor,
+    project: Tensor,
+    activation: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Tokens [b, H, W, C] → [b·H·W, C], added to ``out`` if there is one."""
+    activate_ = ACTIVATE[activation]
+    hidden = activate_(x.flatten(0, 2) @ expand.t()).view(*x.shape[:3], -1)
+    hidden = activate_(_depthwise(hidden, depthwise))
+    return _add_product(out, hidden.flatten(0, 2), project.t())
 
 
 def _backward_slice(
@@ -105,33 +138,32 @@ def _backward_slice(
     depthwise: Tensor,
     project: Tensor,
     activation: str,
-    x_gradient: Tensor,
-    add: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Set or add to ``x_gradient`` [b, H, W, C]; gradients of the slice of the weights, shaped as they are."""
-    act_, derive = ACTIVATE[activation], DERIVE[activation]
+    x_gradient: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the tokens [b·H·W, C], added to ``x_gradient``, and of the slice of the three weights."""
+    activate_, derive = ACTIVATE[activation], DERIVE[activation]
     shape, x, gradient = (*x.shape[:3], -1), x.flatten(0, 2), gradient.flatten(0, 2)
     expanded = x @ expand.t()
-    hidden = act_(expanded.clone()).view(shape)
+    hidden = activate_(expanded.clone()).view(shape)
     mixed = _depthwise(hidden, depthwise)
     mixed_gradient = derive((gradient @ project).view(shape), mixed)
-    of_project = gradient.t() @ act_(mixed).flatten(0, 2)
+    of_project = gradient.t() @ activate_(mixed).flatten(0, 2)
     hidden_gradient, of_depthwise = _depthwise_backward(mixed_gradient, hidden, depthwise)
     expanded_gradient = derive(hidden_gradient.flatten(0, 2), expanded)
-    _product(expanded_gradient, expand, x_gradient.flatten(0, 2), add)
-    return expanded_gradient.t() @ x, of_depthwise, of_project
+    x_gradient = _add_product(x_gradient, expanded_gradient, expand)
+    return x_gradient, expanded_gradient.t() @ x, of_depthwise, of_project
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """``out`` is ``a`` @ ``b``, or this is added to it."""
-    if add:
-        out.addmm_(a, b)
-    else:
-        torch.mm(a, b, out=out)
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return a @ b if total is None else torch.addmm(total, a, b)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
-    """[B, H, W, C] → the same, every channel with its own kernel [1, K, K]."""
+    """[B, H, W, C] → the same shape, every channel with its own kernel [1, K, K]."""
     padding = weight.shape[-1] // 2
     return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=padding, groups=x.shape[3]).permute(0, 2, 3, 1)
 
@@ -143,3 +175,45 @@ def _depthwise_backward(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Te
         *maps, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], x.shape[3], [True, True, False]
     )
     return of_x.permute(0, 2, 3, 1), of_weight
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.activation = inputs[4]
+
+
+def _gradients(backward: Callable[..., Any], ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return (*backward(gradient, *ctx.saved_tensors, ctx.activation), None)
+
+
+class _Function(torch.autograd.Function):
+    """The slices in eager mode, without the opaque operator."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str) -> Tensor:
+        return _forward(x, expand, depthwise, project, activation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _keep(ctx, inputs, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(_backward, ctx, gradient)
+
+
+def _fake(x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _fake_backward(
+    gradient: Tensor, x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_x = torch.empty_like(x, memory_format=torch.channels_last)
+    return of_x, torch.empty_like(expand), torch.empty_like(depthwise), torch.empty_like(project)
+
+
+_operator = register("inverted_residual", _forward, _backward, _fake, _fake_backward, _keep, _gradients)

@@ -1,20 +1,19 @@
-"""Register a kernel and its gradient with PyTorch, and call them directly in eager mode.
-
-A call through ``torch.library.custom_op`` costs the host several times the launch of the kernel. Eager mode therefore
-calls the launcher, inside an ``autograd.Function`` if gradients are needed. Compilers, which have to see an operator,
-get the registered one.
-"""
-
-# mypy: disable-error-code="no-untyped-call"
+"""Register a kernel and its gradient as PyTorch operators, and what all kernels need of layout and block sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+Keep = Callable[[Any, tuple[Any, ...], Any], None]
+"""Called by autograd after the forward pass, with context, inputs and output: saves what the backward pass needs."""
+
+Gradients = Callable[..., tuple[Tensor | None, ...]]
+"""Gradients of the inputs, from the backward operator, the context and the gradients of the output."""
 
 
 def register(
@@ -23,47 +22,74 @@ def register(
     backward: Callable[..., Any],
     fake: Callable[..., Any],
     fake_backward: Callable[..., Any],
-    keep: Callable[[Any, tuple[Any, ...], Any], None],
-    gradients: Callable[..., tuple[Tensor | None, ...]],
+    keep: Keep,
+    gradients: Gradients,
 ) -> Callable[..., Any]:
-    """Return a function that computes ``forward`` and can be differentiated once.
+    """Register ``forward`` as an operator with a gradient, and return the operator.
+
+    It can be differentiated once. ``torch.vmap`` calls it for one entry of the batch after the other.
+    ``torch.library.custom_op`` does the same, but imports the compiler's symbolic shapes and costs twice the time per
+    call.
 
     Args:
         name: the operators are ``hatnet::NAME`` and ``hatnet::NAME_backward``.
-        forward: launches the kernels; annotated, as ``custom_op`` requires.
-        backward: launches the kernels of the gradient; annotated.
-        fake: shapes of ``forward``'s results.
-        fake_backward: shapes of ``backward``'s results.
-        keep: what autograd calls after ``forward``, with context, inputs and output.
-        gradients: gradients of the inputs from ``backward`` (first argument), context and the output's gradients.
+        forward: computes the result; annotated, since the operator's schema is read from it.
+        backward: computes the gradients; annotated.
+        fake: shapes of the results of ``forward``.
+        fake_backward: shapes of the results of ``backward``.
+        keep: see :data:`Keep`.
+        gradients: see :data:`Gradients`.
     """
-    forward_op = torch.library.custom_op(f"hatnet::{name}", forward, mutates_args=())
-    backward_op = torch.library.custom_op(f"hatnet::{name}_backward", backward, mutates_args=())
-    forward_op.register_fake(fake)
-    backward_op.register_fake(fake_backward)
-    forward_op.register_autograd(lambda ctx, *given: gradients(backward_op, ctx, *given), setup_context=keep)
+    operator = _define(name, forward, fake)
+    backward_operator = _define(f"{name}_backward", backward, fake_backward)
+    torch.library.register_autograd(
+        f"hatnet::{name}", lambda ctx, *given: gradients(backward_operator, ctx, *given), setup_context=keep
+    )
+    torch.library.register_autograd(f"hatnet::{name}_backward", _refuse_second_derivative)
+    return operator
 
-    class Function(torch.autograd.Function):
-        """The same without the dispatcher."""
 
-        @staticmethod
-        def forward(*arguments: Any) -> Any:
-            return forward(*arguments)
+def _refuse_second_derivative(ctx: Any, *given: Tensor) -> None:
+    raise RuntimeError("kernels can be differentiated once; set_kernels('reference') has all derivatives")
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            keep(ctx, inputs, output)
 
-        @staticmethod
-        @once_differentiable
-        def backward(ctx: Any, *given: Any) -> Any:
-            return gradients(backward, ctx, *given)
+def _define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    schema = torch.library.infer_schema(function, mutates_args=())
+    torch.library.define(f"hatnet::{name}", schema)
+    torch.library.impl(f"hatnet::{name}", ("cpu", "cuda"), function)
+    torch.library.register_fake(f"hatnet::{name}", fake)
+    operator: Callable[..., Any] = getattr(torch.ops.hatnet, name).default
 
-    def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return forward_op(*arguments)
-        if torch.is_grad_enabled():  # also for forward-mode derivatives, which are refused there
-            return Function.apply(*arguments)
-        return forward(*arguments)
+    def batched(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        results = []
+        for i in range(info.batch_size):
+            entry = [a if d is None else a.select(d, i) for a, d in zip(arguments, dims, strict=True)]
+            results.append(operator(*entry))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
-    return call
+    torch.library.register_vmap(f"hatnet::{name}", batched)
+    return operator
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """[B, C, H, W] → [B, H, W, C], contiguous; a view if ``x`` is in channels_last."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Make the GPU of ``x`` the current one, which Triton launches on."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """⌈a/b⌉; ``triton.cdiv`` costs a microsecond per call."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length()

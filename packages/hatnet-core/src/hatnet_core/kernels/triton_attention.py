@@ -22,8 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hatnet_core.kernels.layout import ceil_div, on_device, power_of_two, to_tokens
-from hatnet_core.kernels.operator import register
+from hatnet_core.kernels.operator import ceil_div, on_device, power_of_two, register, to_tokens
 
 LIMITS = {torch.float32: (64, 4096), torch.bfloat16: (256, 8192), torch.float16: (256, 8192)}
 """By dtype, the most positions of a grid and the most values of a head's keys in it, both rounded up to powers of two.
@@ -48,7 +47,7 @@ SIZES = ("height", "width", "heads", "grid_h", "grid_w")
 """Arguments that change with the model and the image; one compiled kernel serves all of them."""
 
 
-def takes(qkv: Tensor, num_heads: int, grid_size: int) -> bool:
+def supports(qkv: Tensor, num_heads: int, grid_size: int) -> bool:
     """Return whether :func:`grid_attention` has room for these arguments."""
     grid, head_dim = _shape(qkv, num_heads, grid_size)
     positions, values = LIMITS.get(qkv.dtype, (0, 0))
@@ -56,7 +55,7 @@ def takes(qkv: Tensor, num_heads: int, grid_size: int) -> bool:
     return block_n <= positions and block_n * block_d <= values
 
 
-def takes_pooled(q: Tensor, kv: Tensor, num_heads: int) -> bool:
+def supports_pooled(q: Tensor, kv: Tensor, num_heads: int) -> bool:
     """Return whether :func:`pooled_attention` has room for these arguments; in float32 its gradient would not fit."""
     positions, head_dim = kv.shape[2] * kv.shape[3], q.shape[1] // num_heads
     half = q.dtype == kv.dtype and q.dtype in (torch.bfloat16, torch.float16)
@@ -83,7 +82,7 @@ def grid_attention(qkv: Tensor, num_heads: int, grid_size: int, residual: Tensor
         ValueError: if ``qkv`` is of another dtype, or its grids are beyond :data:`LIMITS`, as 16×16 positions of 64
             channels are.
     """
-    if not takes(qkv, num_heads, grid_size):
+    if not supports(qkv, num_heads, grid_size):
         (grid_h, grid_w), head_dim = _shape(qkv, num_heads, grid_size)
         raise ValueError(
             "grids must have at most 256 positions and 8192 values of keys (in float32 64 and 4096), "
@@ -106,9 +105,9 @@ def pooled_attention(q: Tensor, kv: Tensor, num_heads: int, residual: Tensor | N
         [B, C, H, W] in channels_last, the dtype of ``q``.
 
     Raises:
-        ValueError: if the arguments are not those that :func:`takes_pooled` accepts.
+        ValueError: if the arguments are not those that :func:`supports_pooled` accepts.
     """
-    if not takes_pooled(q, kv, num_heads):
+    if not supports_pooled(q, kv, num_heads):
         raise ValueError(
             f"q and kv must be bfloat16 or float16, with at most {POOLED_POSITIONS} pooled positions and 64 channels "
             f"per head, got {list(kv.shape)} in {kv.dtype} with {num_heads} heads and q in {q.dtype}"

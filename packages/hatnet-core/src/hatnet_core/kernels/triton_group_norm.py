@@ -22,8 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hatnet_core.kernels import DTYPES
-from hatnet_core.kernels.layout import ceil_div, on_device, power_of_two, to_tokens
-from hatnet_core.kernels.operator import register
+from hatnet_core.kernels.operator import ceil_div, on_device, power_of_two, register, to_tokens
 
 PROGRAMS = 1024
 """Programs that share the work, about: several per multiprocessor of a large GPU (an H100 has 132)."""

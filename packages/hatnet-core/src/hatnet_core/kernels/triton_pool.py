@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hatnet_core.kernels.layout import ceil_div, on_device, power_of_two, to_tokens
-from hatnet_core.kernels.operator import register
+from hatnet_core.kernels.operator import ceil_div, on_device, power_of_two, register, to_tokens
 
 SIZES = ("height", "width", "size")
 """Arguments that change with the model and the image; one compiled kernel serves all of them."""
