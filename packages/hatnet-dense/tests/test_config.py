@@ -1,4 +1,4 @@
-"""The configs of the package: their names, that they build, their parameters and the schedules of the paper."""
+"""The configs of the package: names, parameters, schedules of the paper, and that they build and run."""
 
 import copy
 import functools
@@ -48,7 +48,7 @@ def read(name):
 
 
 def load_config(name):
-    """MMEngine takes a second for each."""
+    """Copy of a config that is read once, which takes MMEngine a second."""
     return copy.deepcopy(read(name))
 
 
@@ -59,7 +59,7 @@ def test_there_is_a_config_of_every_head_for_every_variant_and_one_for_every_row
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_the_four_configs_of_a_head_differ_in_the_backbone_and_the_channels_behind_it_alone(pattern):
+def test_the_four_configs_of_a_head_differ_only_in_the_backbone_and_its_channels(pattern):
     configs = {v: load_config(pattern.format(v)) for v in VARIANTS}
     for v, config in configs.items():
         backbone = config.model.backbone
@@ -69,13 +69,13 @@ def test_the_four_configs_of_a_head_differ_in_the_backbone_and_the_channels_behi
         assert {hook["type"] for hook in config.custom_hooks} == {"PlainCheckpointHook", "DataCheckHook"}
         assert config.custom_imports.imports == ["hatnet_dense.register"]
         channels = [info["num_chs"] for info in create_model(VARIANTS[v], num_classes=0).feature_info]
-        behind = next(config.model[key] for key in ("neck", "panoptic_head", "decode_head") if key in config.model)
-        assert list(behind.in_channels) == channels
+        reader = next(config.model[key] for key in ("neck", "panoptic_head", "decode_head") if key in config.model)
+        assert list(reader.in_channels) == channels
         rest = config.to_dict()
-        for key in ("model", "checkpoint"):
+        variables = ("model", "backbone", "channels")
+        for key in variables:
             del rest[key]
-        reference = configs["t"].to_dict()
-        assert rest == {key: value for key, value in reference.items() if key not in ("model", "checkpoint")}
+        assert rest == {key: value for key, value in configs["t"].to_dict().items() if key not in variables}
 
 
 @pytest.mark.parametrize("head", ["retinanet", "mask-rcnn"])
@@ -120,7 +120,7 @@ def test_the_parameters_are_those_of_tables_3_and_4(name):
     model = build_model(load_config(name))
     own = sum(p.numel() for p in model.parameters())
     assert own / 1e6 == pytest.approx(PARAMS[name], abs=0.1)
-    # the released model holds a norm in every block that computes nothing, which the paper counts and we leave out
+    # the released model holds a norm in every block that computes nothing, which the paper counts and we omit
     unused = sum(2 * block.attn.proj.out_channels for stage in model.backbone.model.stages for block in stage.blocks)
     assert round((own + unused) / 1e6, 1) == PARAMS[name]
 
@@ -233,7 +233,7 @@ def test_a_config_that_the_library_does_not_have_is_refused(name, named):
         ("mask2former_hatnet-t_8xb2-lsj-50e_coco", "variant=hatnet_small", "panoptic_head", [64, 128, 320, 512]),
     ],
 )
-def test_a_variant_whose_channels_are_not_those_behind_it_is_refused_with_both(name, option, key, expected):
+def test_a_variant_with_other_channels_than_its_neck_or_head_is_refused_with_both(name, option, key, expected):
     with raises(ValueError, f"model.{key}.in_channels", [48, 96, 240, 384], expected):
         read_config(name, [f"model.backbone.{option}"])
 

@@ -1,10 +1,2 @@
-_base_ = "./mask-rcnn_hatnet-t_fpn_1x_coco.py"
-checkpoint = "https://github.com/yun-liu/HAT-Net/releases/download/v2.0/HAT-Net_Large.pth"
-model = dict(
-    backbone=dict(
-        variant="hatnet_large",
-        drop_path_rate=0.3,
-        init_cfg=dict(type="Pretrained", checkpoint=checkpoint),
-    ),
-    neck=dict(in_channels=[64, 128, 320, 640]),
-)
+_base_ = ["./_base_/mask-rcnn.py", "./_base_/hatnet-l.py"]
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))

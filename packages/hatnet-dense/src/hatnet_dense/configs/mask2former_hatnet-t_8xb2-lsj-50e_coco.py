@@ -1,26 +1,2 @@
-# Not in the paper: MMDetection's schedule; as for its Swin, the backbone at a tenth of the learning rate and its norms
-# without weight decay.
-_base_ = ["mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py", "./_base_/hatnet.py"]
-checkpoint = "https://github.com/yun-liu/HAT-Net/releases/download/v2.0/HAT-Net_Tiny.pth"
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="HATNetBackbone",
-        variant="hatnet_tiny",
-        drop_path_rate=0.1,
-        init_cfg=dict(type="Pretrained", checkpoint=checkpoint),
-    ),
-    panoptic_head=dict(in_channels=[48, 96, 240, 384]),
-)
-backbone_norm = dict(lr_mult=0.1, decay_mult=0.0)
-custom_keys = {"backbone.model.stem.norm": backbone_norm}
-custom_keys.update({f"backbone.model.stages.{i}.downsample.norm": backbone_norm for i in range(1, 4)})
-custom_keys.update(
-    {
-        f"backbone.model.stages.{i}.blocks.{j}.{norm}": backbone_norm
-        for i in range(4)
-        for j in range(27)  # Large has the most
-        for norm in ["attn.norm", "attn.grid_norm", "attn.pool_norm", "mlp.norm", "mlp.out_norm"]
-    }
-)
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys=custom_keys))
+_base_ = ["./_base_/mask2former.py", "./_base_/hatnet-t.py"]
+model = dict(backbone=_base_.backbone, panoptic_head=dict(in_channels=_base_.channels))

@@ -1,10 +1,2 @@
-_base_ = "./semfpn_hatnet-t_4xb4-80k_ade20k-512x512.py"
-checkpoint = "https://github.com/yun-liu/HAT-Net/releases/download/v2.0/HAT-Net_Small.pth"
-model = dict(
-    backbone=dict(
-        variant="hatnet_small",
-        drop_path_rate=0.1,
-        init_cfg=dict(type="Pretrained", checkpoint=checkpoint),
-    ),
-    neck=dict(in_channels=[64, 128, 320, 512]),
-)
+_base_ = ["./_base_/semfpn.py", "./_base_/hatnet-s.py"]
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))

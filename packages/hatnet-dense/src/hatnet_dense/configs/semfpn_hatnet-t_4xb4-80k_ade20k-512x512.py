@@ -1,27 +1,2 @@
-# Sec. 4.2 and Table 3; 80,000 iterations are PVT's, the paper states none.
-_base_ = [
-    "mmseg::_base_/models/fpn_r50.py",
-    "mmseg::_base_/datasets/ade20k.py",
-    "mmseg::_base_/default_runtime.py",
-    "mmseg::_base_/schedules/schedule_80k.py",
-    "./_base_/hatnet.py",
-]
-crop_size = (512, 512)
-checkpoint = "https://github.com/yun-liu/HAT-Net/releases/download/v2.0/HAT-Net_Tiny.pth"
-data_preprocessor = dict(size=crop_size)
-model = dict(
-    data_preprocessor=data_preprocessor,
-    pretrained=None,
-    backbone=dict(
-        _delete_=True,
-        type="HATNetBackbone",
-        variant="hatnet_tiny",
-        drop_path_rate=0.1,
-        init_cfg=dict(type="Pretrained", checkpoint=checkpoint),
-    ),
-    neck=dict(in_channels=[48, 96, 240, 384]),
-    decode_head=dict(num_classes=150),
-)
-optim_wrapper = dict(_delete_=True, type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-4, weight_decay=1e-4))
-param_scheduler = [dict(type="PolyLR", power=0.9, eta_min=0.0, begin=0, end=80000, by_epoch=False)]
-auto_scale_lr = dict(enable=False, base_batch_size=16)
+_base_ = ["./_base_/semfpn.py", "./_base_/hatnet-t.py"]
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))

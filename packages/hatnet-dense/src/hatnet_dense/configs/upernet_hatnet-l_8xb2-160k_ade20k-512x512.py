@@ -1,11 +1,6 @@
-_base_ = "./upernet_hatnet-t_8xb2-160k_ade20k-512x512.py"
-checkpoint = "https://github.com/yun-liu/HAT-Net/releases/download/v2.0/HAT-Net_Large.pth"
+_base_ = ["./_base_/upernet.py", "./_base_/hatnet-l.py"]
 model = dict(
-    backbone=dict(
-        variant="hatnet_large",
-        drop_path_rate=0.3,
-        init_cfg=dict(type="Pretrained", checkpoint=checkpoint),
-    ),
-    decode_head=dict(in_channels=[64, 128, 320, 640]),
-    auxiliary_head=dict(in_channels=320),
+    backbone=_base_.backbone,
+    decode_head=dict(in_channels=_base_.channels),
+    auxiliary_head=dict(in_channels=_base_.channels[2]),
 )

@@ -1,37 +1,6 @@
-# Not in the paper: the settings of MMSegmentation's Swin, in front of UPerNet.
-_base_ = [
-    "mmseg::_base_/models/upernet_r50.py",
-    "mmseg::_base_/datasets/ade20k.py",
-    "mmseg::_base_/default_runtime.py",
-    "mmseg::_base_/schedules/schedule_160k.py",
-    "./_base_/hatnet.py",
-]
-crop_size = (512, 512)
-checkpoint = "https://github.com/yun-liu/HAT-Net/releases/download/v2.0/HAT-Net_Tiny.pth"
-data_preprocessor = dict(size=crop_size)
+_base_ = ["./_base_/upernet.py", "./_base_/hatnet-t.py"]
 model = dict(
-    data_preprocessor=data_preprocessor,
-    pretrained=None,
-    backbone=dict(
-        _delete_=True,
-        type="HATNetBackbone",
-        variant="hatnet_tiny",
-        drop_path_rate=0.1,
-        init_cfg=dict(type="Pretrained", checkpoint=checkpoint),
-    ),
-    decode_head=dict(in_channels=[48, 96, 240, 384], num_classes=150),
-    auxiliary_head=dict(in_channels=240, num_classes=150),
+    backbone=_base_.backbone,
+    decode_head=dict(in_channels=_base_.channels),
+    auxiliary_head=dict(in_channels=_base_.channels[2]),
 )
-optim_wrapper = dict(
-    _delete_=True,
-    type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    paramwise_cfg=dict(norm_decay_mult=0.0),
-)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type="PolyLR", power=1.0, eta_min=0.0, begin=1500, end=160000, by_epoch=False),
-]
-# 8 GPUs with 2 images each
-train_dataloader = dict(batch_size=2)
-auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -1,3 +1,3 @@
-# What every config here needs beside those of MMDetection and MMSegmentation.
+# Registration and hooks of this package, in every config.
 custom_imports = dict(imports=["hatnet_dense.register"], allow_failed_imports=False)
 custom_hooks = [dict(type="PlainCheckpointHook"), dict(type="DataCheckHook")]
