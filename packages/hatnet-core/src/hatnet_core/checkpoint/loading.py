@@ -122,7 +122,7 @@ def build_loaded(
     depths = config.get("depths")
     # Modules cost memory even without storage: a forged number of blocks must not fill it.
     if isinstance(depths, list) and all(type(depth) is int for depth in depths) and sum(depths) > len(state):
-        raise ValueError(f"{origin}: depths must not exceed the {len(state)} tensors of the file, got {depths}")
+        raise ValueError(f"{origin}: depths must be at most {len(state)} blocks, one tensor each, got {sum(depths)}")
     try:
         with torch.device("meta"):  # no storage and no random numbers for weights that are replaced
             model = kind(**config)
