@@ -14,7 +14,7 @@ Imported only where Triton is installed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -439,7 +439,38 @@ def _pooled_gradients(backward: Callable[..., Any], ctx: Any, gradient: Tensor) 
     return of_q, of_kv, None, None if ctx.dtype is None else gradient.to(ctx.dtype)
 
 
-_grid_operator = register("grid_attention", _forward, _backward, _fake, _fake_backward, _keep, _gradients)
+def _flops(qkv: Sequence[int], num_heads: int, grid_size: int, residual: Any = None) -> int:
+    """Two products, of whole grids as PyTorch's attention counts them, padding included."""
+    batch, channels, height, width = qkv
+    grid = min(grid_size, height), min(grid_size, width)
+    positions = ceil_div(height, grid[0]) * ceil_div(width, grid[1]) * grid[0] * grid[1]
+    return 4 * batch * positions * grid[0] * grid[1] * channels // 3
+
+
+def _pooled_flops(q: Sequence[int], kv: Sequence[int], num_heads: int, residual: Any = None) -> int:
+    batch, channels, height, width = q
+    return 4 * batch * height * width * kv[2] * kv[3] * channels
+
+
+def _backward_flops(gradient: Sequence[int], *arguments: Any) -> int:
+    """Five products: the attention weights again, and the gradients of values, weights, queries and keys."""
+    return _flops(*arguments) * 5 // 2
+
+
+def _pooled_backward_flops(gradient: Sequence[int], *arguments: Any) -> int:
+    return _pooled_flops(*arguments) * 5 // 2
+
+
+_grid_operator = register(
+    "grid_attention",
+    _forward,
+    _backward,
+    _fake,
+    _fake_backward,
+    _keep,
+    _gradients,
+    (_flops, _backward_flops),
+)
 _pooled_operator = register(
     "pooled_attention",
     _pooled_forward,
@@ -448,4 +479,5 @@ _pooled_operator = register(
     _pooled_fake_backward,
     _pooled_keep,
     _pooled_gradients,
+    (_pooled_flops, _pooled_backward_flops),
 )

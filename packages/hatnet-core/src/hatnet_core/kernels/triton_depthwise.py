@@ -15,7 +15,8 @@ Imported only where Triton is installed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -329,4 +330,22 @@ def _gradients(backward: Callable[..., Any], ctx: Any, gradient: Tensor) -> tupl
     return backward(gradient, *ctx.saved_tensors)
 
 
-_operator = register("activated_depthwise", _forward, _backward, _fake, _fake_backward, _keep, _gradients)
+def _flops(h: Sequence[int], weight: Sequence[int]) -> int:
+    return 2 * math.prod(h) * weight[-1] ** 2
+
+
+def _backward_flops(gradient: Sequence[int], h: Sequence[int], weight: Sequence[int]) -> int:
+    """The convolution again, and the gradients of its input and weight."""
+    return 3 * _flops(h, weight)
+
+
+_operator = register(
+    "activated_depthwise",
+    _forward,
+    _backward,
+    _fake,
+    _fake_backward,
+    _keep,
+    _gradients,
+    (_flops, _backward_flops),
+)
