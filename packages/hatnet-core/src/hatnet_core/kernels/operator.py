@@ -1,4 +1,4 @@
-"""Register a kernel and its gradient as PyTorch operators, and what all kernels need of layout and block sizes."""
+"""Registration of kernels as PyTorch operators, and helpers for memory layout and block sizes."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """⌈a/b⌉; ``triton.cdiv`` costs a microsecond per call."""
+    """Return ⌈a/b⌉; ``triton.cdiv`` costs a microsecond per call."""
     return -(-a // b)
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least ``n``."""
+    """Return the smallest power of two of at least ``n``."""
     return 1 << (n - 1).bit_length()

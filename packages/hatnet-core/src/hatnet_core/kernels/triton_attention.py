@@ -1,9 +1,9 @@
 """Both attentions of H-MHSA in Triton: inside G1×G1 grids (Eq. 6-8) and to the pooled map (Eq. 11-13).
 
-PyTorch's fused attention needs the positions of a grid side by side, so that queries, keys, values, result and all
-their gradients are copied into that order or out of it, and a mask where grids extend past the border. Here one
-program per grid and head reads its rows of the channels_last map and writes the result in place. Positions outside
-the map are neither read, nor attended to, nor written. The residual of Eq. 9 and Eq. 14 is added where the result is
+PyTorch's fused attention needs the positions of a grid side by side. Queries, keys, values, the result and all their
+gradients are copied into that order or out of it, and grids past the border need a mask. Here one program per grid and
+head reads its rows of the channels_last map and writes the result in place. Positions outside the map are neither
+read, nor attended to, nor written. The residual of Eq. 9 and Eq. 14 is added where the result is
 written. The backward pass keeps only the input and recomputes the attention weights.
 
 Imported only where Triton is installed.
@@ -175,7 +175,7 @@ def _padded(size: int) -> int:
 
 
 def _work(qkv: Tensor, num_heads: int, grid_size: int) -> tuple[tuple[int, ...], dict[str, int], int]:
-    """The sizes that kernels take, their blocks, and the number of programs: one for each grid and head."""
+    """Sizes and blocks of the kernels, and the number of programs: one for each grid and head."""
     batch, _, height, width = qkv.shape
     (grid_h, grid_w), head_dim = _shape(qkv, num_heads, grid_size)
     block_n = _padded(grid_h * grid_w)
