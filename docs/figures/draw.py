@@ -20,7 +20,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from torch import Tensor, nn
 
 from hatnet_core import HATNet, create_model
-from hatnet_core.attention import HierarchicalAttention, average_pool, grid_attention, token_attention
+from hatnet_core.attention import HierarchicalAttention, average_pool, global_attention, grid_attention
 
 PALETTES = {
     "light": {"ink": "#24292f", "faint": "#b9c0c8", "paper": "#f3f4f6", "local": "#f0903d", "global": "#3f83c8"},
@@ -57,7 +57,7 @@ def seen_globally() -> tuple[Tensor, Tensor]:
     a1 = torch.rand(1, 8, SIDE, SIDE, dtype=torch.float64, requires_grad=True)
     pooled = average_pool(a1, POOL)
     pooled.retain_grad()
-    out = token_attention(1, torch.rand(1, 8, SIDE, SIDE, dtype=torch.float64), pooled.repeat(1, 2, 1, 1))
+    out = global_attention(torch.rand(1, 8, SIDE, SIDE, dtype=torch.float64), pooled.repeat(1, 2, 1, 1), 1)
     behind = _reached(out, a1)
     return pooled.grad[0].abs().sum(0) > 0, behind
 

@@ -12,8 +12,6 @@ from PIL import Image
 from hatnet_analysis.attention_input import to_input
 from hatnet_analysis.attention_maps import (
     AttentionWeights,
-    _from_grids,
-    _to_grids,
     attention_weights,
     check_size,
     look,
@@ -24,10 +22,31 @@ from hatnet_analysis.attention_maps import (
 )
 from hatnet_analysis.figures import attention_figure, save_figure
 from hatnet_core import HATNet, HierarchicalAttention
-from hatnet_core.attention import Attention, WindowAttention, average_pool, grid_attention, token_attention
+from hatnet_core.attention import (
+    Attention,
+    WindowAttention,
+    average_pool,
+    global_attention,
+    grid_attention,
+    self_attention,
+)
 from hatnet_testing import check, raises
 
 SMALL = {"embed_dims": (8, 16, 16, 24), "depths": (1, 2, 1, 1), "head_dim": 8, "mlp_ratios": (2, 2, 2, 2)}
+
+
+def to_grids(x, grid):
+    """[H, W] → [rows, columns, g·g'], zero-padded."""
+    rows, columns = -(-x.shape[0] // grid[0]), -(-x.shape[1] // grid[1])
+    padded = x.new_zeros(rows * grid[0], columns * grid[1])
+    padded[: x.shape[0], : x.shape[1]] = x
+    blocks = [part.flatten() for row in padded.split(grid[0], 0) for part in row.split(grid[1], 1)]
+    return torch.stack(blocks).reshape(rows, columns, -1)
+
+
+def from_grids(x, grid, size):
+    """[rows, columns, g·g'] → [H, W], without the padding."""
+    return torch.cat([torch.cat([cell.reshape(grid) for cell in row], 1) for row in x])[: size[0], : size[1]]
 
 
 def heads_of(x, parts, heads):
@@ -49,16 +68,17 @@ def test_the_weights_times_the_values_are_what_the_layer_computes(size, grid_siz
     with torch.no_grad():
         weights = attention_weights(layer, x)
         qkv = layer.qkv(layer.norm(x))
-        values = torch.stack([_to_grids(v, weights.grid) for v in qkv[0].reshape(3, heads, 4, *size)[2]])
+        planes = qkv[0].reshape(3, heads, 4, *size)[2].flatten(0, 1)
+        values = torch.stack([to_grids(plane, weights.grid) for plane in planes]).unflatten(0, (heads, 4))
         local = torch.einsum("hrcnm,hdrcm->hdrcn", weights.local, values)
-        mixed = torch.stack([_from_grids(plane, weights.grid, size) for plane in local.flatten(0, 1)])
+        mixed = torch.stack([from_grids(plane, weights.grid, size) for plane in local.flatten(0, 1)])
         expected = grid_attention(qkv, heads, grid_size)
         torch.testing.assert_close(mixed[None], expected)
         a1 = layer.grid_norm(x + expected)
         kv = layer.kv(layer.pool_norm(average_pool(a1, pool_size)))
         out = weights.global_ @ heads_of(kv, 2, heads)
         torch.testing.assert_close(
-            out.transpose(-2, -1).reshape(1, 4 * heads, *size), token_attention(heads, layer.q(a1), kv)
+            out.transpose(-2, -1).reshape(1, 4 * heads, *size), global_attention(layer.q(a1), kv, heads)
         )
     for rows in (weights.local, weights.global_):
         torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows.sum(-1)))
@@ -71,7 +91,7 @@ def test_plain_attention_has_global_weights_alone():
         weights = attention_weights(layer, x)
         qkv = layer.qkv(layer.norm(x))
         out = (weights.global_ @ heads_of(qkv, 3, 2)).transpose(-2, -1).reshape(1, 16, 3, 5)
-        torch.testing.assert_close(out, token_attention(2, qkv))
+        torch.testing.assert_close(out, self_attention(qkv, 2))
     assert weights.local is None
     assert weights.pool_size == 1
 

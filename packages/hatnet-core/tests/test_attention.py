@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,7 +7,16 @@ from timm.models.swin_transformer import SwinTransformerBlock
 
 import slow_reading
 from hatnet_core import HierarchicalAttention
-from hatnet_core.attention import Attention, WindowAttention, average_pool, grid_attention
+from hatnet_core.attention import (
+    Attention,
+    WindowAttention,
+    average_pool,
+    crop,
+    grid_attention,
+    grid_partition,
+    grid_reverse,
+    pad_to_multiple,
+)
 from hatnet_testing import raises
 
 
@@ -95,6 +105,59 @@ def test_window_attention_is_swins(shifted):
         x = torch.randn(2, 24, 14, 21, dtype=torch.float64)
         expected = theirs._attn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         torch.testing.assert_close(ours(x), expected, rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    heads=st.integers(1, 3),
+    grid_size=st.integers(1, 5),
+    pool_size=st.integers(1, 4),
+)
+def test_attention_weights_times_values_are_the_attention_and_give_nothing_to_padding(
+    batch, size, heads, grid_size, pool_size
+):
+    layer = randomise(HierarchicalAttention(3 * heads, 3, grid_size, pool_size))
+    x = torch.randn(batch, 3 * heads, *size, dtype=torch.float64)
+    local, global_ = layer.attention_weights(x)
+    values = layer.qkv(layer.norm(x)).reshape(batch, 3, heads, 3, *size)[:, 2]
+    expected = torch.zeros_like(values)
+    grid_h, grid_w = (min(side, grid_size) for side in size)
+    for row, column in np.ndindex(*local.shape[2:4]):
+        top, left = row * grid_h, column * grid_w
+        grid = values[..., top : top + grid_h, left : left + grid_w]
+        rows, columns = grid.shape[-2:]
+        weights = local[:, :, row, column].unflatten(-1, (grid_h, grid_w)).unflatten(-3, (grid_h, grid_w))
+        assert not weights[..., rows:, :].any()
+        assert not weights[..., columns:].any()
+        result = torch.einsum("bhyxuv,bhduv->bhdyx", weights[:, :, :rows, :columns, :rows, :columns], grid)
+        expected[..., top : top + rows, left : left + columns] = result
+    a1 = layer.grid_norm(x + expected.flatten(1, 2))
+    values = layer.kv(layer.pool_norm(slow_reading.pool(a1, pool_size))).reshape(batch, 2, heads, 3, -1)[:, 1]
+    a2 = torch.einsum("bhnm,bhdm->bhdn", global_, values).reshape(a1.shape)
+    torch.testing.assert_close(layer(x), layer.proj(a1 + a2))
+    for weights in (local, global_):
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
+
+
+def test_weights_of_plain_attention_times_values_are_the_attention():
+    layer, x = randomise(Attention(12, head_dim=4)), torch.randn(2, 12, 5, 3, dtype=torch.float64)
+    values = layer.qkv(layer.norm(x)).reshape(2, 3, 3, 4, 15)[:, 2]
+    out = torch.einsum("bhnm,bhdm->bhdn", layer.attention_weights(x), values)
+    torch.testing.assert_close(layer(x), layer.proj(out.reshape(x.shape)))
+
+
+def test_padding_is_cropped_and_grids_are_put_back_where_they_were():
+    x = torch.randn(2, 6, 5, 7)
+    padded = pad_to_multiple(x, (2, 3))
+    assert padded.shape == (2, 6, 6, 9)
+    assert torch.equal(crop(padded, 5, 7), x)
+    assert padded.sum() == x.sum()
+    grids = grid_partition(padded, (2, 3))  # [B·3·3, 6 positions, C]
+    assert torch.equal(grids[4], padded[0, :, 2:4, 3:6].flatten(1).t())
+    heads = grids.unflatten(2, (2, 3)).transpose(1, 2)
+    assert torch.equal(grid_reverse(heads, 2, 5, 7, (2, 3)), padded)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 10), (1, 3), (17, 5)])

@@ -485,6 +485,17 @@ def test_gpus_before_ampere_run_without_the_triton_kernels(monkeypatch):
     assert not kernels.runs_triton(torch.device("cuda", 0))
 
 
+@pytest.mark.parametrize("wrap", [nn.Identity, nn.Sequential])
+def test_kernels_are_tried_on_the_device_that_a_model_is_built_on_or_moved_to(wrap, small_model, monkeypatch):
+    tried = []
+    monkeypatch.setattr(kernels, "runs_triton", tried.append)
+    with torch.device("meta"):
+        HATNet(**SMALL)
+    assert tried == [torch.device("meta")]
+    (small_model if wrap is nn.Identity else wrap(small_model)).to(torch.device("meta"))
+    assert tried == [torch.device("meta")] * 2
+
+
 @pytest.mark.skipif(torch.cuda.is_available() or find_spec("triton") is None, reason="needs Triton without a GPU")
 def test_a_driver_that_fails_is_reported_once(monkeypatch):
     device = torch.device("cuda", 0)

@@ -1,8 +1,7 @@
-"""What the local and the global step of H-MHSA attend to, from one point of an image or from all of them.
+"""Attention weights of the local and the global step of H-MHSA, from one point of an image or from all of them.
 
-The fused attention of the model keeps no weights, so they are computed here from the input of the layer, with the
-layer's own convolutions and norms: softmax(Q·Kᵀ/√head_dim) of Eq. 6-8 within each grid, and of Eq. 11-13 between all
-positions and the pooled ones. :func:`rollout` multiplies them over all blocks.
+The fused attention of the model keeps no weights, so each layer computes them again from its input
+(``attention_weights`` of ``hatnet_core.attention``). :func:`rollout` multiplies them over all blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hatnet_core import HATNet
-from hatnet_core.attention import Attention, HierarchicalAttention, average_pool, grid_attention
+from hatnet_core.attention import (
+    Attention,
+    HierarchicalAttention,
+    crop,
+    grid_partition,
+    grid_reverse,
+    pad_to_multiple,
+)
 
 FIRST_STRIDE = 4
 """Pixels of the model's input along a side of a position of stage 2; twice as many with every further stage."""
@@ -35,8 +41,8 @@ class AttentionWeights:
         width: W, likewise.
         grid: height and width of a local grid; None for the plain attention of stage 5.
         pool_size: G2; 1 for plain attention.
-        local: [heads, rows, columns, g·g', g·g'] from each position of a grid to each of the same grid, 0 to completed
-            ones; None for plain attention.
+        local: [heads, rows, columns, g·g', g·g'] from each position of a grid to each of the same grid, 0 to padding;
+            None for plain attention.
         global_: [heads, H·W, H'·W'] from each position to each pooled one.
         stride: pixels of the model's input along a side of a position; the last ones may reach beyond the input.
         input_size: height and width of the model's input in pixels.
@@ -95,21 +101,15 @@ def attention_weights(
     Raises:
         ValueError: if the layer is of another kind.
     """
+    if not isinstance(module, HierarchicalAttention | Attention):
+        raise ValueError(f"module must be H-MHSA or plain MHSA, got {type(module).__name__}")
     height, width = x.shape[-2:]
     place = (stride, input_size or (height, width))
     if isinstance(module, Attention):
-        q, k, _ = _heads(module.qkv(module.norm(x)), 3, module.num_heads)
-        return AttentionWeights(height, width, None, 1, None, _softmax(q, k), *place)
-    if not isinstance(module, HierarchicalAttention):
-        raise ValueError(f"expected H-MHSA or plain MHSA, got {type(module).__name__}")
-    qkv = module.qkv(module.norm(x))
+        return AttentionWeights(height, width, None, 1, None, module.attention_weights(x)[0], *place)
+    weights = module.attention_weights(x)
     grid = (min(height, module.grid_size), min(width, module.grid_size))
-    a1 = module.grid_norm(x + grid_attention(qkv, module.num_heads, module.grid_size))
-    pooled = module.pool_norm(average_pool(a1, module.pool_size))
-    (q,) = _heads(module.q(a1), 1, module.num_heads)
-    k, _ = _heads(module.kv(pooled), 2, module.num_heads)
-    local = _local_weights(qkv, module.num_heads, grid)
-    return AttentionWeights(height, width, grid, module.pool_size, local, _softmax(q, k), *place)
+    return AttentionWeights(height, width, grid, module.pool_size, weights.local[0], weights.global_[0], *place)
 
 
 @dataclass(frozen=True)
@@ -316,9 +316,10 @@ def _through_attention(share: Tensor, weights: AttentionWeights) -> Tensor:
     counts = F.avg_pool2d(torch.ones(1, 1, *share.shape), size, ceil_mode=True, divisor_override=1)[0, 0]
     spread = (pooled / counts).repeat_interleave(size, 0).repeat_interleave(size, 1)
     share = (share + spread[: weights.height, : weights.width]) / 2
-    grids = _to_grids(share[None], weights.grid)[0]  # [rows, columns, g·g']
-    mixed = torch.einsum("rcn,rcnm->rcm", grids, weights.local.mean(0))
-    return (share + _from_grids(mixed, weights.grid, share.shape)) / 2
+    grids = grid_partition(pad_to_multiple(share[None, None], weights.grid), weights.grid)  # [rows·columns, n, 1]
+    mixed = torch.einsum("gn,gnm->gm", grids[..., 0], weights.local.mean(0).flatten(0, 1))
+    mixed = grid_reverse(mixed[:, None, :, None], 1, weights.height, weights.width, weights.grid)
+    return (share + crop(mixed, weights.height, weights.width)[0, 0]) / 2
 
 
 def _through_downsampling(share: Tensor, size: tuple[int, int]) -> Tensor:
@@ -326,40 +327,6 @@ def _through_downsampling(share: Tensor, size: tuple[int, int]) -> Tensor:
     counts = F.avg_pool2d(torch.ones(1, 1, *size), 2, ceil_mode=True, divisor_override=1)[0, 0]
     spread = (share / counts).repeat_interleave(2, 0).repeat_interleave(2, 1)
     return spread[: size[0], : size[1]]
-
-
-def _heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """[1, parts·heads·d, H, W] → as many of [heads, H·W, d]."""
-    return x.reshape(parts, heads, -1, x.shape[-2] * x.shape[-1]).transpose(-2, -1).unbind()
-
-
-def _softmax(q: Tensor, k: Tensor, exists: Tensor | None = None) -> Tensor:
-    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
-    if exists is not None:
-        scores = scores.masked_fill(~exists, -torch.inf)
-    return scores.softmax(-1)
-
-
-def _local_weights(qkv: Tensor, heads: int, grid: tuple[int, int]) -> Tensor:
-    """[heads, rows, columns, g·g', g·g'] of a map [1, 3C, H, W]."""
-    tokens = _to_grids(qkv[0], grid)  # [3C, rows, columns, n]
-    q, k, _ = tokens.reshape(3, heads, -1, *tokens.shape[1:]).permute(0, 1, 3, 4, 5, 2).unbind()
-    exists = _to_grids(torch.ones(1, *qkv.shape[-2:], device=qkv.device), grid)[0, :, :, None].bool()
-    return _softmax(q, k, exists)
-
-
-def _to_grids(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[C, H, W] → [C, rows, columns, g·g'], zeros in completed positions."""
-    g, g2 = grid
-    x = F.pad(x, (0, -x.shape[-1] % g2, 0, -x.shape[-2] % g))
-    channels, height, width = x.shape
-    return x.reshape(channels, height // g, g, width // g2, g2).transpose(-3, -2).flatten(-2)
-
-
-def _from_grids(x: Tensor, grid: tuple[int, int], size: Sequence[int]) -> Tensor:
-    """[rows, columns, g·g'] → [H, W], the inverse of :func:`_to_grids` without the completed positions."""
-    x = x.reshape(*x.shape[:2], *grid).transpose(-3, -2)
-    return x.flatten(0, 1).flatten(1, 2)[: size[0], : size[1]]
 
 
 def check_size(model: HATNet, size: tuple[int, int]) -> None:

@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hatnet_analysis.complexity import Cost, attention_macs, h_mhsa_cost, mhsa_cost, reduction_cost, window_cost
 from hatnet_analysis.memory import peak_memory
 from hatnet_analysis.tables import Row, column, hidden, megabytes
-from hatnet_core.attention import Attention, HierarchicalAttention, WindowAttention, token_attention
+from hatnet_core.attention import Attention, HierarchicalAttention, WindowAttention, global_attention
 from hatnet_core.layers import GroupNorm
 
 SIZES = (224, 320, 448, 640, 896, 1280, 2048)
@@ -84,7 +84,7 @@ class SpatialReductionAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[1, C, H, W] → [1, C, H, W]."""
         x = self.norm(x)
-        return self.proj(token_attention(1, self.q(x), self.kv(self.reduced_norm(self.reduce(x)))))
+        return self.proj(global_attention(self.q(x), self.kv(self.reduced_norm(self.reduce(x))), 1))
 
 
 @dataclass(frozen=True)

@@ -25,16 +25,15 @@ from hatnet_core.stock import Conv2d, Dropout2d
 
 
 class AttentionWeights(NamedTuple):
-    """Attention weights of one layer; each row sums to 1.
+    """Attention weights of :class:`HierarchicalAttention` on one input; each row sums to 1.
 
     Attributes:
-        local: [B, heads, rows, columns, n, n], within each of the rows × columns grids or windows of n positions; None
-            for plain attention. Padding has weight 0.
-        global_: [B, heads, H·W, m], from each position to each of m pooled positions; None for window attention.
+        local: [B, heads, rows, columns, n, n], within each of the rows × columns grids of n positions; 0 to padding.
+        global_: [B, heads, H·W, m], from each position to each of the m pooled ones.
     """
 
-    local: Tensor | None
-    global_: Tensor | None
+    local: Tensor
+    global_: Tensor
 
 
 class HierarchicalAttention(nn.Module):
@@ -128,14 +127,14 @@ class Attention(nn.Module):
         """[B, C, H, W] → [B, C, H, W], at any height and width."""
         return self.proj_drop(self.proj(self_attention(self.qkv(self.norm(x)), self.num_heads)))
 
-    def attention_weights(self, x: Tensor) -> AttentionWeights:
-        """Return the weights that ``forward`` attends with, as ``global_``.
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Return the weights [B, heads, H·W, H·W] that ``forward`` attends with; each row sums to 1.
 
         Args:
             x: [B, C, H, W], the input of ``forward``.
         """
         q, k, _ = _heads_of(self.num_heads, self.qkv(self.norm(x)))
-        return AttentionWeights(None, reference.attention_weights(q, k))
+        return reference.attention_weights(q, k)
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of this layer."""
@@ -295,13 +294,13 @@ def window_attention(qkv: Tensor, num_heads: int, bias: Tensor, window_size: int
     """
     batch, _, height, width = qkv.shape
     window = (window_size, window_size)
-    # 0 where there is one window: a symbolic number of windows can enter a minimum, not a condition
-    windows = [grid_count(side, window_size) for side in (height, width)]
-    shifts = [torch.sym_min(shift, shift * (count - 1)) for count in windows]  # type: ignore[no-untyped-call]
+    # 1 where one window covers the axis, else 0; integers, since a condition would bind a symbolic size
+    single = [1 // grid_count(side, window_size) for side in (height, width)]
+    shifts = [shift * (1 - one) for one in single]
     qkv = pad_to_multiple(qkv, window).roll([-s for s in shifts], dims=(-2, -1))
     allowed = window_mask(height, width, shifts, window_size, qkv.device)  # [windows, 1, M², M²]
-    mask = torch.where(allowed, bias, -torch.inf).to(qkv.dtype).repeat(batch, 1, 1, 1)  # [B·windows, heads, M², M²]
-    out = attend(split_heads(grid_partition(qkv, window), 3, num_heads), mask)
+    mask = torch.where(allowed, bias, -torch.inf).to(qkv.dtype)  # [windows, heads, M², M²]
+    out = attend(split_heads(grid_partition(qkv, window), 3, num_heads), mask.repeat(batch, 1, 1, 1))
     out = grid_reverse(out, batch, height, width, window).roll(shifts, dims=(-2, -1))
     return lay_out(crop(out, height, width))
 

@@ -1,18 +1,18 @@
 """HAT-Net (Sec. 3.3, Fig. 1, Table 1): stem, four stages of H-MHSA and MLP blocks, pooled linear head.
 
-An image passes :meth:`HATNet.forward_features` (stem, then stage by stage) and :meth:`HATNet.forward_head`.
-The paper counts the stem as stage 1; in code ``stages[0]`` is the paper's stage 2. The four configurations are
-in ``variants.py``.
+An image passes :meth:`HATNet.forward_features` (stem, then stage by stage) and :meth:`HATNet.forward_head`. The paper
+counts the stem as stage 1; in code ``stages[0]`` is the paper's stage 2. The four configurations are in
+``variants.py``.
 
-The methods are those of a timm model, with the same names, arguments and meaning; where timm leaves a choice, it is
-stated. ``torch.jit.script`` is not supported: TorchScript is deprecated, and ``torch.export`` (see ``export.py``)
-gives one program for every batch size, height and width.
+The other methods are those of a timm model, with the same names, arguments and meaning. ``torch.jit.script`` is not
+supported: TorchScript is deprecated, and ``torch.export`` (see ``export.py``) gives one program for every batch size,
+height and width.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Concatenate, ParamSpec
 
@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hatnet_core import kernels
 from hatnet_core.attention import Attention, HierarchicalAttention, WindowAttention
-from hatnet_core.config import HATNetConfig, as_index, positive_int, positive_ints
+from hatnet_core.checks import check_images, stage_indices
+from hatnet_core.config import HATNetConfig, positive_ints
 from hatnet_core.layers import Downsample, DropPath, Mlp, Stem
 from hatnet_core.variants import MIN_SIZE
 
@@ -30,7 +31,7 @@ P = ParamSpec("P")
 
 
 def _arguments_of(config: Callable[P, Any]) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
-    """Give an ``__init__`` of ``*args, **kwargs`` the signature of ``config``, to readers and type checkers."""
+    """Give an ``__init__`` of ``*args, **kwargs`` the signature of ``config``, for readers and type checkers."""
 
     def decorate(init: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
         init.__signature__ = inspect.signature(config.__init__)  # type: ignore[attr-defined]
@@ -44,7 +45,7 @@ class Block(nn.Module):
 
     Args:
         attn: the attention, [B, C, H, W] → [B, C, H, W].
-        mlp: the MLP, likewise.
+        mlp: the MLP, [B, C, H, W] → [B, C, H, W].
         drop_path_rate: stochastic depth of both branches.
     """
 
@@ -52,7 +53,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn = attn
         self.mlp = mlp
-        self.drop_path1 = DropPath(drop_path_rate)  # one for each place, as in Mlp
+        self.drop_path1 = DropPath(drop_path_rate)  # one instance per place, as in Mlp
         self.drop_path2 = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution, behind the downsampling that leads to it.
+    """A downsampling layer followed by the blocks at that resolution.
 
     Args:
         downsample: :class:`Downsample`, or identity in the first stage.
@@ -92,13 +93,13 @@ class HATNet(nn.Module):
     Runs at any height and width from 32 up. Takes the arguments of :class:`hatnet_core.config.HATNetConfig`.
 
     Attributes:
-        feature_info: for each stage a dict of ``num_chs`` (channels), ``reduction`` (input pixels a position)
-            and ``module`` (name of the stage).
+        feature_info: for each stage a dict of ``num_chs`` (channels), ``reduction`` (input pixels per
+            position) and ``module`` (name of the stage).
         num_features: channels of the last stage.
         config: the arguments, as currently set; ``HATNet(**model.config)`` builds the same model.
 
     Raises:
-        ValueError: naming the argument and its value, if it is out of range.
+        ValueError: if an argument is out of range.
     """
 
     @_arguments_of(HATNetConfig)
@@ -117,16 +118,19 @@ class HATNet(nn.Module):
         self.head_drop = nn.Dropout(config.drop_rate)
         self.head = _classifier(self.num_features, self.num_classes)
         self.apply(_init_weights)
-        kernels.runs_triton(self.stem.conv1.weight.device)
+        self._try_kernels()
 
     def _apply(self, *args: Any, **kwargs: Any) -> HATNet:
-        """Try the kernels on the device that the model is moved to; a compiler, which may run first, cannot.
-
-        ``to`` and ``cuda`` of this model, or of one around it, have no public method that both call.
-        """
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # of nn.Module
-        kernels.runs_triton(self.stem.conv1.weight.device)
+        # private, but all of to(), cuda() and the like call it, of this model and of one around it
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._try_kernels()
         return self
+
+    def _try_kernels(self) -> None:
+        """Try the kernels on the model's device: a compiler, which may run it first, cannot."""
+        for p in self.parameters():
+            kernels.runs_triton(p.device)
+            break
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] → logits [B, num_classes].
@@ -143,7 +147,7 @@ class HATNet(nn.Module):
             return self.stages(self.stem(check_images(x, self.in_chans)))
 
     def forward_maps(self, x: Tensor, last: int) -> list[Tensor]:
-        """Images [B, in_chans, H, W] → map of the stem, then of every stage up to ``last``, counted from 0."""
+        """Images [B, in_chans, H, W] → maps of the stem and of the stages up to ``last``, counted from 0."""
         with _traced_for_any_size():
             maps = [self.stem(check_images(x, self.in_chans))]
             for stage in list(self.stages)[: last + 1]:
@@ -169,23 +173,23 @@ class HATNet(nn.Module):
         """Images [B, in_chans, H, W] → feature maps of the stages, at reductions 4, 8, 16 and 32.
 
         The arguments are timm's. Only the default of ``intermediates_only`` differs, for the common case of a
-        backbone; the models that ``hatnet_core.timm`` registers have timm's default there, too.
+        backbone; the models that ``hatnet_core.timm`` registers have timm's default.
 
         Args:
             x: the images.
             indices: stages to return, in the order of the model, out of 0-3 or -4 to -1 from the end; a number n
                 means the last n, None all.
-            norm: without effect; HAT-Net has no norm behind its last stage.
-            stop_early: leave out the stages behind the last one asked for.
+            norm: without effect; HAT-Net has no norm after its last stage.
+            stop_early: skip the stages after the last requested one.
             output_fmt: ``NCHW``.
-            intermediates_only: whether to leave out the final features.
+            intermediates_only: return the maps without the final features.
 
         Returns:
             A list of maps [B, C, ⌈H/r⌉, ⌈W/r⌉]; unless ``intermediates_only``, a pair of the features of the last
             stage computed and this list.
 
         Raises:
-            ValueError: if an index names no stage, or the format is another.
+            ValueError: if an index is not a stage, or ``output_fmt`` is not ``NCHW``.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -198,15 +202,15 @@ class HATNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the stages behind the last one asked for, and the head, for use as a backbone (timm's contract).
+        """Drop the stages after the last requested one, and the head, for use as a backbone (timm's contract).
 
         Args:
             indices: as for :meth:`forward_intermediates`.
-            prune_norm: without effect; HAT-Net has no norm behind its last stage.
-            prune_head: whether to remove the head even if every stage stays.
+            prune_norm: without effect; HAT-Net has no norm after its last stage.
+            prune_head: remove the head even if every stage stays.
 
         Returns:
-            The indices of the stages asked for, counted from the front.
+            The indices of the requested stages, counted from the front.
         """
         wanted = stage_indices(indices, len(self.stages))
         pruned = max(wanted) + 1 < len(self.stages)
@@ -224,7 +228,7 @@ class HATNet(nn.Module):
             pool_sizes: three values of G2; None keeps them. Classification (8, 4, 2), dense tasks (16, 8, 4).
 
         Raises:
-            ValueError: if there are not three values, or one is not a positive integer; nothing is then changed.
+            ValueError: if there are not three values, or one is not a positive integer; the model is unchanged.
         """
         self.config = self.config.replace(
             grid_sizes=self.config.grid_sizes if grid_sizes is None else grid_sizes,
@@ -241,10 +245,9 @@ class HATNet(nn.Module):
         grid_sizes: Sequence[int] | None = None,
         pool_sizes: Sequence[int] | None = None,
     ) -> None:
-        """Prepare for images of another size, as for a timm model that is bound to one.
+        """Check the size of images, and set G1 and G2 (timm's contract).
 
-        Nothing in HAT-Net is: any size runs without this call. It refuses a size that cannot run, and sets G1 and
-        G2 along with the size as :meth:`set_grid` does.
+        timm's models may be bound to a size. HAT-Net runs at any size without this call.
 
         Args:
             img_size: height and width in pixels, or one number for both.
@@ -260,11 +263,11 @@ class HATNet(nn.Module):
         self.set_grid(grid_sizes, pool_sizes)
 
     def get_classifier(self) -> nn.Module:
-        """The linear layer of the head; identity if ``num_classes`` is 0."""
+        """Return the linear layer of the head; identity if ``num_classes`` is 0."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the linear layer by a freshly initialised one; 0 leaves the pooled features.
+        """Replace the linear layer by a freshly initialised one; 0 returns the pooled features.
 
         Args:
             num_classes: outputs of the new layer.
@@ -288,14 +291,14 @@ class HATNet(nn.Module):
                 module.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters, beyond biases and norms, that take no weight decay: as in Swin, its bias tables."""
+        """Names of parameters besides biases and norms without weight decay: the bias tables, as in Swin."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group every parameter by depth, for layer-wise learning rate decay (timm's form).
 
         Args:
-            coarse: one group a stage instead of one a block.
+            coarse: one group per stage instead of one per block.
         """
         blocks: list[tuple[str, Any]] = [(r"^stages\.(\d+)", None)]
         if not coarse:
@@ -332,10 +335,10 @@ def _make_attention(config: HATNetConfig, i: int, j: int) -> nn.Module:
 
 
 def unwrap(model: Any) -> HATNet:
-    """The :class:`HATNet` inside ``torch.compile``, data parallelism, a moving average or DeepSpeed's engine.
+    """Return the :class:`HATNet` inside ``torch.compile``, data parallelism, a moving average or DeepSpeed's engine.
 
     Raises:
-        TypeError: if ``model`` is none of these, or holds other parameters as well; the message names the remedy.
+        TypeError: if ``model`` is none of these, or has other parameters as well.
     """
     inner = model
     while not isinstance(inner, HATNet):
@@ -354,54 +357,17 @@ def _way_to_hatnet(model: Any) -> str:
     return f"; its {name} is one" if name else ""
 
 
-def stage_indices(indices: int | Sequence[int] | None, count: int = 4) -> list[int]:
-    """Stages in order, by timm's rule: a number n means the last n, None all, a negative one is from the end.
-
-    Raises:
-        ValueError: if a stage is not one of ``count``.
-    """
-    try:
-        if indices is None:
-            wanted = set(range(count))
-        elif isinstance(indices, Iterable):
-            wanted = {range(count)[as_index(i)] for i in indices}
-        else:
-            wanted = set(range(count)[-positive_int("indices", indices) :]) if as_index(indices) <= count else set()
-    except (TypeError, ValueError, IndexError):
-        wanted = set()
-    if not wanted:
-        raise ValueError(
-            f"indices must name stages out of 0 to {count - 1} (or -{count} to -1 from the end), "
-            f"or be a number of last stages, got {indices!r}"
-        )
-    return sorted(wanted)
-
-
 def _traced_for_any_size() -> AbstractContextManager[Any]:
-    """While ``torch.export`` traces a symbolic size: a map whose sides could be 1 is not taken for one or the other.
+    """Keep ``torch.export`` from specialising symbolic sizes on 0 and 1.
 
-    Otherwise the exported program would be bound to sizes where no map has one grid, or one position, along an axis.
-    The ONNX exporter of torch sets the same.
+    Otherwise the exported program would exclude sizes at which a map has one grid, or one position, along an axis.
+    torch's ONNX exporter sets the same.
     """
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         import torch.fx.experimental._config as config  # slow to import, needed only here
 
         return config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]  # installed at run time
     return nullcontext()
-
-
-@torch.fx.wrap
-def check_images(x: Tensor, in_chans: int) -> Tensor:
-    """``x`` itself; ValueError unless it is a floating batch of images with ``in_chans`` channels."""
-    if not isinstance(x, Tensor):
-        raise ValueError(f"input must be a tensor, got {type(x).__name__}")
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"input must be B×{in_chans}×H×W, got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"input must be floating and normalised, got {x.dtype}")
-    if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
-        raise ValueError(f"input height and width must be at least {MIN_SIZE} pixels, got {x.shape[2]}×{x.shape[3]}")
-    return x
 
 
 def _classifier(num_features: int, num_classes: int) -> nn.Module:

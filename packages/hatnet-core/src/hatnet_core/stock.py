@@ -1,6 +1,6 @@
-"""Layers of PyTorch that know whether calling them does more than their class: what a kernel may compute instead.
+"""PyTorch layers that note their hooks, so that a kernel only replaces layers that nobody observes or changed.
 
-:func:`is_stock` is the question that ``layers.Mlp`` asks before it computes with the weights of its layers.
+``layers.Mlp`` asks :func:`is_stock` before it computes with the weights of its layers instead of calling them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from hatnet_core import kernels
 
 
 def is_stock(layer: nn.Module) -> bool:
-    """Return whether calling a layer computes what a class of this module does, and nothing else happens.
+    """Return whether calling a layer does what its class in this module does, and nothing else.
 
     False for a layer that was replaced (LoRA), made an instance of another class (parametrizations, ``fully_shard``),
-    patched or given hooks (pruning, ZeRO-3, feature extraction), or whose settings are not those it was built with.
+    patched or given hooks (pruning, ZeRO-3, feature extraction), or whose settings were changed.
     """
     if not isinstance(layer, Observed) or type(layer) not in (Conv2d, SiLU, GELU, Dropout2d):
         return False
@@ -37,7 +37,7 @@ def _keeps_size(layer: nn.Conv2d) -> bool:
 
 
 class Observed(nn.Module):
-    """Base of the layers that :func:`is_stock` asks about: notes the hooks that are registered on it.
+    """Base of the layers below: notes the hooks that are registered on it.
 
     PyTorch keeps hooks in private attributes and has public methods to register them. Hooks on all modules of a
     process (``torch.nn.modules.module.register_module_forward_hook``) are not seen; for them choose
@@ -82,11 +82,11 @@ class Conv2d(Observed, nn.Conv2d):
 
 
 class SiLU(Observed, nn.SiLU):
-    """The paper's activation."""
+    """Activation of the paper."""
 
 
 class GELU(Observed, nn.GELU):
-    """The activation that Sec. 4.4 compares SiLU with."""
+    """Activation of the comparison in Sec. 4.4."""
 
 
 class Dropout2d(Observed, nn.Dropout2d):

@@ -17,7 +17,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 
 from hatnet_core.checkpoint.released import rename_released
-from hatnet_core.model import HATNet, stage_indices
+from hatnet_core.checks import stage_indices
+from hatnet_core.model import HATNet
 from hatnet_core.pretrained import RELEASED_CLASSES, RELEASED_FILES, RELEASED_URL, released_file
 from hatnet_core.variants import list_models, model_arguments
 

@@ -73,7 +73,7 @@ def path(*tensors: Tensor) -> str:
 
 
 def is_mapped(x: Tensor) -> bool:
-    """Return whether torch.func maps over ``x``, for which PyTorch lacks rules of channels_last maps."""
+    """Return whether torch.func maps over ``x`` or differentiates by it, which takes PyTorch's layers."""
     try:
         return not torch.compiler.is_compiling() and x.untyped_storage() is None
     except NotImplementedError:  # torch.func wraps a tensor in one without storage

@@ -1,10 +1,10 @@
-"""The inside of the MLP in slices that fit a processor's cache: 1×1 → activation → K×K depthwise → activation → 1×1.
+"""The MLP for CPUs, in slices that fit the cache: 1×1 → activation → K×K depthwise → activation → 1×1.
 
-The map of E·C channels is most of what the model reads and writes. It is never whole here. A slice of it goes through
-all five steps at a time: some images and, in float32, some channels (in other dtypes the sums over slices would be
-rounded). The backward pass computes the slices again, so that nothing of the width E·C is kept.
+The map of E·C channels is most of what the model reads and writes, and is never materialised here. A slice of it goes
+through all five steps at a time: some images and, in float32, some channels (other dtypes would round the sums over
+slices). The backward pass computes the slices again, so that no map of E·C channels is kept.
 
-Eager mode runs ordinary PyTorch operations, which ``torch.func`` and dispatch modes see. A compiler gets one operator,
+Eager mode runs ordinary PyTorch operations, which dispatch modes see. A compiler gets one operator,
 since it would unroll the loop over slices and bind it to a size.
 """
 
@@ -188,8 +188,6 @@ def _gradients(backward: Callable[..., Any], ctx: Any, gradient: Tensor) -> tupl
 
 class _Function(torch.autograd.Function):
     """The slices in eager mode, without the opaque operator."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str) -> Tensor:

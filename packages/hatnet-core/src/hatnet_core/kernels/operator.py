@@ -1,4 +1,4 @@
-"""Register a kernel and its gradient as PyTorch operators, and what all kernels need of layout and block sizes."""
+"""Registration of kernels as PyTorch operators, and helpers for memory layout and block sizes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def register(
     fake_backward: Callable[..., Any],
     keep: Keep,
     gradients: Gradients,
+    flops: tuple[Callable[..., int], Callable[..., int]] | None = None,
 ) -> Callable[..., Any]:
     """Register ``forward`` as an operator with a gradient, and return the operator.
 
-    It can be differentiated once. ``torch.vmap`` calls it for one entry of the batch after the other.
+    It can be differentiated once. :func:`hatnet_core.kernels.path` keeps it from ``torch.func``.
     ``torch.library.custom_op`` does the same, but imports the compiler's symbolic shapes and costs twice the time per
     call.
 
@@ -39,6 +40,8 @@ def register(
         fake_backward: shapes of the results of ``backward``.
         keep: see :data:`Keep`.
         gradients: see :data:`Gradients`.
+        flops: FLOPs of ``forward`` and ``backward``, two for a multiply-add, from their arguments with shapes in the
+            place of tensors; for PyTorch's ``FlopCounterMode``.
     """
     operator = _define(name, forward, fake)
     backward_operator = _define(f"{name}_backward", backward, fake_backward)
@@ -46,7 +49,19 @@ def register(
         f"hatnet::{name}", lambda ctx, *given: gradients(backward_operator, ctx, *given), setup_context=keep
     )
     torch.library.register_autograd(f"hatnet::{name}_backward", _refuse_second_derivative)
+    if flops is not None:
+        _count_flops(name, flops[0])
+        _count_flops(f"{name}_backward", flops[1])
     return operator
+
+
+def _count_flops(name: str, flops: Callable[..., int]) -> None:
+    from torch.utils.flop_counter import register_flop_formula  # imports Triton where it is installed
+
+    def formula(*arguments: Any, out_shape: Any = None, **_: Any) -> int:
+        return flops(*arguments)
+
+    register_flop_formula(getattr(torch.ops.hatnet, name))(formula)
 
 
 def _refuse_second_derivative(ctx: Any, *given: Tensor) -> None:
@@ -59,17 +74,6 @@ def _define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -
     torch.library.impl(f"hatnet::{name}", ("cpu", "cuda"), function)
     torch.library.register_fake(f"hatnet::{name}", fake)
     operator: Callable[..., Any] = getattr(torch.ops.hatnet, name).default
-
-    def batched(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        results = []
-        for i in range(info.batch_size):
-            entry = [a if d is None else a.select(d, i) for a, d in zip(arguments, dims, strict=True)]
-            results.append(operator(*entry))
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
-
-    torch.library.register_vmap(f"hatnet::{name}", batched)
     return operator
 
 
@@ -86,10 +90,10 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """⌈a/b⌉; ``triton.cdiv`` costs a microsecond per call."""
+    """Return ⌈a/b⌉; ``triton.cdiv`` costs a microsecond per call."""
     return -(-a // b)
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least ``n``."""
+    """Return the smallest power of two of at least ``n``."""
     return 1 << (n - 1).bit_length()

@@ -1,9 +1,9 @@
 """Both attentions of H-MHSA in Triton: inside G1×G1 grids (Eq. 6-8) and to the pooled map (Eq. 11-13).
 
-PyTorch's fused attention needs the positions of a grid side by side, so that queries, keys, values, result and all
-their gradients are copied into that order or out of it, and a mask where grids extend past the border. Here one
-program per grid and head reads its rows of the channels_last map and writes the result in place. Positions outside
-the map are neither read, nor attended to, nor written. The residual of Eq. 9 and Eq. 14 is added where the result is
+PyTorch's fused attention needs the positions of a grid side by side. Queries, keys, values, the result and all their
+gradients are copied into that order or out of it, and grids past the border need a mask. Here one program per grid and
+head reads its rows of the channels_last map and writes the result in place. Positions outside the map are neither
+read, nor attended to, nor written. The residual of Eq. 9 and Eq. 14 is added where the result is
 written. The backward pass keeps only the input and recomputes the attention weights.
 
 Imported only where Triton is installed.
@@ -14,7 +14,7 @@ Imported only where Triton is installed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -175,7 +175,7 @@ def _padded(size: int) -> int:
 
 
 def _work(qkv: Tensor, num_heads: int, grid_size: int) -> tuple[tuple[int, ...], dict[str, int], int]:
-    """The sizes that kernels take, their blocks, and the number of programs: one for each grid and head."""
+    """Sizes and blocks of the kernels, and the number of programs: one for each grid and head."""
     batch, _, height, width = qkv.shape
     (grid_h, grid_w), head_dim = _shape(qkv, num_heads, grid_size)
     block_n = _padded(grid_h * grid_w)
@@ -439,7 +439,38 @@ def _pooled_gradients(backward: Callable[..., Any], ctx: Any, gradient: Tensor) 
     return of_q, of_kv, None, None if ctx.dtype is None else gradient.to(ctx.dtype)
 
 
-_grid_operator = register("grid_attention", _forward, _backward, _fake, _fake_backward, _keep, _gradients)
+def _flops(qkv: Sequence[int], num_heads: int, grid_size: int, residual: Any = None) -> int:
+    """Two products, of whole grids as PyTorch's attention counts them, padding included."""
+    batch, channels, height, width = qkv
+    grid = min(grid_size, height), min(grid_size, width)
+    positions = ceil_div(height, grid[0]) * ceil_div(width, grid[1]) * grid[0] * grid[1]
+    return 4 * batch * positions * grid[0] * grid[1] * channels // 3
+
+
+def _pooled_flops(q: Sequence[int], kv: Sequence[int], num_heads: int, residual: Any = None) -> int:
+    batch, channels, height, width = q
+    return 4 * batch * height * width * kv[2] * kv[3] * channels
+
+
+def _backward_flops(gradient: Sequence[int], *arguments: Any) -> int:
+    """Five products: the attention weights again, and the gradients of values, weights, queries and keys."""
+    return _flops(*arguments) * 5 // 2
+
+
+def _pooled_backward_flops(gradient: Sequence[int], *arguments: Any) -> int:
+    return _pooled_flops(*arguments) * 5 // 2
+
+
+_grid_operator = register(
+    "grid_attention",
+    _forward,
+    _backward,
+    _fake,
+    _fake_backward,
+    _keep,
+    _gradients,
+    (_flops, _backward_flops),
+)
 _pooled_operator = register(
     "pooled_attention",
     _pooled_forward,
@@ -448,4 +479,5 @@ _pooled_operator = register(
     _pooled_fake_backward,
     _pooled_keep,
     _pooled_gradients,
+    (_pooled_flops, _pooled_backward_flops),
 )

@@ -1,10 +1,10 @@
 """SiLU → K×K depthwise convolution → SiLU in one Triton kernel: the inside of the MLP on a GPU (Sec. 3.3).
 
-The map of E·C channels is the largest of a block, and these three steps do little with each value; one after the
+The map of E·C channels is the largest of a block, and these three steps do little with each value. One after the
 other they read and write it three times, here once. A program goes down a strip of the map, a few columns and one
-block of channels wide: it takes SiLU of each value of a row once and adds the row to the K rows of the result in
-progress, which stay in registers, as the values of neighbouring columns do. The backward pass keeps nothing but the
-input and goes down the strips in the same way. Maps are read and written in channels_last; sums are in float32 and in
+block of channels wide. It takes SiLU of each value of a row once and adds the row to the K rows of the result in
+progress. These stay in registers, as do the values of neighbouring columns. The backward pass keeps only the input
+and goes down the strips in the same way. Maps are read and written in channels_last; sums are in float32 and in
 a fixed order, so that results are reproducible.
 
 Imported only where Triton is installed.
@@ -15,7 +15,8 @@ Imported only where Triton is installed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -329,4 +330,22 @@ def _gradients(backward: Callable[..., Any], ctx: Any, gradient: Tensor) -> tupl
     return backward(gradient, *ctx.saved_tensors)
 
 
-_operator = register("activated_depthwise", _forward, _backward, _fake, _fake_backward, _keep, _gradients)
+def _flops(h: Sequence[int], weight: Sequence[int]) -> int:
+    return 2 * math.prod(h) * weight[-1] ** 2
+
+
+def _backward_flops(gradient: Sequence[int], h: Sequence[int], weight: Sequence[int]) -> int:
+    """The convolution again, and the gradients of its input and weight."""
+    return 3 * _flops(h, weight)
+
+
+_operator = register(
+    "activated_depthwise",
+    _forward,
+    _backward,
+    _fake,
+    _fake_backward,
+    _keep,
+    _gradients,
+    (_flops, _backward_flops),
+)

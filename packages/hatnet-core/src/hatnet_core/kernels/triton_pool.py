@@ -1,7 +1,7 @@
 """Average pooling of channels_last maps in Triton, with its gradient (Eq. 10).
 
-PyTorch's kernels for this layout, the backward one most of all, read and write far more than the map; the gradient
-took 4 % of a training step.
+PyTorch's kernels for this layout read and write far more than the map, most of all in the backward pass, which took
+4 % of a training step.
 
 Imported only where Triton is installed.
 """
@@ -25,7 +25,7 @@ SIZES = ("height", "width", "size")
 
 
 def average_pool(x: Tensor, size: int) -> Tensor:
-    """Average pooling with kernel and stride ``size`` whose last pools average the positions that exist.
+    """Average pooling with kernel and stride ``size``; pools at the border average the positions that exist.
 
     Args:
         x: [B, C, H, W] of a floating dtype; read in channels_last, of which another layout is a copy.
