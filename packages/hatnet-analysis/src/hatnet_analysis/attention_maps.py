@@ -38,7 +38,7 @@ class AttentionWeights:
 
     Attributes:
         height: H of the map.
-        width: W, likewise.
+        width: W, as ``height``.
         grid: height and width of a local grid; None for the plain attention of stage 5.
         pool_size: G2; 1 for plain attention.
         local: [heads, rows, columns, g·g', g·g'] from each position of a grid to each of the same grid, 0 to padding;
@@ -64,14 +64,14 @@ class PointAttention:
 
     Attributes:
         row: of the position on the map.
-        column: likewise.
+        column: as ``row``.
         local: [h, w] weights within its grid, of the positions that exist; None for plain attention.
         top: first row of the grid on the map.
         left: first column.
         global_: [H', W'] weights of the pooled map.
         pool_size: G2, positions of the map along a side of a pooled one.
         height: H of the map.
-        width: W, likewise.
+        width: W, as ``height``.
         stride: pixels of the model's input along a side of a position.
     """
 
@@ -114,7 +114,7 @@ def attention_weights(
 
 @dataclass(frozen=True)
 class View:
-    """What is drawn of one point.
+    """Maps to draw of one point.
 
     Attributes:
         point: x and y in pixels of the image.
@@ -124,7 +124,7 @@ class View:
         attention: where the point's position looks.
         input_size: height and width in pixels that the image is scaled to for the model.
         rollout: [H/4, W/4] shares, from the point's position on the last map.
-        mean_rollout: likewise, the mean over all positions.
+        mean_rollout: as ``rollout``, the mean over all positions.
     """
 
     point: tuple[float, float]
@@ -159,7 +159,7 @@ class View:
         }
 
     def strongest(self, number: int = 5) -> list[dict[str, Any]]:
-        """The largest weights of each step: ``step``, ``row`` and ``column`` on the map of the stage, ``weight``.
+        """Return the largest weights of each step: ``step``, ``row`` and ``column`` on the map of the stage, ``weight``.
 
         A pooled position is named by the first of those that it is pooled from, in the upper left.
         """
@@ -186,7 +186,7 @@ def look(
     block: int | None = None,
     head: int | None = None,
 ) -> View:
-    """What a point of the image attends to in one block, and rollout from it.
+    """Look up what a point of the image attends to in one block, and the rollout from it.
 
     Args:
         recorded: of :func:`record_weights`.
@@ -250,7 +250,7 @@ def point_attention(weights: AttentionWeights, row: int, column: int, head: int 
     Args:
         weights: of one layer.
         row: of the position on the map, in [0, H).
-        column: likewise, in [0, W).
+        column: as ``row``, in [0, W).
         head: in [0, heads); None for the mean of all.
 
     Raises:
@@ -341,7 +341,7 @@ def check_size(model: HATNet, size: tuple[int, int]) -> None:
 
 
 def _numbers(module: Attention | HierarchicalAttention, height: int, width: int) -> int:
-    """How many weights :func:`attention_weights` holds of one layer on a map of H×W."""
+    """Count the weights that :func:`attention_weights` holds of one layer on a map of H×W."""
     if isinstance(module, Attention):
         return module.num_heads * (height * width) ** 2
     g, g2 = min(height, module.grid_size), min(width, module.grid_size)

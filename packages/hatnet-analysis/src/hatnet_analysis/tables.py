@@ -30,7 +30,7 @@ SECTIONS = {
 FORMATS = {"table": "simple", "markdown": "github", "html": "html"}
 """tabulate's name of each format for reading."""
 
-RENAMED = {"dearer": "slower", "cheaper": "faster", "h_mhsa_macs_completed": "h_mhsa_macs_padded"}
+RENAMED = {"dearer": "slower", "cheaper": "faster", "h_mhsa_macs_completed": "h_mhsa_macs_padded"}  # prose: old keys
 """Former keys of rows, which :class:`Row` still takes."""
 
 

@@ -345,7 +345,7 @@ def attend(qkv: tuple[Tensor, ...], mask: Tensor | None = None) -> Tensor:
 
 
 def grid_count(side: int, grid_size: int) -> int:
-    """Number of grids along an axis, ⌈side / grid_size⌉."""
+    """Count the grids along an axis, ⌈side / grid_size⌉."""
     return (side + grid_size - 1) // grid_size
 
 
@@ -416,7 +416,7 @@ def split_heads(tokens: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...
 
 
 def _heads_of(num_heads: int, *maps: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values [B, heads, H·W, head_dim] of [B, 3C, H, W], or of [B, C, H, W] and [B, 2C, H', W']."""
+    """Return q, k and v [B, heads, H·W, head_dim] of [B, 3C, H, W], or of [B, C, H, W] and [B, 2C, H', W']."""
     dim = sum(m.shape[1] for m in maps) // 3
     return tuple(part for m in maps for part in split_heads(_tokens(m), m.shape[1] // dim, num_heads))
 

@@ -92,12 +92,12 @@ def variant_name(arguments: Mapping[str, Any]) -> str | None:
 
 
 def head_size(state: Mapping[str, Tensor]) -> int:
-    """Number of classes of the classifier in a state dict, 0 without one."""
+    """Return the number of classes of the classifier in a state dict, 0 without one."""
     return (_shape(state, "head.weight", 2) or (0,))[0]
 
 
 def stem_channels(state: Mapping[str, Tensor]) -> int:
-    """Number of input channels of the stem in a state dict, 3 without one."""
+    """Return the number of input channels of the stem in a state dict, 3 without one."""
     return (_shape(state, "stem.conv1.weight", 4) or (0, 3))[1]
 
 

@@ -73,7 +73,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, A
 
 
 def saved_config(model: HATNet) -> HATNetConfig:
-    """Configuration that rebuilds a model in its present state, including its head.
+    """Return the configuration that rebuilds a model in its present state, including its head.
 
     Raises:
         ValueError: if the configuration builds a different model; names the first differences and the remedy.

@@ -170,7 +170,7 @@ def _shape(qkv: Tensor, num_heads: int, grid_size: int) -> tuple[tuple[int, int]
 
 
 def _padded(size: int) -> int:
-    """The power of two at or above ``size``, and 16 at least: what matrix products are made of."""
+    """Return the power of two at or above ``size``, at least 16: what matrix products are made of."""
     return max(16, power_of_two(size))
 
 
@@ -392,7 +392,7 @@ def _store(
     head_dim: tl.constexpr,
     block_d: tl.constexpr,
 ) -> None:
-    """The inverse of :func:`_load`."""
+    """Invert :func:`_load`."""
     channel = tl.arange(0, block_d)
     mask = exists[:, None] & (channel < head_dim)[None, :]
     tl.store(base + token[:, None] * stride + channel[None, :], value.to(base.dtype.element_ty), mask=mask)

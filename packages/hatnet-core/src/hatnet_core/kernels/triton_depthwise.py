@@ -335,7 +335,7 @@ def _flops(h: Sequence[int], weight: Sequence[int]) -> int:
 
 
 def _backward_flops(gradient: Sequence[int], h: Sequence[int], weight: Sequence[int]) -> int:
-    """The convolution again, and the gradients of its input and weight."""
+    """Compute the convolution again, and the gradients of its input and weight."""
     return 3 * _flops(h, weight)
 
 

@@ -64,7 +64,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The normalised map, and [2, B] in float32: mean and 1/√(variance + eps) of each sample."""
+    """Return the normalised map, and [2, B] in float32: mean and 1/√(variance + eps) of each sample."""
     tokens, out = to_tokens(x), torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
     splits, sizes, blocks = _work(tokens)
     partials = x.new_empty(3, x.shape[0], splits, dtype=torch.float32)
@@ -97,7 +97,7 @@ def _backward(gradient: Tensor, x: Tensor, weight: Tensor, moments: Tensor) -> t
 
 
 def _work(tokens: Tensor) -> tuple[int, tuple[int, int, int], dict[str, int]]:
-    """Splits of a sample, the sizes that kernels take, and their blocks; no split is empty."""
+    """Return the splits of a sample, the sizes that kernels take, and their blocks; no split is empty."""
     positions, channels = tokens.shape[1] * tokens.shape[2], tokens.shape[3]
     divisor = channels & -channels  # the largest power of two that divides: no lane of a block is idle
     block_c = min(divisor, 512) if divisor >= 64 else power_of_two(channels)
@@ -211,7 +211,7 @@ def _gradient_sums(
     block_p: tl.constexpr,
     block_c: tl.constexpr,
 ) -> None:
-    """Sums over a split: of g and g·x̂ → ``by_channel`` [2, B·splits, C], of gγ and gγ·x̂ → ``by_split`` [2, …]."""
+    """Sum over a split: g and g·x̂ → ``by_channel`` [2, B·splits, C], of gγ and gγ·x̂ → ``by_split`` [2, …]."""
     sample, split = tl.program_id(0), tl.program_id(1)
     mean, factor = tl.load(moments + sample), tl.load(moments + tl.num_programs(0) + sample)
     first, last = split * per_split, tl.minimum((split + 1) * per_split, positions)

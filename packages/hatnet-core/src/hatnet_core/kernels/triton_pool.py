@@ -76,7 +76,7 @@ def _pool(
     block_n: tl.constexpr,
     block_c: tl.constexpr,
 ) -> None:
-    """The mean of one pool."""
+    """Average one pool."""
     channel = tl.arange(0, block_c)
     total = tl.zeros([block_n, block_c], tl.float32)
     for first in range(0, size * size, block_n):
@@ -99,7 +99,7 @@ def _spread(
     block_n: tl.constexpr,
     block_c: tl.constexpr,
 ) -> None:
-    """The gradient of one pool, an equal share for each of its positions."""
+    """Compute the gradient of one pool, an equal share for each of its positions."""
     channel = tl.arange(0, block_c)
     pooled = tl.program_id(0).to(tl.int64) * channels + channel
     share = tl.load(gradient + pooled, mask=channel < channels, other=0.0).to(tl.float32)
