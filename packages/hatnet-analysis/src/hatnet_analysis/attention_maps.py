@@ -159,7 +159,7 @@ class View:
         }
 
     def strongest(self, number: int = 5) -> list[dict[str, Any]]:
-        """Return the largest weights of each step, with their ``row`` and ``column`` on the map of the stage."""
+        """Return the largest weights of each step, with their ``row`` and ``column`` on the map of the stage.
 
         A pooled position is named by the first of those that it is pooled from, in the upper left.
         """
