@@ -27,6 +27,8 @@ from hatnet_core.config import HATNetConfig, positive_ints
 from hatnet_core.layers import Downsample, DropPath, Mlp, Stem
 from hatnet_core.variants import MIN_SIZE
 
+torch.fx.wrap("check_images")  # a node of a traced graph: wrapping it where it is defined does not cover this module
+
 P = ParamSpec("P")
 
 
