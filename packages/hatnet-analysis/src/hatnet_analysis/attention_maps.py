@@ -38,7 +38,7 @@ class AttentionWeights:
 
     Attributes:
         height: H of the map.
-        width: W, as ``height``.
+        width: W of the map.
         grid: height and width of a local grid; None for the plain attention of stage 5.
         pool_size: G2; 1 for plain attention.
         local: [heads, rows, columns, g·g', g·g'] from each position of a grid to each of the same grid, 0 to padding;
@@ -60,18 +60,18 @@ class AttentionWeights:
 
 @dataclass(frozen=True)
 class PointAttention:
-    """Where one position looks in one head.
+    """Attention of one position in one head.
 
     Attributes:
         row: of the position on the map.
-        column: as ``row``.
+        column: of the position on the map.
         local: [h, w] weights within its grid, of the positions that exist; None for plain attention.
         top: first row of the grid on the map.
         left: first column.
         global_: [H', W'] weights of the pooled map.
         pool_size: G2, positions of the map along a side of a pooled one.
         height: H of the map.
-        width: W, as ``height``.
+        width: W of the map.
         stride: pixels of the model's input along a side of a position.
     """
 
@@ -114,7 +114,7 @@ def attention_weights(
 
 @dataclass(frozen=True)
 class View:
-    """Maps to draw of one point.
+    """Everything that is drawn of one point.
 
     Attributes:
         point: x and y in pixels of the image.
@@ -124,7 +124,7 @@ class View:
         attention: where the point's position looks.
         input_size: height and width in pixels that the image is scaled to for the model.
         rollout: [H/4, W/4] shares, from the point's position on the last map.
-        mean_rollout: as ``rollout``, the mean over all positions.
+        mean_rollout: [H/4, W/4] shares, the mean over all positions.
     """
 
     point: tuple[float, float]
@@ -186,11 +186,11 @@ def look(
     block: int | None = None,
     head: int | None = None,
 ) -> View:
-    """Look up what a point of the image attends to in one block, and the rollout from it.
+    """Attention of a point of the image in one block, and rollout from it.
 
     Args:
         recorded: of :func:`record_weights`.
-        image: the image, of the size that ``point`` speaks of.
+        image: the image that ``point`` is in.
         point: x and y in pixels.
         stage: of the paper, 2-5.
         block: of the stage, from 0; None for the last.
@@ -250,7 +250,7 @@ def point_attention(weights: AttentionWeights, row: int, column: int, head: int 
     Args:
         weights: of one layer.
         row: of the position on the map, in [0, H).
-        column: as ``row``, in [0, W).
+        column: of the position on the map, in [0, W).
         head: in [0, heads); None for the mean of all.
 
     Raises:
@@ -280,8 +280,7 @@ def rollout(recorded: Sequence[Sequence[AttentionWeights]], point: tuple[int, in
 
     A block passes half of its input on by each of its residuals: A1 is (I + L)/2 of X, with L the local weights;
     A1 + A2 is (I + G·P)/2 of that, with G the global weights and P the pooling; the block is (I + …)/2. Heads are
-    averaged, the MLP counts as identity, and a downsampling spreads a position evenly over the 2×2 positions that
-    it stands for.
+    averaged, the MLP counts as identity, and a downsampling spreads a position evenly over its 2×2 positions.
 
     Args:
         recorded: of :func:`record_weights`.
@@ -323,7 +322,7 @@ def _through_attention(share: Tensor, weights: AttentionWeights) -> Tensor:
 
 
 def _through_downsampling(share: Tensor, size: tuple[int, int]) -> Tensor:
-    """Shares of the map behind a downsampling → of the map before, each spread over the 2×2 that it stands for."""
+    """Shares of the map after a downsampling → of the map preceding it, each spread over its 2×2 positions."""
     counts = F.avg_pool2d(torch.ones(1, 1, *size), 2, ceil_mode=True, divisor_override=1)[0, 0]
     spread = (share / counts).repeat_interleave(2, 0).repeat_interleave(2, 1)
     return spread[: size[0], : size[1]]
@@ -341,7 +340,7 @@ def check_size(model: HATNet, size: tuple[int, int]) -> None:
 
 
 def _numbers(module: Attention | HierarchicalAttention, height: int, width: int) -> int:
-    """Count the weights that :func:`attention_weights` holds of one layer on a map of H×W."""
+    """Number of weights that :func:`attention_weights` returns of one layer on an H×W map."""
     if isinstance(module, Attention):
         return module.num_heads * (height * width) ** 2
     g, g2 = min(height, module.grid_size), min(width, module.grid_size)

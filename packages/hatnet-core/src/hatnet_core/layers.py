@@ -161,7 +161,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_float32
             dtype = torch.float32 if keep_float32 else torch.get_autocast_dtype(x.device.type)
         return triton_group_norm.group_norm(x, weight, bias, eps, dtype)
     if kernels.is_mapped(x):
-        x = x.contiguous()
+        x = x.contiguous()  # torch.vmap cannot normalise a channels_last map
     return F.group_norm(x, 1, weight, bias, eps)
 
 

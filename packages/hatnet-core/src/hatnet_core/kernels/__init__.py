@@ -85,10 +85,8 @@ def runs_triton(device: torch.device) -> bool:
 
     Tried once, when a model is built on the GPU or moved to it, or at the first eager use. A compiler cannot trace it.
     """
-    if device.type != "cuda":
-        return False
     index = device.index or 0
-    if index not in _gpus and not torch.compiler.is_compiling():
+    if index not in _gpus and device.type == "cuda" and not torch.compiler.is_compiling():
         _gpus[index] = False
         if find_spec("triton") and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0):
             try:
@@ -98,4 +96,4 @@ def runs_triton(device: torch.device) -> bool:
             except Exception as error:  # of a driver or compiler, whatever they raise
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 warnings.warn(f"HAT-Net runs without its Triton kernels on {device}: {reason}", stacklevel=2)
-    return _gpus.get(index, False)
+    return device.type == "cuda" and _gpus.get(index, False)
