@@ -33,11 +33,11 @@ def problems(path: Path) -> Iterator[tuple[int, str]]:
     text = path.read_text()
     if path.suffix == ".py":
         for node in ast.walk(ast.parse(text)):
-            has_docstring = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node)
-            first = has_docstring.split()[0].strip(",") if has_docstring else ""
-            if first in OPENINGS:
-                problem = f"a docstring must open with an imperative verb or a noun phrase, got {first!r}"
-                yield node.body[0].lineno, problem
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                first = (ast.get_docstring(node) or "-").split()[0].strip(",")
+                if first in OPENINGS:
+                    problem = f"a docstring must open with an imperative verb or a noun phrase, got {first!r}"
+                    yield node.body[0].lineno, problem
     for number, line in enumerate(text.splitlines(), 1):
         prose = re.sub(r"`[^`]*`", "", line)
         for pattern, instead in WORDS.items():
