@@ -31,6 +31,13 @@ BENCHMARKS = {
 }
 """What each benchmark measures with."""
 
+COMMANDS = {
+    "core": ["hatnet-export"],
+    "train": ["hatnet-train", "hatnet-eval", "hatnet-predict", "hatnet-shards"],
+    "dense": ["hatnet-dense"],
+    "analysis": ["hatnet-analysis"],
+}
+
 BROWSER = "packages/hatnet-analysis/tests/browser"
 """Tests that click in a browser; in a session of their own."""
 
@@ -49,6 +56,13 @@ SCHEMAS = {
 EVERY = "slow or not slow"
 """What pytest selects instead of its default, the tests that are not slow."""
 
+NIGHTLY = [
+    *(f"coverage({package})" for package in PACKAGES),
+    *(f"slow({package})" for package in PACKAGES),
+    *(f"interpreters-{version}" for version in ("3.10", "3.12", "3.13")),
+    *("lowest", "faults(long)", "dense_training", "forks", "docs", "gpu_dry"),
+]
+
 OTHER_INTERPRETERS = ["3.10", "3.12", "3.13"]
 """What hatnet-core declares beyond 3.11, which all other sessions run on."""
 
@@ -61,7 +75,7 @@ def install(session: nox.Session, *packages: str, groups: tuple[str, ...] = ()) 
     wanted = [f"--group={group}" for group in groups]
     for package in packages:
         wanted += ["-e", f"packages/hatnet-{package}[all]"]
-    # what they need of each other is what lies beside them, not a release
+    # what they need of each other comes from this workspace, not from a release
     needed = {"core", "dense"} if "analysis" in packages else {"core"}
     for package in sorted(needed - set(packages)):
         wanted += ["-e", f"packages/hatnet-{package}"]
@@ -90,13 +104,13 @@ def typing(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def tests(session: nox.Session, package: str) -> None:
-    """Tests of one package, such as "tests(core)"; arguments after -- go to pytest."""
+    """Test one package, such as "tests(core)"; arguments after -- go to pytest."""
     install(session, package, groups=GROUPS.get(package, ("test",)))
     session.run("pytest", *tested(package), *session.posargs, env=threads(package))
 
 
 def tested(package: str) -> list[str]:
-    """What pytest is told for one package: its tests, the examples in its sources and README, two at a time."""
+    """Return pytest's arguments for one package: its tests, the examples in its sources and README, two at a time."""
     folder = f"packages/hatnet-{package}/tests"
     if package == "train":  # its tests start processes of their own, and its examples DeepSpeed
         return [folder, f"--ignore={FAULTS}"]
@@ -136,35 +150,23 @@ def coverage(session: nox.Session, package: str) -> None:
 
 @nox.session(python=OTHER_INTERPRETERS)
 def interpreters(session: nox.Session) -> None:
-    """Tests of hatnet-core on the other interpreters it declares, such as "interpreters-3.12"; skips absent ones."""
+    """Test hatnet-core on the other interpreters it declares, such as "interpreters-3.12"; skips absent ones."""
     install(session, "core", groups=("test",))
     session.run("pytest", "packages/hatnet-core/tests", *session.posargs)
 
 
 @nox.session
-@nox.parametrize("package", PACKAGES, ids=PACKAGES)
-def lowest(session: nox.Session, package: str) -> None:
-    """Tests of core with the lowest torch and all else that it declares; of the others with the lowest core."""
-    if package == "core":
-        session.install("--resolution=lowest-direct", "-e", "packages/hatnet-core[all]", "--group=test")
-        session.run("python", "-c", "import torch; print('torch', torch.__version__)")
-        session.run("pytest", "packages/hatnet-core/tests", *session.posargs)
-        return
-    session.install("-c", "constraints.txt", "--group=tools")
-    folder = str(Path(session.create_tmp()).resolve())
-    said = session.run("python", "tools/release.py", "lowest", f"hatnet-{package}", folder, silent=True)
-    session.log(said.strip())
-    groups = [f"--group={group}" for group in GROUPS.get(package, ("test",))]
-    beside = ["-e", "packages/hatnet-dense"] if package == "analysis" else []
-    wanted = [said.splitlines()[-1], "-e", f"packages/hatnet-{package}[all]", *beside]
-    session.install("--no-sources", "-c", "constraints.txt", *groups, *wanted)  # the workspace would win otherwise
-    session.run("pytest", *tested(package), *session.posargs, env=threads(package))
+def lowest(session: nox.Session) -> None:
+    """Test hatnet-core with the lowest torch and other versions that it declares."""
+    session.install("--resolution=lowest-direct", "-e", "packages/hatnet-core[all]", "--group=test")
+    session.run("python", "-c", "import torch; print('torch', torch.__version__)")
+    session.run("pytest", "packages/hatnet-core/tests", *session.posargs)
 
 
 @nox.session
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def slow(session: nox.Session, package: str) -> None:
-    """The tests of one package that take minutes, such as "slow(core)"."""
+    """Run the tests of one package that take minutes, such as "slow(core)"."""
     install(session, package, groups=GROUPS.get(package, ("test",)))
     paths = [f"packages/hatnet-{package}/tests", f"--ignore={FAULTS}", f"--ignore={BROWSER}"]
     session.run("pytest", "-m", "slow", *paths, *session.posargs, success_codes=[0, 5])
@@ -173,7 +175,7 @@ def slow(session: nox.Session, package: str) -> None:
 @nox.session
 @nox.parametrize("form", ["short", "long"], ids=["short", "long"])
 def faults(session: nox.Session, form: str) -> None:
-    """Training runs that are killed, whose disk is full, whose files are damaged; "faults(long)" tries all of it."""
+    """Kill training runs, fill their disk, damage their files; "faults(long)" tries all of it."""
     install(session, "train", groups=("test",))
     which = {"short": "not slow", "long": EVERY}[form]
     session.run("pytest", "-m", which, FAULTS, *session.posargs)
@@ -181,7 +183,7 @@ def faults(session: nox.Session, form: str) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """The report of hatnet-analysis, opened and clicked in headless Chromium; skipped where there is none."""
+    """Open and click the report of hatnet-analysis in headless Chromium; skipped where there is none."""
     found = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     if not found:
         session.skip("no browser: expected chromium on the PATH, or its path in CHROMIUM (apt-get install chromium)")
@@ -191,7 +193,7 @@ def browser(session: nox.Session) -> None:
 
 @nox.session
 def forks(session: nox.Session) -> None:
-    """Tests of hatnet-dense on the community's forks of MMDetection and MMSegmentation."""
+    """Test hatnet-dense on the community's forks of MMDetection and MMSegmentation."""
     groups = [f"--group={group}" for group in GROUPS["dense"]]
     here = ["-e", "packages/hatnet-core", "-e", "packages/hatnet-dense[deepspeed]"]
     session.install("-c", "constraints.txt", *FORKS, "ftfy", "regex", *groups, *here)
@@ -203,95 +205,90 @@ def forks(session: nox.Session) -> None:
 def dense_training(session: nox.Session) -> None:
     """Train Mask R-CNN, RetinaNet and Semantic FPN from scratch on drawn shapes, to figures that have to be met."""
     install(session, "dense", groups=("photographs",))
-    session.run("python", "benchmarks/dense.py", "shapes", *(session.posargs or ["--out", "docs/benchmarks"]))
+    session.run("python", "benchmarks/run.py", "dense", "shapes", *(session.posargs or ["--out", "docs/benchmarks"]))
 
 
 @nox.session
 def tools(session: nox.Session) -> None:
-    """Tests of the scripts under tools/, and that versions are the same wherever they are written."""
+    """Test the scripts under tools/."""
     session.install("-c", "constraints.txt", "--group=tools")
     session.run("pytest", "tools/tests", *session.posargs)
 
 
 @nox.session
 def changes(session: nox.Session) -> None:
-    """Fails where a package's sources changed without a news fragment; "-- COMMIT" says since when."""
+    """Fail where a package's sources changed since origin/main, or "-- COMMIT", without a news fragment."""
     session.install("-c", "constraints.txt", "--group=tools")
-    if not Path(".git").exists():
-        session.skip("no git checkout: nothing tells what changed")
-    said = session.run("python", "tools/release.py", "changes", *session.posargs, silent=True)
-    session.log(said.strip())
-    if "not judged" in said:
-        session.skip("some packages could not be judged: git fetch --unshallow --tags, or name a commit after --")
+    base, *_ = session.posargs or ["origin/main"]
+    known = session.run("git", "merge-base", base, "HEAD", external=True, silent=True, success_codes=[0, 1, 128])
+    if not known or "fatal" in str(known):
+        session.skip(f"this clone does not know {base}: git fetch --unshallow, or name a commit after --")
+    for package in (f"packages/hatnet-{name}" for name in PACKAGES):
+        changed = ["git", "diff", "--name-only", f"{base}...", "--", f"{package}/src", f"{package}/pyproject.toml"]
+        if session.run(*changed, external=True, silent=True):
+            settings = ["--config", "pyproject.toml", "--dir", package]
+            session.run("towncrier", "check", "--compare-with", base, *settings)
 
 
 @nox.session
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def bump(session: nox.Session, package: str) -> None:
     """Write the next version of a package and its changelog: "bump(core)" -- major, minor, patch or a version."""
-    if len(session.posargs) != 1:
-        session.error(f"nox -s 'bump({package})' -- STEP: expected major, minor, patch or a version as STEP")
     session.install("-c", "constraints.txt", "--group=tools")
-    session.run("python", "tools/release.py", "bump", f"hatnet-{package}", *session.posargs)
+    session.run("python", "tools/release.py", f"hatnet-{package}", *session.posargs)
 
 
 @nox.session
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def wheels(session: nox.Session, package: str) -> None:
-    """Build sdist and wheels, compare them with the sources, use the wheel, or that of "-- dist", elsewhere."""
-    dist = Path(session.create_tmp()).resolve()
+    """Build a package, check what is in it, and use its wheel, or that of "-- dist", outside of the checkout."""
+    dist = Path(*session.posargs).resolve() if session.posargs else Path(session.create_tmp()).resolve()
     if not session.posargs:
         build(session, package, dist)
-    given = Path(*session.posargs).resolve() if session.posargs else dist / package / "from-sdist"
-    files = [*given.glob(f"hatnet_{package}-*.whl")]
-    if len(files) != 1:
-        session.error(f"{given} holds {len(files)} wheels of hatnet-{package}: expected one")
-    if package != "core":
-        beside = ["--out-dir", str(dist / "beside"), "packages/hatnet-core"]
-        session.run_install("uv", "build", "--quiet", "--clear", "--wheel", *beside)
-        files += (dist / "beside").glob("*.whl")
-    requirements = [f"{file.name.partition('-')[0]} @ {file.as_uri()}" for file in files]
-    session.install("-c", "constraints.txt", *requirements)
-    here, elsewhere = Path.cwd(), dist / "elsewhere"
-    elsewhere.mkdir(exist_ok=True)
-    with session.chdir(elsewhere):
-        # torch without NumPy, which it does not require, says so in a warning of its own
-        quiet = ["-W", "error", "-W", "ignore:Failed to initialize NumPy"] if package == "core" else []
-        readme = here / f"packages/hatnet-{package}/README.md"
-        works = [here / "tools/distributions.py", "works", f"hatnet-{package}", readme]
-        session.run("python", *quiet, *works)
+    (wheel,) = dist.glob(f"hatnet_{package}-*.whl")
+    here, core = Path.cwd(), [] if package == "core" else [str(Path("packages/hatnet-core").resolve())]
+    session.install("-c", "constraints.txt", str(wheel), *core)
+    # torch warns that NumPy, which it does not require, is missing
+    python = ["python", "-W", "error", "-W", "ignore:Failed to initialize NumPy", "-W", "ignore:pkg_resources"]
+    with session.chdir(session.create_tmp()):
+        session.run(*python, "-c", f"import hatnet_{package}")
         if package == "core":
             session.run("hatnet-export", success_codes=[1])  # names the extra that is missing
-            session.install("-c", here / "constraints.txt", f"hatnet-core[cli] @ {files[0].as_uri()}")
-            session.run("python", *quiet, *works)
+            session.run(*python, here / "tools/first_block.py", here / "packages/hatnet-core/README.md")
+            session.install("-c", here / "constraints.txt", f"hatnet-core[cli] @ {wheel.as_uri()}")
+        for command in COMMANDS[package]:
+            session.run(command, "--help", silent=True)
+        if package == "dense":
+            session.run("hatnet-dense", "doctor", success_codes=[1])  # names MMCV and the others
+        if package == "analysis":
+            session.run(*python[:1], "-m", "doctest", here / "packages/hatnet-analysis/README.md")
 
 
 @nox.session
 def release(session: nox.Session) -> None:
-    """Build what a tag names, "release" -- hatnet-core-v1.2.0, into dist/; fails where tag and sources disagree."""
-    if len(session.posargs) != 1:
-        session.error("nox -s release -- TAG: expected a tag such as hatnet-core-v1.2.0")
-    if Path("dist").exists():
-        session.error("dist/ exists: expected none, so that nothing old is released")
+    """Build what a tag names, "release" -- hatnet-core-v1.2.0, into dist/; fails where tag and version disagree."""
     session.install("-c", "constraints.txt", "--group=tools")
-    package = session.run("python", "tools/release.py", "tagged", *session.posargs, silent=True).strip()
-    scratch = Path(session.create_tmp()).resolve()
-    build(session, package, scratch)
-    Path("dist").mkdir()
-    for file in (scratch / package / "from-sdist").glob("hatnet_*"):
-        session.log(f"dist/{file.name}")
-        shutil.copy(file, "dist")
+    (tag,) = session.posargs or [""]
+    name, _, version = tag.rpartition("-v")
+    package = name.removeprefix("hatnet-")
+    if package not in PACKAGES:
+        session.error(f"the tag must be such as hatnet-core-v1.2.0, got {tag!r}")
+    if f"\n## {version} " not in Path(f"packages/{name}/CHANGELOG.md").read_text():
+        session.error(f"packages/{name}/CHANGELOG.md: there is no section {version}, which nox -s bump writes")
+    build(session, package, Path("dist"))
+    if not [*Path("dist").glob(f"hatnet_{package}-{version}-*.whl")]:
+        session.error(f"the version in {name} must be {version}, got {[path.name for path in Path('dist').iterdir()]}")
 
 
 def build(session: nox.Session, package: str, folder: Path) -> None:
-    """An sdist and the wheel from it, and the wheel from the sources; metadata and contents of all are checked."""
-    folder = folder / package
-    build = ["uv", "build", "--quiet", "--clear", f"packages/hatnet-{package}", "--out-dir"]
-    session.run_install(*build, str(folder / "from-sdist"))
-    session.run_install(*build, str(folder / "from-checkout"), "--wheel")
-    session.run("python", "tools/distributions.py", "files", f"hatnet-{package}", str(folder))
-    twine = ["uv", "tool", "run", "--quiet", "--constraints", "constraints.txt", "twine", "check", "--strict"]
-    session.run_install(*twine, *(str(file) for file in (folder / "from-sdist").glob("hatnet_*")))
+    """Build an sdist, and from it a wheel, whose metadata and contents are checked."""
+    session.run_install("uv", "build", "--quiet", "--clear", f"packages/hatnet-{package}", "--out-dir", str(folder))
+    with_constraints = ["uv", "tool", "run", "--quiet", "--constraints", "constraints.txt"]
+    files = [str(file) for file in folder.glob("hatnet_*")]
+    session.run_install(*with_constraints, "twine", "check", "--strict", *files)
+    # the names of MMDetection's configs cannot be imported, and need not
+    sources = ["--package", f"packages/hatnet-{package}/src/hatnet_{package}", "--ignore", "W004"]
+    session.run_install(*with_constraints, "check-wheel-contents", *sources, *(f for f in files if f.endswith(".whl")))
 
 
 @nox.session
@@ -317,7 +314,7 @@ def demo(session: nox.Session) -> None:
 def bench(session: nox.Session, subject: str) -> None:
     """Measure "core" (speed, memory), "training" (loader, engine), "dense" (shapes, detectors), "analysis" (paper)."""
     session.install("-c", "constraints.txt", *BENCHMARKS[subject])
-    session.run("python", f"benchmarks/{subject}.py", *(session.posargs or ["--out", "docs/benchmarks"]))
+    session.run("python", "benchmarks/run.py", subject, *(session.posargs or ["--out", "docs/benchmarks"]))
 
 
 @nox.session
@@ -340,4 +337,27 @@ def bench_guard(session: nox.Session) -> None:
         session.error("docs/benchmarks has no report to compare with: expected one of nox -s 'bench(core)'")
     out = session.create_tmp()
     chosen = session.posargs or ["inference", "variants", "training"]
-    session.run("python", "benchmarks/core.py", *chosen, "--out", out, "--against", str(recorded))
+    session.run("python", "benchmarks/run.py", "core", *chosen, "--out", out, "--against", str(recorded))
+
+
+@nox.session
+def pull_request(session: nox.Session) -> None:
+    """Queue lint, types, and the tests of what changed since origin/main, or since "-- COMMIT"."""
+    base, *_ = session.posargs or ["origin/main"]
+    changed = session.run("git", "diff", "--name-only", f"{base}...", external=True, silent=True)
+    files = str(changed).split()
+    prefixes = {package: f"packages/hatnet-{package}/" for package in PACKAGES}
+    # what all packages share, or build on, is a reason to test all of them
+    everything = any(f.startswith((prefixes["core"], "testing/")) or ("/" not in f and f[-2:] != "md") for f in files)
+    chosen = [p for p in PACKAGES if everything or any(file.startswith(prefixes[p]) for file in files)]
+    for name in ["lint", "typing", "tools", *(f"tests({package})" for package in chosen)]:
+        session.notify(name, posargs=())
+    if "train" in chosen:
+        session.notify("faults(short)", posargs=())
+
+
+@nox.session
+def nightly(session: nox.Session) -> None:
+    """Everything that plain nox leaves to the night."""
+    for name in NIGHTLY:
+        session.notify(name)

@@ -1,4 +1,4 @@
-"""What ``core.py`` measures: HAT-Net plain and fast, its peers from timm, and how a turn of one is timed."""
+"""Contenders of ``core.py``: HAT-Net plain and fast, its peers from timm, each timed in turns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from results import interleaved
+from harness import interleaved
 from torch import Tensor, nn
 
 from hatnet_core import create_model, set_kernels
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured, and where: turns of each contender, seconds a turn at least, device."""
+    """Extent of a measurement: turns of each contender, least seconds per turn, device."""
 
     rounds: int = 7
     seconds: float = 1.0

@@ -1,7 +1,8 @@
-"""Checkpoints: the time to write, to check and to read ours, beside DeepSpeed's own."""
+"""Checkpoints: the time to write, to check and to read ours, compared with DeepSpeed's own."""
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
 
-from results import Measurement, Ratio, Table, interleaved, quotients
+from harness import Measurement, Ratio, Table, interleaved, quotients
 from training_steps import close, join_launch, make_trainer_in_memory, step_config, train_epoch
 
 from hatnet_train import checkpoint
@@ -27,7 +28,7 @@ without an average, a hash or a flush. The folder is removed before each turn.""
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: models, rounds."""
+    """Extent of a measurement: models, rounds."""
 
     variants: tuple[str, ...] = ("hatnet_tiny", "hatnet_small", "hatnet_large")
     rounds: int = 5
@@ -36,10 +37,11 @@ class Plan:
 QUICK = Plan(variants=("hatnet_tiny",), rounds=2)
 
 
-def measure(plan: Plan) -> Measurement:
+def measure(args: argparse.Namespace) -> Measurement:
     """Measure all models."""
+    plan = QUICK if args.quick else Plan()
     join_launch()
-    result = Measurement("Checkpoints", " ".join(WHAT.split()))
+    result = Measurement("Checkpoints", WHAT)
     result.settings = {"rounds": f"{plan.rounds}, after one that does not count", "ZeRO stage": 0}
     for variant in plan.variants:
         with TemporaryDirectory(prefix="hatnet-bench-") as scratch:

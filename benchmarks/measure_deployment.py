@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 from importlib.metadata import version
@@ -14,7 +15,7 @@ import onnxruntime
 import openvino
 import torch
 from contenders import OURS, Contender, Plan, ours, peers, speeds
-from results import Measurement, Ratio, Table, quotients
+from harness import Measurement, Ratio, Table, quotients
 from torch import Tensor, nn
 
 WHAT = """Images a second, 224×224, float32, of HAT-Net-Small and Swin-T: PyTorch eager; compiled by inductor with
@@ -25,10 +26,11 @@ TOLERANCE = 1e-3
 """Of the largest logit: how far the logits of a runtime may be from those of PyTorch."""
 
 
-def measure_deployment(plan: Plan) -> Measurement:
-    """Every runtime at batch 1 and 8, beside eager."""
+def measure_deployment(args: argparse.Namespace) -> Measurement:
+    """Measure every runtime at batch 1 and 8, compared with eager."""
+    plan = Plan(rounds=args.rounds)
     settings = plan.settings() | {name: version(name) for name in ("onnxruntime", "openvino")}
-    result = Measurement("Deployment on a CPU", " ".join(WHAT.split()), settings)
+    result = Measurement("Deployment on a CPU", WHAT, settings)
     for batch in (8, 1):
         images = torch.randn(batch, 3, 224, 224)
         contenders: dict[str, Callable[[Tensor], Any]] = {}

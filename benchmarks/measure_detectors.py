@@ -1,7 +1,8 @@
-"""RetinaNet at 800×1280 on HAT-Net beside MMDetection's own backbones: parameters, FLOPs, time, peak memory."""
+"""RetinaNet at 800×1280 on HAT-Net compared with MMDetection's own backbones: parameters, FLOPs, time, peak memory."""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import resource
@@ -11,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from harness import Measurement, Ratio, Table, interleaved, quotients
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.structures import InstanceData
-from results import Measurement, Ratio, Table, interleaved, quotients
 
 from hatnet_dense.config import load_config
 from hatnet_dense.flops import build_model, count
@@ -39,10 +40,10 @@ its own, forked before any model was built): on a CPU the growth of its resident
 at most."""
 
 
-def measure() -> Measurement:
+def measure(_: argparse.Namespace) -> Measurement:
     """Measure all backbones in turns."""
     warnings.simplefilter("ignore")
-    result = Measurement("RetinaNet at 800×1280", " ".join(WHAT.split()))
+    result = Measurement("RetinaNet at 800×1280", WHAT)
     configs = {name: _config(path) for name, path in CONFIGS.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result.settings = {"device": str(device), "threads": torch.get_num_threads(), "rounds": ROUNDS}
@@ -82,7 +83,7 @@ def _config(path: str) -> Config:
 
 
 def _turn(config: Config, kind: str, device: torch.device) -> Callable[[int], float]:
-    """What runs one image through a model and tells the seconds."""
+    """Return a function that runs one image through a model and returns the seconds."""
     model = build_model(config).to(device)
     image = torch.randn(1, 3, *SIZE, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
@@ -119,7 +120,7 @@ def _sample(device: torch.device) -> Any:
 
 def _in_a_process_of_its_own(config: Config, kind: str) -> float:
     """Bytes at the peak of two turns, beyond what the process had before the model was built."""
-    if torch.cuda.is_available():  # a CUDA context does not survive a fork, and PyTorch counts by itself
+    if torch.cuda.is_available():  # a CUDA context does not survive a fork, and PyTorch counts there
         device = torch.device("cuda")
         turn = _turn(config, kind, device)
         torch.cuda.reset_peak_memory_stats()

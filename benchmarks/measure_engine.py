@@ -1,15 +1,19 @@
-"""The time of a training step: our Trainer beside DeepSpeed's own loop and PyTorch alone."""
+"""The time of a training step: our Trainer compared with DeepSpeed's own loop and PyTorch alone."""
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
 
 import torch
-from results import Measurement, Ratio, Table, interleaved, quotients, timed
+from harness import Measurement, Ratio, Table, interleaved, quotients
 from training_steps import (
     PLAIN,
     PlainLoop,
@@ -40,7 +44,7 @@ turns: on a busy machine it tells more than the ratios of whole steps. On a GPU 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: model, pixels, images a batch, steps a turn, rounds, precisions."""
+    """Extent of a measurement: model, pixels, images per batch, steps per turn, rounds, precisions."""
 
     variant: str = "hatnet_tiny"
     image_size: int = 224
@@ -53,10 +57,11 @@ class Plan:
 QUICK = Plan(image_size=96, batch_size=4, steps=3, rounds=3)
 
 
-def measure(plan: Plan) -> Measurement:
+def measure(args: argparse.Namespace) -> Measurement:
     """Measure all loops in every precision."""
+    plan = QUICK if args.quick else Plan()
     join_launch()
-    result = Measurement("Engine", " ".join(WHAT.split()))
+    result = Measurement("Engine", WHAT)
     result.settings = {
         "model": f"{plan.variant} at {plan.image_size}×{plan.image_size}, batch {plan.batch_size}, ZeRO stage 0",
         "a turn": f"{plan.steps} steps",
@@ -98,9 +103,25 @@ def _compare(precision: str, plan: Plan, scratch: Path, result: Measurement) -> 
 
 def _ours(trainer: Trainer, number: int, outside: list[float]) -> float:
     """Milliseconds a step of our loop; those outside of the engine go to ``outside``, unless it is the warm-up."""
-    kind, spent = type(trainer.engine), {"engine": 0.0}
-    with timed({"engine": [(kind, name) for name in ("forward", "backward", "step")]}, spent, time.perf_counter):
+    with ExitStack() as stack:
+        spent = [timed(stack, type(trainer.engine), name) for name in ("forward", "backward", "step")]
         seconds = trainer_seconds(trainer)
     if number >= 0:
-        outside.append(1e3 * (seconds - spent["engine"] / trainer.order.steps))
+        outside.append(1e3 * (seconds - sum(map(sum, spent)) / trainer.order.steps))
     return 1e3 * seconds
+
+
+def timed(stack: ExitStack, kind: type, name: str) -> list[float]:
+    """Record the seconds of every call of a method, as long as the stack is open."""
+    seconds: list[float] = []
+    method = getattr(kind, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            seconds.append(time.perf_counter() - start)
+
+    stack.enter_context(patch.object(kind, name, call))
+    return seconds

@@ -1,7 +1,8 @@
-"""Inference on a CPU: HAT-Net beside its plain form and its peers; all variants; bfloat16; high resolution."""
+"""Inference on a CPU: HAT-Net compared with its plain form and its peers; all variants; bfloat16; high resolution."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 from dataclasses import replace
@@ -25,7 +26,7 @@ from contenders import (
     speeds,
     without_gradients,
 )
-from results import Measurement, Ratio, Table, interleaved, quotients
+from harness import Measurement, Ratio, Table, interleaved, quotients
 
 from hatnet_analysis.memory import peak_memory
 from hatnet_core import create_model, list_models
@@ -36,8 +37,9 @@ POWER = 1.25
 """Of the number of pixels, with which time and memory may grow; Eq. 15 has 1, plus a share of the global attention."""
 
 
-def measure_inference(plan: Plan) -> Measurement:
-    """Small beside its peers at batch 8 and 1, eager and compiled."""
+def measure_inference(args: argparse.Namespace) -> Measurement:
+    """Measure Small and its peers at batch 8 and 1, eager and compiled."""
+    plan = Plan(rounds=args.rounds)
     what = f"""Images a second, 224×224, float32, eager but where stated, contiguous images. {PLAIN_WHAT}"""
     result = Measurement("Inference", what, plan.settings())
     for batch in (8, 1):
@@ -56,8 +58,9 @@ def measure_inference(plan: Plan) -> Measurement:
     return result
 
 
-def measure_variants(plan: Plan) -> Measurement:
-    """Every variant beside its plain form, at batch 8 and 1."""
+def measure_variants(args: argparse.Namespace) -> Measurement:
+    """Measure every variant and its plain form at batch 8 and 1."""
+    plan = Plan(rounds=args.rounds)
     what = f"""Images a second of all variants, 224×224, float32, eager. {PLAIN_WHAT}"""
     result = Measurement("Variants", what, plan.settings())
     for batch in (8, 1):
@@ -69,14 +72,15 @@ def measure_variants(plan: Plan) -> Measurement:
     return result
 
 
-def measure_bfloat16(plan: Plan) -> Measurement:
+def measure_bfloat16(args: argparse.Namespace) -> Measurement:
     """Autocast against float32, plain and fast."""
+    plan = Plan(rounds=args.rounds)
     what = f"""Images a second of HAT-Net-Small under CPU autocast, 224×224, batch 8, eager. Processors with bfloat16
     products (AMX, AVX512-BF16) gain from it, others lose. {PLAIN_WHAT}"""
     about = Path("/proc/cpuinfo")
     flags = {"amx_bf16", "avx512_bf16"} & set(about.read_text(encoding="utf-8").split() if about.is_file() else [])
     settings = plan.settings() | {"bfloat16 products of this processor": ", ".join(sorted(flags)) or "none"}
-    result = Measurement("bfloat16", " ".join(what.split()), settings)
+    result = Measurement("bfloat16", what, settings)
     models = {
         "float32": ours(),
         "bfloat16": ours(autocast=True),
@@ -92,13 +96,14 @@ def measure_bfloat16(plan: Plan) -> Measurement:
     return result
 
 
-def measure_resolution(plan: Plan) -> Measurement:
+def measure_resolution(args: argparse.Namespace) -> Measurement:
     """Time and memory from 224² to 2048²."""
+    plan = Plan(rounds=args.rounds)
     what = """One image, float32, eager: seconds of a forward pass, and most bytes of tensors beyond model and image.
     HAT-Net with the G1 and G2 of dense tasks, (8, 8, 8) and (16, 8, 4). A power of 1 is linear in the number of
     pixels, 2 quadratic."""
     plan = replace(plan, rounds=min(plan.rounds, 3))
-    result = Measurement("High resolution", " ".join(what.split()), plan.settings())
+    result = Measurement("High resolution", what, plan.settings())
     times: dict[str, dict[int, list[float]]] = {}
     memory: dict[str, dict[int, float]] = {}
     for size in SIZES:
@@ -122,7 +127,7 @@ def measure_resolution(plan: Plan) -> Measurement:
 
 
 def _power(values: dict[int, list[float]], a: int, b: int) -> float:
-    """The exponent p of a growth with the number of pixels to the p, from a² to b²."""
+    """Return the exponent p of a growth with the number of pixels to the p, from a² to b²."""
     return math.log(statistics.median(values[b]) / statistics.median(values[a])) / (2 * math.log(b / a))
 
 

@@ -1,11 +1,12 @@
-"""Images a second that one data worker makes: our three sources beside timm's loader on the same JPEG files."""
+"""Images per second of one data worker: our three sources compared with timm's loader on the same JPEG files."""
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,13 +15,13 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from harness import Measurement, Ratio, Table, interleaved, quotients
 from matplotlib.figure import Figure
 from photographs import HEIGHT, QUALITY, WIDTH, draw_photographs
-from results import Measurement, Ratio, Table, interleaved, quotients, timed
 from timm.data import create_dataset, create_loader
 
 from hatnet_train.config import TrainConfig
-from hatnet_train.data import augment, folder, loader, open_split, shards
+from hatnet_train.data import loader, open_split
 from hatnet_train.data.loader import train_batches
 from hatnet_train.data.shard_writer import write_shards
 from hatnet_train.recipes import build_config
@@ -31,19 +32,6 @@ RESIZE = 256
 
 WARM_UP = 3
 """Batches that each turn takes first: those that the worker prefetches, and one more."""
-
-STAGES = {
-    "read": [(folder.Folder, "encoded"), (shards.Shards, "encoded")],
-    "decode": [(folder, "decode"), (shards, "decode")],
-    "crop and resize": [(augment.TrainTransform, "_crop")],
-    "to Pillow and back": [(augment, "to_pillow"), (augment, "to_tensor")],
-    "RandAugment": [(augment.RandAugment, "__call__")],
-    "random erasing": [(augment.TrainTransform, "_erased")],
-    "draws of mixing": [(loader, "draw_mixing")],
-}
-"""The functions of our loader that take time, by stage."""
-
-REST, ALL = "seeding, flip, making the batch", "all"
 
 FOLDER, SHARDS, RESIZED = "our folder", "our shards", f"our shards, short side {RESIZE}"
 TIMM, TIMM_FLOATS = "timm, bytes", "timm, floats"
@@ -58,16 +46,15 @@ both. Our worker erases, draws what mixing needs, and hands over bytes; the devi
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: images drawn, images a batch, batches a turn, rounds, images of the breakdown."""
+    """Extent of a measurement: images drawn, images per batch, batches per turn, rounds."""
 
     images: int = 2000
     batch_size: int = 50
     batches: int = 16
     rounds: int = 5
-    breakdown: int = 400
 
 
-QUICK = Plan(images=200, batch_size=20, batches=4, rounds=3, breakdown=60)
+QUICK = Plan(images=200, batch_size=20, batches=4, rounds=3)
 
 
 @dataclass(frozen=True)
@@ -79,15 +66,16 @@ class Places:
     resized: Path
 
 
-def measure(plan: Plan, picture: Path) -> Measurement:
-    """Draw the images, measure both sets of augmentations, and draw ``picture``."""
+def measure(args: argparse.Namespace) -> Measurement:
+    """Draw the images, measure both sets of augmentations, and draw the rates."""
+    plan = QUICK if args.quick else Plan()
     with TemporaryDirectory(prefix="hatnet-bench-") as scratch:
         places = Places(Path(scratch) / "images", Path(scratch) / "shards", Path(scratch) / "resized")
         size = draw_photographs(places.folder, plan.images)
         write_shards(places.folder, places.shards, splits=("train",))
         index = write_shards(places.folder, places.resized, splits=("train",), resize=RESIZE)
         smaller = sum(shard["bytes"] for shard in index["splits"]["train"]["shards"])
-        result = Measurement("Loader", " ".join(WHAT.split()))
+        result = Measurement("Loader", WHAT)
         result.settings = {
             "images": f"{plan.images}, {size / plan.images / 1e3:.0f} KB each; with short side {RESIZE} and "
             f"quality {index['made']['quality']}, {smaller / plan.images / 1e3:.0f} KB",
@@ -96,9 +84,7 @@ def measure(plan: Plan, picture: Path) -> Measurement:
         }
         for name, config in augmentations(plan).items():
             _compare(name, config, places, plan, result)
-        for name, config in augmentations(plan).items():
-            result.tables.append(_breakdown_table(name, config, places, plan))
-    _draw(result, picture)
+    _draw(result, args.picture)
     return result
 
 
@@ -106,7 +92,7 @@ def augmentations(plan: Plan) -> dict[str, TrainConfig]:
     """Recipe ``imagenet`` with one worker: with what Sec. 4.1 names, and with all that DeiT has."""
     values = {"data": "-", "batch_size": plan.batch_size, "workers": 1, "repeats": 1}
     deit = build_config("imagenet", values)
-    return {"crop and flip": replace(deit, rand_augment="", random_erasing=0.0), "DeiT": deit}
+    return {"crop and flip": deit.replace(rand_augment="", random_erasing=0.0), "DeiT": deit}
 
 
 def _compare(name: str, config: TrainConfig, places: Places, plan: Plan, result: Measurement) -> None:
@@ -138,16 +124,16 @@ def _compare(name: str, config: TrainConfig, places: Places, plan: Plan, result:
 
 
 def our_batches(config: TrainConfig, data: Path, seed: int) -> Iterator[loader.Batch]:
-    """What the training run would see, for one process."""
+    """Yield the batches of a training run of one process."""
     source = open_split(str(data), train=True, size=config.images.image_size)
     order = GlobalOrder(
         length=len(source), batch_size=config.optimisation.batch_size, seed=seed, repeats=config.augmentation.repeats
     )
-    return train_batches(source, order, replace(config, seed=seed), rank=0, world_size=1)
+    return train_batches(source, order, config.replace(seed=seed), rank=0, world_size=1)
 
 
 def timm_batches(config: TrainConfig, data: Path, seed: int, *, as_bytes: bool) -> Iterable[Any]:
-    """The same from timm's loader, with the augmentations of ``config``.
+    """Yield the same from timm's loader, with the augmentations of ``config``.
 
     Args:
         config: the run.
@@ -200,37 +186,6 @@ def rate_of(make: Callable[[], Iterable[Any]], plan: Plan) -> tuple[float, float
 def _processor_seconds(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
-
-
-def _breakdown_table(name: str, config: TrainConfig, places: Places, plan: Plan) -> Table:
-    """Where the processor time of an image goes, from folder and pre-resized shards, in this process on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    kinds = {"folder": places.folder, "resized": places.resized}
-    rounds: dict[str, list[float]] = {f"{kind}: {stage}": [] for kind in kinds for stage in (*STAGES, REST, ALL)}
-    for number in range(plan.rounds):
-        for kind, place in kinds.items():
-            for stage, milliseconds in _breakdown(config, place, plan, number).items():
-                rounds[f"{kind}: {stage}"].append(milliseconds)
-    torch.set_num_threads(threads)
-    used = {stage: values for stage, values in rounds.items() if max(values) > 0}
-    return Table(f"{name}: where the processor time goes, without a worker", "ms an image", used, digits=3)
-
-
-def _breakdown(config: TrainConfig, data: Path, plan: Plan, seed: int) -> dict[str, float]:
-    """Milliseconds of processor time an image of every stage, of the rest, and of all."""
-    spent = dict.fromkeys(STAGES, 0.0)
-    batches = our_batches(replace(config, workers=0), data, seed)
-    next(batches)
-    count = -(-plan.breakdown // plan.batch_size)
-    with timed(STAGES, spent, time.thread_time):
-        start = time.thread_time()
-        for _ in range(count):
-            next(batches)
-        everything = time.thread_time() - start
-    images = count * plan.batch_size
-    spent |= {REST: everything - sum(spent.values()), ALL: everything}
-    return {stage: 1e3 * seconds / images for stage, seconds in spent.items()}
 
 
 def _draw(result: Measurement, path: Path) -> None:

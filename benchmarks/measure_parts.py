@@ -1,7 +1,8 @@
-"""Where the time of a forward pass goes: by part of the model beside a roofline, and by kind of operator."""
+"""Where the time of a forward pass goes: by part of the model with a roofline, and by kind of operator."""
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from contenders import Plan, ours, seconds
-from results import Measurement, Ratio, Table, interleaved, quotients
+from harness import Measurement, Ratio, Table, interleaved, quotients
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -31,18 +32,19 @@ KINDS = {
 PRODUCT, COPY = "FLOPs of a product of 4096×4096", "bytes read and written"
 
 
-def measure_parts(plan: Plan, *, batches: tuple[int, ...] = (8, 1), size: int = 224) -> Measurement:
+def measure_parts(args: argparse.Namespace) -> Measurement:
     """Milliseconds of each part and its distance from a roofline, and of each kind of operator."""
-    what = """HAT-Net-Small, eager. Milliseconds of a batch in each part of the model, beside the least that this
+    plan = Plan(rounds=args.rounds)
+    what = """HAT-Net-Small, eager. Milliseconds of a batch in each part of the model, next to the least that this
     machine would need for it: all multiply-adds as one product of 4096×4096 matrices, or reading every block's map
     and weights and writing its map once, whichever takes longer, at the rates measured in the same round. Then
     milliseconds by kind of operator, as a profiler sees them."""
     dtype = torch.bfloat16 if plan.device.type == "cuda" else torch.float32
-    result = Measurement("Where the time goes", " ".join(what.split()), plan.settings() | {"dtype": _name(dtype)})
+    result = Measurement("Where the time goes", what, plan.settings() | {"dtype": _name(dtype)})
     model = ours().to(plan.device, dtype).model
     set_kernels("auto")
-    for batch in batches:
-        images = torch.randn(batch, 3, size, size, device=plan.device, dtype=dtype)
+    for batch in (8, 1):
+        images = torch.randn(batch, 3, 224, 224, device=plan.device, dtype=dtype)
         parts = _inputs(model, images)
         needs = {name: _needs(part, x) for name, (part, x) in parts.items()}
         turns = {name: _timed(partial(seconds, part, x)) for name, (part, x) in parts.items()}
@@ -67,7 +69,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _inputs(model: nn.Module, images: Tensor) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """The parts of the model in order, each with its input, and the whole."""
+    """Return the parts of the model in order, each with its input, and the whole."""
     parts: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {}
     with torch.no_grad():
         x = images

@@ -1,7 +1,8 @@
-"""From one process to two: images a second of real launches in which every process has one core of this machine."""
+"""From one process to two: images per second of real launches in which every process has one core of this machine."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from results import Measurement, Ratio, Table, quotients
+from harness import Measurement, Ratio, Table, quotients
 from tqdm import tqdm
 
 from hatnet_train.launch import LAUNCHER_VARIABLES
@@ -35,7 +36,7 @@ communication: what two cores of this machine can give that share its memory."""
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: model, pixels, images a process (of two), steps a turn, turns a launch, rounds."""
+    """Extent of a measurement: model, pixels, images per process (of two), steps, turns, rounds."""
 
     variant: str = "hatnet_tiny"
     image_size: int = 224
@@ -48,9 +49,10 @@ class Plan:
 QUICK = Plan(image_size=96, share=4, turns=1, rounds=1)
 
 
-def measure(plan: Plan) -> Measurement:
+def measure(args: argparse.Namespace) -> Measurement:
     """Launch one process and two in turn."""
-    result = Measurement(TITLE, " ".join(WHAT.split()))
+    plan = QUICK if args.quick else Plan()
+    result = Measurement(TITLE, WHAT)
     if len(os.sched_getaffinity(0)) < 2:
         result.not_measured = "this process may use only one core"
         return result
@@ -132,7 +134,7 @@ def _run(command: list[str]) -> None:
 
 
 def _free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """Return a port of this machine that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -11,8 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from harness import Measurement, Ratio, Table
 from PIL import Image
-from results import Measurement, Ratio, Table
 
 SHAPES = Path(__file__).parents[1] / "packages" / "hatnet-dense" / "tests" / "shapes"
 
@@ -22,6 +23,8 @@ TARGETS = {
     "semfpn": {"mIoU": 70.0},
 }
 """What has to be reached on the held-out images, in the units of the libraries' evaluators."""
+
+PICTURES = Path("docs/images")
 
 SHOWN = 8
 """Held-out images in a picture."""
@@ -33,9 +36,9 @@ over other photographs, by the evaluators of MMDetection and MMSegmentation; `ha
 checkpoint has to repeat those of the training to the last digit. Seconds are of the whole command, with its start."""
 
 
-def measure(pictures: Path) -> Measurement:
+def measure(_: argparse.Namespace) -> Measurement:
     """Train, test and draw all three."""
-    result = Measurement("Drawn shapes", " ".join(WHAT.split()))
+    result = Measurement("Drawn shapes", WHAT)
     seconds: dict[str, list[float]] = {}
     with TemporaryDirectory() as folder:
         data = Path(folder) / "shapes"
@@ -59,7 +62,7 @@ def measure(pictures: Path) -> Measurement:
                 result.ratios.append(Ratio(f"{head}: {name}", [metrics[name]], at_least=target))
             images = data / "images" / "validation" if head == "semfpn" else data / "val2017"
             _command("predict", head, checkpoint, images, "--out", run / "predicted", "--score-threshold", "0.5")
-            _montage(sorted((run / "predicted").glob("*[0-9].png"))[:SHOWN], pictures / f"dense-{head}.png")
+            _montage(sorted((run / "predicted").glob("*[0-9].png"))[:SHOWN], PICTURES / f"dense-{head}.png")
     result.tables.append(Table("command", "s", seconds, digits=0))
     return result
 

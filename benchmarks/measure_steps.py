@@ -1,24 +1,26 @@
-"""A training step, forward and backward: speed and peak memory beside the plain form and the peers."""
+"""A training step, forward and backward: speed and peak memory compared with the plain form and the peers."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from contenders import OURS, PEERS, PLAIN, PLAIN_WHAT, Contender, Plan, ours, peers, speeds
-from results import Measurement, Ratio, Table, quotients
+from harness import Measurement, Ratio, Table, quotients
 from torch import Tensor
 
 from hatnet_analysis.memory import peak_memory
 
 
-def measure_steps(plan: Plan) -> Measurement:
+def measure_steps(args: argparse.Namespace) -> Measurement:
     """Speed at batch 8, memory at batch 32."""
-    what = f"""Forward and backward, 224×224, float32, eager: images a second at batch 8; most bytes of tensors beyond
-    the model at batch 32. {PLAIN_WHAT}"""
-    result = Measurement("Training", " ".join(what.split()), plan.settings())
+    plan = Plan(rounds=args.rounds)
+    what = f"""Forward and backward, 224×224, float32, eager: images per second at batch 8; most bytes of tensors
+    beyond the model at batch 32. {PLAIN_WHAT}"""
+    result = Measurement("Training", what, plan.settings())
     contenders = {PLAIN: ours(kernels="reference"), OURS: ours()} | peers()
     steps = {name: training_step(model) for name, model in contenders.items()}
     found = speeds(plan, steps, torch.randn(8, 3, 224, 224), "training")

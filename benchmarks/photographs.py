@@ -56,13 +56,13 @@ def draw_photographs(root: Path, count: int, seed: int = 0) -> int:
 
 
 def bundled() -> list[np.ndarray]:
-    """The colour photographs of everyday things inside the package, [H, W, 3] uint8."""
+    """Return the colour photographs of everyday things in the package, [H, W, 3] uint8."""
     left, right, _ = data.stereo_motorcycle()
     return [data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), left, right]
 
 
 def photograph(source: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A random part of ``source`` as a camera might have taken it, ``WIDTH`` × ``HEIGHT`` pixels."""
+    """Cut a random part of ``source`` as a camera might have taken it, ``WIDTH`` × ``HEIGHT`` pixels."""
     width = rng.uniform(SMALLEST_CROP, 1) * min(source.width, source.height * WIDTH / HEIGHT)
     height = width * HEIGHT / WIDTH
     left, top = rng.uniform(0, source.width - width), rng.uniform(0, source.height - height)

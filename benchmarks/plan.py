@@ -1,4 +1,4 @@
-"""What 8 to 1,024 GPUs need: batch, learning rate, time, all-reduce, storage, processors. Prints Markdown.
+"""Requirements of 8 to 1,024 GPUs: batch, learning rate, time, all-reduce, storage, processors. Prints Markdown.
 
 Everything follows from a few figures of one device, given on the command line: no figure of a GPU is built in.
 """
@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("--images-per-second", type=float, required=True, help="training, of one GPU")
     parser.add_argument("--bandwidth", type=float, required=True, help="bus bandwidth of an all-reduce in GB/s")
     parser.add_argument("--kilobytes", type=float, required=True, help="of an image on the storage")
-    parser.add_argument("--decoded", type=float, required=True, help="images a second that a core prepares")
-    parser.add_argument("--largest-batch", type=int, default=4096, help="images a step at most (default 4096)")
+    parser.add_argument("--decoded", type=float, required=True, help="images per second that a core prepares")
+    parser.add_argument("--largest-batch", type=int, default=4096, help="images per step at most (default 4096)")
     given = parser.parse_args()
     with torch.device("meta"):
         gradients = 4 * sum(p.numel() for p in create_model(given.variant).parameters())

@@ -25,11 +25,13 @@ from training_steps import (
 
 
 def main() -> None:
-    """Measure this launch; rank 0 writes the rates of all processes together, in images a second."""
+    """Measure this launch; rank 0 writes the rates of all processes together, in images per second."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", required=True)
     parser.add_argument("--image-size", type=int, required=True)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", required=True, help="images a step, over all processes")
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="+", required=True, help="images per step, over all processes"
+    )
     parser.add_argument("--steps", type=int, required=True, help="steps a turn")
     parser.add_argument("--turns", type=int, required=True, help="turns of each loop, after one that does not count")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
@@ -48,7 +50,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, list[float]]:
     """Rates by loop, one a turn: our Trainer at each batch size (``16``), PyTorch alone at the last (``alone``)."""
     values = {"variant": args.variant, "image_size": args.image_size, "precision": "fp32", **PLAIN}
     configs = [step_config(**values, batch_size=size) for size in args.batch_sizes]
-    trainers = [make_trainer_in_memory(it, scratch / f"{it.batch_size}", args.steps) for it in configs]
+    trainers = [make_trainer_in_memory(it, scratch / f"{it.optimisation.batch_size}", args.steps) for it in configs]
     loops: dict[str, tuple[int, Callable[[], float]]] = {
         str(it.config.optimisation.batch_size): (it.config.optimisation.batch_size, partial(trainer_seconds, it))
         for it in trainers

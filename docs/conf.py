@@ -40,9 +40,11 @@ nitpick_ignore_regex = [
         "deepspeed",
         "fvcore",
         "huggingface_hub",
+        "logging",
         "matplotlib",
         "mmdet",
         "mmengine",
+        "msgspec",
         "np",
         "numpy",
         "onnx",
@@ -54,9 +56,10 @@ nitpick_ignore_regex = [
         "torchvision",
         "transformers",
         "triton",
+        "tyro",
         "typing",
     ]
-] + [("py:class", "Figure|Image|Tensor|tqdm")]
+] + [("py:class", r"Figure|Image|Tensor|tqdm|1e\+300|hatnet_train\.config\.T")]
 autodoc_mock_imports = ["mmcv"]  # which would have to be compiled; every other library is there
 
 autodoc_member_order = "bysource"

@@ -32,7 +32,7 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def run(commands: str) -> str:
-    """What bash prints on running ``commands``, both streams together; AssertionError unless all succeed."""
+    """Run ``commands`` in bash and return both streams; AssertionError unless all succeed."""
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

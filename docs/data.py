@@ -1,4 +1,4 @@
-"""What the pages presuppose that a reader has, made from what scikit-learn ships: images, a photograph, a run.
+"""Make what the pages assume of a reader from scikit-learn's data: images, a photograph, a run.
 
 python docs/data.py images FOLDER      an ImageNet-layout folder: three classes of 10 images, and 4 held out of each
 python docs/data.py scans FOLDER       one to learn from: ten classes of 100 images, and 40 held out of each
@@ -33,7 +33,7 @@ def scans(folder: Path) -> None:
 
 
 def write(folder: Path, classes: list[str], splits: dict[str, tuple[int, int]]) -> None:
-    """Scans of digits, enlarged to 64×64 pixels, in a folder for every class; ``splits`` says which scans of each."""
+    """Write scans of digits, enlarged to 64×64 pixels, by class; ``splits`` says which scans of each."""
     digits = load_digits()
     for digit, name in enumerate(classes):
         scans = digits.images[digits.target == digit]
@@ -45,12 +45,12 @@ def write(folder: Path, classes: list[str], splits: dict[str, tuple[int, int]]) 
 
 
 def photograph(file: Path) -> None:
-    """The temple that scikit-learn ships."""
+    """Write the temple that scikit-learn ships."""
     Image.fromarray(load_sample_image("china.jpg")).save(file)
 
 
 def run(folder: Path) -> None:
-    """A folder with ``model.safetensors``."""
+    """Write a folder with ``model.safetensors``."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     save_checkpoint(create_model("hatnet_small"), folder / "model.safetensors")

@@ -1,6 +1,7 @@
-"""What this site needs beyond Sphinx's own extensions.
+"""Extend Sphinx where its own extensions are not enough for this site.
 
-- A block of commands that the build did not run says so beneath it, with the reason its page gives in a comment.
+- Show below a block of commands that the build did not run the reason that its page gives in a comment.
+- The reports of the benchmarks, which are JSON, become pages.
 - Links of pages to files of the repository, which are not pages, become downloads.
 - MathJax is copied into the site from the package that carries it.
 - The sentence beneath a constant is shown as it is, and an indented example as code.
@@ -9,7 +10,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from itertools import takewhile
@@ -21,6 +24,10 @@ from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.fileutil import copy_asset
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import harness
 
 SKIP = re.compile(r'<!--\s*skip: (next|start) "(?P<reason>[^"]+)"\s*-->')
 """The comment before a block that is not run; ``conftest.py`` obeys the same."""
@@ -59,6 +66,14 @@ def link_files(app: Sphinx, page: str, source: list[str]) -> None:
         return link[0] if inside else f"{{download}}`{link['text']} <{link['path']}>`"
 
     source[0] = RELATIVE_LINK.sub(linked, source[0])
+
+
+def write_reports(app: Sphinx) -> None:
+    """Write a page for each report in ``docs/benchmarks``, which the benchmarks record as JSON."""
+    for file in sorted(Path(app.srcdir, "benchmarks").glob("*.json")):
+        text = harness.page(json.loads(file.read_text(encoding="utf-8")), file.stem[11:].capitalize())
+        pictures = [f"![{path.stem}]({path.name})" for path in sorted(file.parent.glob(f"{file.stem}*.png"))]
+        file.with_suffix(".md").write_text("\n\n".join([text, *pictures]) + "\n", encoding="utf-8")
 
 
 def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
@@ -110,7 +125,7 @@ def show_examples(app: Sphinx, what: str, name: str, obj: Any, options: Any, lin
 def resolve_short_name(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement
 ) -> nodes.reference | None:
-    """The object that a docstring means by the last part of its name, if one is nearest to the docstring's module."""
+    """Return the object of a short name in a docstring, if one is nearest to the docstring's module."""
     if node.get("refdomain") != "py":
         return None
     domain, last = env.domains.python_domain, node["reftarget"].rpartition(".")[2]
@@ -128,6 +143,7 @@ def resolve_short_name(
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the above."""
+    app.connect("builder-inited", write_reports)
     app.connect("source-read", link_files)
     app.connect("doctree-read", show_reasons)
     app.connect("build-finished", copy_mathjax)

@@ -1,4 +1,4 @@
-"""What the pages as a whole promise; that their blocks run, ``conftest.py`` sees to."""
+"""Test the pages as a whole; ``conftest.py`` runs their blocks."""
 
 from __future__ import annotations
 

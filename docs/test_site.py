@@ -1,4 +1,4 @@
-"""What the built site promises: all public names, figures of today's code, nothing that is loaded from elsewhere."""
+"""Test the built site: all public names, figures of today's code, nothing loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SITE = DOCS / "_build/html"
 LOADED = re.compile(
     r'<(?:script|img|iframe|source)[^>]* src="(?:https?:)?//|<link[^>]* rel="stylesheet"[^>]* href="https?:'
 )
-"""Elements whose address a browser fetches by itself."""
+"""Elements whose address a browser fetches without a click."""
 
 
 @pytest.mark.filterwarnings("ignore")  # of what hatnet_dense imports

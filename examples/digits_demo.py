@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def free_port() -> str:
-    """A port of this machine that nothing listens on, so that two launches do not meet."""
+    """Return a port of this machine that nothing listens on, so that two launches do not meet."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
@@ -81,7 +81,7 @@ def write_scans(folder: Path) -> dict[Path, str]:
 
 
 def classify(checkpoint: Path, images: list[Path]) -> list[dict]:
-    """What ``hatnet-predict --format json`` says of the images."""
+    """Return what ``hatnet-predict --format json`` prints for the images."""
     command = [BIN / "hatnet-predict", "--checkpoint", checkpoint, "--format", "json", *images]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -98,7 +98,7 @@ def draw(predictions: list[dict], scans: dict[Path, str], path: Path) -> None:
 
 
 def last_metrics(out: Path) -> dict:
-    """The last epoch's row of metrics.jsonl."""
+    """Return the last epoch's row of metrics.jsonl."""
     return json.loads((out / "run" / "metrics.jsonl").read_text().splitlines()[-1])
 
 

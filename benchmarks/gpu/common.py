@@ -96,7 +96,7 @@ def channels_last(*size: int, dtype: torch.dtype) -> Tensor:
 
 
 def build(name: str, kernels: str) -> nn.Module:
-    """A model in channels_last: a HAT-Net with ``kernels`` (triton or plain), or one of timm."""
+    """Return a model in channels_last: a HAT-Net with ``kernels`` (triton or plain), or one of timm."""
     torch.manual_seed(0)
     with DEVICE:
         if not name.startswith("hatnet"):

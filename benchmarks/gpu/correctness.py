@@ -87,7 +87,7 @@ def to_pooled(q: Tensor, kv: Tensor, added: Tensor, heads: int) -> Tensor:
 def case(
     operator: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[Callable[..., Any], Callable[..., Any], list[Tensor]]:
-    """The kernel, plain PyTorch, and fresh arguments."""
+    """Return the kernel, plain PyTorch, and fresh arguments."""
     draw = partial(channels_last, dtype=dtype)
     if operator == "norm":
         weights = [torch.randn(shape[1], device=DEVICE) for _ in range(2)]
@@ -187,7 +187,7 @@ def check_model(variant: str) -> list[dict[str, Any]]:
 
 
 def check_modes(variant: str) -> list[dict[str, Any]]:
-    """A compiled model whose first call is compiled, another stream and a CUDA graph agree with eager mode."""
+    """Check that a compiled model, another stream and a CUDA graph agree with eager mode."""
     set_kernels("auto" if DRY else "triton")
     torch.manual_seed(0)
     dtype = torch.float32 if DRY else torch.bfloat16

@@ -119,12 +119,12 @@ def mixed(h: Tensor, weight: Tensor, k: int) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1×1 convolution as a linear layer over channels_last memory."""
+    """Compute a 1×1 convolution as a linear layer over channels_last memory."""
     return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def profile_passes() -> None:
-    """The longest kernels of inference and training, and the share of the time in which the GPU computes."""
+    """Record the longest kernels of inference and training, and the share of the time in which the GPU computes."""
     from torch.profiler import ProfilerActivity, profile
 
     name = "hatnet_tiny" if DRY else "hatnet_small"

@@ -58,7 +58,7 @@ def finish(process: subprocess.Popen[bytes], deadline: float) -> int | None:
 
 
 def end_of_log(out: Path) -> str:
-    """The end of what a run printed."""
+    """Return the end of what a run printed."""
     return out.with_suffix(".log").read_text(errors="replace")[-700:]
 
 

@@ -39,7 +39,7 @@ Palette = dict[str, str]
 
 
 def check_example(model: HATNet) -> None:
-    """The numbers above are those of stage 3 of a model."""
+    """Check that the numbers above are those of stage 3 of a model."""
     stage = model.forward_intermediates(torch.zeros(1, 3, 224, 224), indices=[1])[0]
     attention = model.stages[1].blocks[0].attn
     assert stage.shape[-2:] == (SIDE, SIDE)
@@ -69,7 +69,7 @@ def _reached(out: Tensor, x: Tensor) -> Tensor:
 
 
 def local_step(palette: Palette) -> Figure:
-    """The keys of one position in the local step."""
+    """Return the keys of one position in the local step."""
     local = seen_locally()
     figure, axes = _panel(
         palette,
@@ -82,7 +82,7 @@ def local_step(palette: Palette) -> Figure:
 
 
 def global_step(palette: Palette) -> Figure:
-    """The keys of one position in the global step."""
+    """Return the keys of one position in the global step."""
     pooled, _ = seen_globally()
     figure, axes = _panel(
         palette,
@@ -94,7 +94,7 @@ def global_step(palette: Palette) -> Figure:
 
 
 def both_steps(palette: Palette) -> Figure:
-    """The positions that one position takes from in both steps."""
+    """Return the positions that one position takes from in both steps."""
     local, (pooled, behind) = seen_locally(), seen_globally()
     figure, axes = _panel(
         palette,
@@ -115,7 +115,7 @@ def _panel(palette: Palette, title: str, text: str) -> tuple[Figure, Axes]:
 
 
 def _ruled(figure: Figure, axes: Axes, palette: Palette, heavy: int) -> Figure:
-    """A panel with the lines of positions and, every ``heavy`` of them, of grids, and the query."""
+    """Draw a panel with the lines of positions and, every ``heavy`` of them, of grids, and the query."""
     for step, color, width in [(1, palette["faint"], 0.25), (heavy, palette["ink"], 0.8)]:
         lines = [i * step for i in range(SIDE // step + 1)]
         axes.hlines(lines, 0, SIDE, color=color, lw=width)
@@ -145,7 +145,7 @@ def _cells(axes: Axes, colors: list[Any], side: float, alpha: float = 1.0) -> No
 
 
 def layer_shapes(attention: HierarchicalAttention, side: int) -> dict[str, str]:
-    """The shape that each layer of the attention gives, by name, as ``C×H×W``."""
+    """Return the output shape of each layer of the attention, by name, as ``C×H×W``."""
     shapes: dict[str, str] = {}
 
     def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -159,7 +159,7 @@ def layer_shapes(attention: HierarchicalAttention, side: int) -> dict[str, str]:
 
 
 def flow(palette: Palette) -> Figure:
-    """The layers of H-MHSA from top to bottom, with their names in code and the shapes that they give."""
+    """Draw the layers of H-MHSA from top to bottom, with their names in code and the shapes that they give."""
     shapes = layer_shapes(create_model("hatnet_small").eval().stages[1].blocks[0].attn, SIDE)
     x = shapes["norm"]
     left, right = 3.1, 8.3

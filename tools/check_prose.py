@@ -1,0 +1,59 @@
+"""Check the English that a script can check: first words of docstrings, and words with a plainer equivalent.
+
+``nox -s lint`` runs it over the sources, tools and pages. The words are whole words outside of code spans.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+OPENINGS = ("What", "Whether", "How")
+
+WORDS = {
+    r"beside": "compared with, next to",
+    r"likewise": "repeat the sentence, or refer to it",
+    r"mend(s|ed|ing)?": "fix",
+    r"dearer|cheaper": "slower, faster, costs more, costs less",
+    r"go(es)? on from|gone on from": "resume",
+    r"(leaves?|left|leaving) out": "skip, omit, exclude",
+    r"by itself|as it comes": "automatically, unchanged",
+    r"does not pay": "does not help",
+    r"says? so": "report, raise, log",
+    r"(images|bits|steps|workers) an? (second|channel|step|process)": "images per second",
+}
+"""Patterns of what not to write, and what to write instead."""
+
+SKIPPED = ("docs/benchmarks/", "docs/_build/", "CHANGELOG.md")
+
+
+def problems(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and problem of everything to rewrite in a file."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                first = (ast.get_docstring(node) or "-").split()[0].strip(",")
+                if first in OPENINGS:
+                    problem = f"a docstring must open with an imperative verb or a noun phrase, got {first!r}"
+                    yield node.body[0].lineno, problem
+    for number, line in enumerate(text.splitlines(), 1):
+        prose = re.sub(r"`[^`]*`", "", line)
+        for pattern, instead in WORDS.items():
+            if (found := re.search(rf"\b({pattern})\b", prose)) and "# prose: " not in line:
+                yield number, f"{found[0]!r}: write {instead}"
+
+
+def main() -> None:
+    """Print every problem, and fail if there is one."""
+    here = Path(__file__)
+    patterns = ["packages/*/src/**/*.py", "packages/*/*.md", "docs/**/*.md", "docs/*.py", "*.md", "*.py", "tools/*.py"]
+    files = sorted({file for pattern in [*patterns, "benchmarks/**/*.py"] for file in Path().glob(pattern)})
+    chosen = [file for file in files if not str(file).startswith(SKIPPED) and not file.samefile(here)]
+    found = [f"{file}:{line}: {problem}" for file in chosen for line, problem in problems(file)]
+    sys.exit("\n".join(found) if found else 0)
+
+
+if __name__ == "__main__":
+    main()
