@@ -1,4 +1,4 @@
-"""Shared by the tests of hatnet-dense: the libraries, imported past the warnings of their imports, and one thread."""
+"""Shared by the tests of hatnet-dense: libraries imported without their warnings, one thread, drawn data."""
 
 import os
 import subprocess
@@ -16,12 +16,12 @@ with warnings.catch_warnings():
     import mmseg.apis  # noqa: F401
 
 collect_ignore = ["shapes"]
-"""Configs, which only MMEngine can read, and the program that draws their data."""
+"""Folder of configs, which only MMEngine can read, and of the program that draws their data."""
 
 LIBRARIES = r"(mm(cv|det|engine|seg)|deepspeed|pycocotools|torch|importlib|pkg_resources|numpy)\b"
-"""Modules whose own warnings are not ours to mend; whatever is raised in hatnet_dense or its tests is an error."""
+"""Modules whose warnings are ignored; warnings from hatnet_dense or its tests are errors."""
 
-# threads that wait for each other on a busy machine take several times as long as one
+# several threads are slower than one on a busy machine
 torch.set_num_threads(1)
 
 
@@ -30,7 +30,7 @@ SHAPES = Path(__file__).parent / "shapes"
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """The folder of a small drawn dataset, which the configs in ``shapes`` name."""
+    """Draw the small dataset that the configs in ``shapes`` name, and return its folder."""
     out = tmp_path_factory.mktemp("shapes")
     command = [sys.executable, str(SHAPES / "draw.py"), str(out), "--train", "16", "--val", "4"]
     subprocess.run(command, check=True)

@@ -1,4 +1,4 @@
-"""COCO files: what MMDetection would drop or misread is a line that names the file, the record and the value."""
+"""Problems of COCO files, which MMDetection would skip or misread, name the file, the record and the value."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ def written(path, change):
 
 
 def each(key, values):
-    """Give every annotation its value, one of a list or made from its own."""
+    """Set a key of every annotation, from a list or by a function of its value."""
 
     def change(content):
         for i, annotation in enumerate(content["annotations"]):

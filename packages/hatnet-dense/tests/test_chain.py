@@ -1,6 +1,6 @@
-"""Real training, testing and predicting on drawn shapes, for a few dozen steps: the loss falls, nothing is lost.
+"""Train, test and predict on drawn shapes, for a few dozen steps.
 
-What this reaches when it is trained to the end is in docs/benchmarks; nox -s dense_training repeats it.
+docs/benchmarks has the figures of whole trainings, which nox -s dense_training repeats.
 """
 
 import functools
@@ -23,7 +23,7 @@ from hatnet_testing import check, error_line
 
 SHAPES = Path(__file__).parent / "shapes"
 TOOLS = {"mask-rcnn": "mmdet"}
-"""Whose tools train a model; the others our command does."""
+"""Models trained with the tools of their library, the others with our command."""
 WITHOUT_TOOLS = pytest.mark.skipif(
     "mmsegmentation" not in packages_distributions()["mmseg"],
     reason="before a config of it can import anything, a fork's MMEngine looks for mmseg:: under the official name",
@@ -71,7 +71,7 @@ def check_fallen(values):
 
 
 def tool(library, name, head, *arguments):
-    """Run tools/train.py or tools/test.py as the library installs it, in a process of its own."""
+    """Run tools/train.py or tools/test.py of the library in another process."""
     script = Path(get_installed_path(library)) / ".mim" / "tools" / name
     command = [sys.executable, str(script), str(SHAPES / f"{head}.py"), *map(str, arguments), *options(head)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -80,10 +80,7 @@ def tool(library, name, head, *arguments):
 
 @pytest.fixture(scope="module")
 def run_of(shapes, tmp_path_factory):
-    """Trains the model of a config when it is first asked for; the folder of its run.
-
-    RetinaNet is trained by our command, those in ``TOOLS`` by the tools of the libraries.
-    """
+    """Return a function that trains the model of a config once, and returns the folder of its run."""
 
     @functools.cache
     def run(head):
@@ -152,7 +149,7 @@ def predicted(head, shapes, checkpoint, out):
 
 
 def check_coco(record, shapes, kind, expected, tmp_path):
-    """The library's own figure, by pycocotools on the JSON of predict."""
+    """Evaluate the JSON of predict with pycocotools."""
     (tmp_path / "results.json").write_text(json.dumps(record["annotations"]))
     truth = COCO(shapes / "annotations" / "instances_val2017.json")
     assert [image["file_name"] for image in record["images"]] == [i["file_name"] for i in truth.dataset["images"]]
@@ -205,7 +202,7 @@ def test_the_librarys_own_tool_repeats_the_figures_of_the_training(library, head
 
 
 def refused(capsys, named, *arguments):
-    """Check the one line that the subcommand ends with."""
+    """Check the error line of the subcommand."""
     assert main(list(arguments)) == 1
     error_line(capsys.readouterr().err, f"hatnet-dense {arguments[0]}", *named)
 

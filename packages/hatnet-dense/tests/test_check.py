@@ -1,4 +1,4 @@
-"""The data of a run, through the real commands: what is used is reported, what is a mistake is refused by name."""
+"""Checks of the data through the commands: contents are reported, mistakes are refused by name."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ RETINANET, MASK_RCNN, SEMFPN = (str(SHAPES / f"{name}.py") for name in ("retinan
 
 @pytest.fixture
 def data(shapes, tmp_path, monkeypatch):
-    """A copy of the drawn data, to be damaged; the configs name it."""
+    """Copy the drawn data, to damage it; the configs name the copy."""
     copied = tmp_path / "data"
     shutil.copytree(shapes, copied)
     monkeypatch.setenv("SHAPES", str(copied))

@@ -64,6 +64,9 @@ def test_flops_as_table_and_as_json(capsys):
         ("test c", ["PATH"]),
         ("predict c d e", ["--out"]),
         ("predict c d e --out o --score-threshold 2", ["--score-threshold", 2, 0, 1]),
+        ("predict c d e --out o --device meta", ["--device", "'meta'"]),
+        ("predict c d e --out o --device cuda:x", ["--device", "'cuda:x'"]),
+        ("predict c d e --out o --device=", ["--device", "''"]),
         ("predict c d e --out o --on-bad-image skip", ["--on-bad-image", "skip", "strict", "replace"]),
         ("flops c --format xml", ["--format", "xml", "table", "json"]),
         ("flops c --size 64 64 64", ["--size"]),
@@ -79,7 +82,7 @@ def test_a_wrong_command_line_ends_with_status_2(line, named, capsys):
 CONFIG = "retinanet_hatnet-t_fpn_1x_coco"
 
 CUSTOM_IMPORTS = "from mmengine.utils import import_modules_from_strings as load; load(['hatnet_dense'])"
-"""What MMEngine does with ``custom_imports``."""
+"""Code that MMEngine runs for ``custom_imports``."""
 
 
 @pytest.mark.parametrize(

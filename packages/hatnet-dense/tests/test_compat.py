@@ -1,4 +1,4 @@
-"""The doctor: what it finds in installations that are broken as they are found broken."""
+"""Findings of the doctor in installations that are broken in known ways."""
 
 import importlib.metadata
 import json
@@ -18,12 +18,12 @@ OFFICIAL = {found.metadata["Name"] for found in importlib.metadata.distributions
 
 
 def with_path(folder):
-    """The environment in which what lies in ``folder`` is found first."""
+    """Return an environment in which Python imports from ``folder`` first."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def doctor(folder, *arguments):
-    """``hatnet-dense doctor`` where what lies in ``folder`` is found before what is installed."""
+    """Run ``hatnet-dense doctor`` with the modules in ``folder`` instead of the installed ones."""
     return subprocess.run(
         [sys.executable, "-m", "hatnet_dense", *(arguments or ("doctor", "--format", "json"))],
         env=with_path(folder),
@@ -105,7 +105,7 @@ def test_an_mmcv_that_mmdetection_refuses_is_named_with_both_versions(tmp_path):
     assert status == 1
     check(found["mmcv"]["reason"], "mmcv", "2.2.0", "2.0.0rc4", "mmdet", "mmseg")
     assert found["mmdet"]["state"] == "broken"
-    assert found["mmdet"]["command"] == MMCV  # where the cause lies
+    assert found["mmdet"]["command"] == MMCV  # the cause
 
 
 def test_an_opencv_without_its_graphical_libraries_is_in_the_table_with_what_fixes_it(tmp_path):

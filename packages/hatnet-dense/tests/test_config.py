@@ -120,7 +120,7 @@ def test_the_parameters_are_those_of_tables_3_and_4(name):
     model = build_model(load_config(name))
     own = sum(p.numel() for p in model.parameters())
     assert own / 1e6 == pytest.approx(PARAMS[name], abs=0.1)
-    # the released model holds a norm in every block that computes nothing, which the paper counts and we omit
+    # the released model has an unused norm in every block, which the paper counts and we omit
     unused = sum(2 * block.attn.proj.out_channels for stage in model.backbone.model.stages for block in stage.blocks)
     assert round((own + unused) / 1e6, 1) == PARAMS[name]
 

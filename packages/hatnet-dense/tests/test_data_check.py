@@ -1,4 +1,4 @@
-"""The look at a dataset's files before the first step: what is seen, and that the whole is named."""
+"""Checks of a dataset's files before the first step, and of label images during the run."""
 
 import logging
 from types import SimpleNamespace
@@ -13,14 +13,15 @@ from pycocotools import mask as coco_mask
 from torch import nn
 
 from hatnet_dense import DataCheckHook
-from hatnet_dense.data_check import ORIENTATION, check_classes, check_dataset, naming_files, problem_of
+from hatnet_dense.data_check import check_classes, check_dataset, naming_files
+from hatnet_dense.records import ORIENTATION, problem_of
 from hatnet_testing import check, raises
 
 WIDTH, HEIGHT = 41, 31
 
 
 class Records(list):
-    """A dataset as MMEngine's are: records by number."""
+    """Dataset with the records of a list."""
 
     def get_data_info(self, i):
         return self[i]
@@ -142,7 +143,7 @@ def test_pictures_that_another_loader_reads_are_not_looked_at(tmp_path):
 
 
 def detector(num_classes):
-    """Modules named as in a detector; those that know no classes have another number."""
+    """Build modules named as in a detector; the RPN head has another number of classes."""
     model = nn.ModuleDict({name: nn.Module() for name in ("rpn_head", "bbox_head")})
     model.rpn_head.num_classes = 1
     model.bbox_head.num_classes = num_classes
@@ -157,7 +158,7 @@ def test_heads_of_another_number_of_classes_are_named_with_both():
 
 
 class Loaded(Records):
-    """A dataset of MMSegmentation whose pipeline gives what it is told to."""
+    """Dataset of MMSegmentation with a given pipeline."""
 
     metainfo = {"classes": ("a", "b")}  # noqa: RUF012
     ignore_index = 255

@@ -1,4 +1,4 @@
-"""Detectors that find nothing: their metrics are 0, with a warning, in validation and in tests."""
+"""Metrics of a detector that finds nothing are 0, with a warning, in validation and in tests."""
 
 import json
 
@@ -32,7 +32,7 @@ class Images(BaseMetric):
 
 
 def evaluated(shapes, *others, predictions=NOTHING, fill=fill_with_zeros, **settings):
-    """What an evaluator with a CocoMetric reports of one image."""
+    """Evaluate one image with a CocoMetric."""
     truth = str(shapes / "annotations" / "instances_val2017.json")
     evaluator = Evaluator([METRICS.build({"type": "mmdet.CocoMetric", "ann_file": truth, **settings}), *others])
     evaluator.dataset_meta = {"classes": ("disk", "square", "triangle")}

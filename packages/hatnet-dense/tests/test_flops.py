@@ -1,4 +1,4 @@
-"""FLOPs of whole models: against PyTorch's own counter, and against what the paper's tables were counted to."""
+"""FLOPs of whole models against PyTorch's counter and the figures of the paper's tables."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The optimizer constructor: which layer a parameter is of, and the rates the optimizer gets."""
+"""Layers of parameters, and learning rates of the optimizer."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ DEPTHS = [2, 2, 6, 3]  # Tiny, Table 1
 
 
 class Detector(BaseModule):
-    """A backbone and a head, as in both libraries."""
+    """Model with a backbone and a head, as in both libraries."""
 
     def __init__(self, **arguments):
         super().__init__()
@@ -46,13 +46,13 @@ def test_every_parameter_is_in_one_group_and_its_rate_falls_with_its_distance_fr
     assert set(groups) == {name for name, _ in model.named_parameters()}
     count = sum(len(group["params"]) for group in wrapper(model, decay_rate=RATE).optimizer.param_groups)
     assert count == len(groups)
-    behind = sum(DEPTHS) + 1  # blocks, and the head
+    after = sum(DEPTHS) + 1  # blocks, and the head
     expected = {
         "head.weight": LR,
-        "backbone.model.stem.conv1.weight": LR * RATE**behind,
-        "backbone.model.stages.0.blocks.0.attn.qkv.weight": LR * RATE ** (behind - 1),
-        "backbone.model.stages.1.downsample.conv.weight": LR * RATE ** (behind - 3),
-        "backbone.model.stages.1.blocks.0.mlp.expand.weight": LR * RATE ** (behind - 3),
+        "backbone.model.stem.conv1.weight": LR * RATE**after,
+        "backbone.model.stages.0.blocks.0.attn.qkv.weight": LR * RATE ** (after - 1),
+        "backbone.model.stages.1.downsample.conv.weight": LR * RATE ** (after - 3),
+        "backbone.model.stages.1.blocks.0.mlp.expand.weight": LR * RATE ** (after - 3),
         "backbone.model.stages.3.blocks.2.mlp.expand.weight": LR * RATE,
     }
     for name, rate in expected.items():

@@ -1,4 +1,4 @@
-"""Checkpoints of MMEngine: what is written can be loaded safely, and comes back as it was."""
+"""Checkpoints of MMEngine are written so that they load safely, and come back unchanged."""
 
 import logging
 from collections import Counter, OrderedDict, defaultdict
@@ -15,7 +15,7 @@ from hatnet_testing import check, raises
 
 
 def runner(model, **attributes):
-    return SimpleNamespace(**{"model": model, "_resume": False, "_train_loop": {}, **attributes})
+    return SimpleNamespace(**{"model": model, "cfg": {}, "optim_wrapper": None, **attributes})
 
 
 def checkpoint(model):
@@ -60,6 +60,11 @@ def test_the_model_that_trains_keeps_its_histories():
     content = checkpoint(nn.Linear(2, 3))
     PlainCheckpointHook().before_save_checkpoint(runner(nn.Linear(2, 3)), content)
     assert isinstance(MessageHub.get_instance("test_plain_checkpoint").get_scalar("train/loss"), HistoryBuffer)
+
+
+def test_a_state_dict_keeps_the_versions_of_its_modules():
+    state = nn.BatchNorm2d(2).state_dict()
+    assert vars(plain(state, "state_dict")) == vars(state)  # without them, torch loads it as one of an old version
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Image files to predict: which are found, where their results are, and what a bad one costs."""
+"""Prediction of image files: those that are found, names of results, and bad images."""
 
 import json
 
@@ -17,7 +17,7 @@ from hatnet_testing import check, error_line, raises
 
 @pytest.fixture(scope="module")
 def checkpoint_of(shapes, tmp_path_factory):
-    """Random weights for a config, as a file."""
+    """Write random weights for a config."""
     folder = tmp_path_factory.mktemp("weights")
 
     def write(head, **meta):
@@ -47,7 +47,7 @@ def predict(head, checkpoint, image, out, *more):
 
 
 def refused(capsys, *named):
-    """Check the one line that the command ends with."""
+    """Check the error line of the command."""
     error_line(capsys.readouterr().err, "hatnet-dense predict", *named)
 
 
@@ -125,14 +125,6 @@ def test_results_do_not_overwrite_their_images(place, shapes, tmp_path, capsys):
         assert predict("semfpn", "absent.pth", image, out) == 1
         refused(capsys, out)
     assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("device", ["meta", "tpu:0", "", "cuda:x"])
-def test_a_device_that_computes_nothing_is_refused(device, checkpoint_of, folder, capsys):
-    out = folder.parent / "out"
-    assert predict("retinanet", checkpoint_of("retinanet"), picture(folder / "a.png"), out, "--device", device) == 1
-    refused(capsys, "device", repr(device))
-    assert not out.exists()
 
 
 def test_a_config_without_test_data_names_what_it_lacks(shapes, folder, capsys):

@@ -1,4 +1,4 @@
-"""Runs that cannot begin: each ends before any work in an error that names what is missing."""
+"""Runs that cannot start end before any work, in an error that names what is missing."""
 
 import copy
 import functools

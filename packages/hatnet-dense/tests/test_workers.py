@@ -1,4 +1,4 @@
-"""Data workers that fail for real: the command ends with status 1, at once, with the cause, and leaves no process."""
+"""Data workers that fail: the command ends at once with status 1 and the cause, and leaves no process."""
 
 import contextlib
 import os
@@ -40,7 +40,7 @@ SMALL = "mount -t tmpfs -o size=256k tmpfs /dev/shm"
 
 
 def unshared():
-    """The words that begin a command with a /dev/shm of its own, none where that is not allowed."""
+    """Return a prefix that gives a command its own /dev/shm, empty where that is not allowed."""
     words = ["unshare", "--map-root-user", "--mount", "bash", "-c"]
     allowed = subprocess.run([*words, SMALL], capture_output=True, check=False).returncode == 0
     return words if allowed else []
@@ -80,7 +80,7 @@ def train(folder, how, shapes, words=("bash", "-c"), before="true"):
 
 
 def left(folder):
-    """Processes that this test started and that still run."""
+    """List processes that this test started and that still run."""
     marked = []
     for place in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -107,7 +107,7 @@ def test_too_few_file_descriptors_end_training_at_once_with_the_remedy(shapes, t
 
 
 def ended(outcome, named, folder):
-    """Check that a run ended soon and without leftovers, and named the cause and the option that helps."""
+    """Check that a run ended soon, left no process, and named the cause and the option that helps."""
     status, line, seconds = outcome
     processes = left(folder)
     for process in processes:

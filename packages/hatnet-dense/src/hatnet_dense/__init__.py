@@ -1,8 +1,8 @@
 """HAT-Net in MMDetection and MMSegmentation.
 
-A config names the classes of this package after ``custom_imports = dict(imports=["hatnet_dense.register"])``; where
-MMEngine is imported already, as when it reads a config, ``hatnet_dense`` is enough. Otherwise, importing this package
-imports nothing, so that ``hatnet-dense --help`` is quick and ``hatnet-dense doctor`` runs where MMEngine is broken.
+``custom_imports = dict(imports=["hatnet_dense.register"])`` in a config registers the classes of this package, and so
+does ``hatnet_dense`` where MMEngine has been imported, as when it reads a config. Otherwise, importing this package
+imports no library: ``hatnet-dense --help`` is fast, and ``hatnet-dense doctor`` runs where MMEngine is broken.
 """
 
 import importlib
@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
     try:
         register = importlib.import_module("hatnet_dense.register")
         source = importlib.import_module("hatnet_dense.deepspeed_strategy") if name == "ZeroStrategy" else register
-    except Exception as error:  # MMEngine may be missing, or broken in whatever way
+    except Exception as error:  # MMEngine may be missing or broken in any way
         raise ImportError(f"hatnet_dense.{name} needs MMEngine: {error}; 'hatnet-dense doctor' shows a fix") from error
     return getattr(source, name)
 

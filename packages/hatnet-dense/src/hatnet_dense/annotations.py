@@ -1,7 +1,7 @@
-"""Check COCO annotation files, and count what MMDetection skips of them.
+"""Check COCO annotation files, and count data that MMDetection skips.
 
-MMDetection reads such a file without a look: a missing key is a KeyError without a name, an annotation of an unlisted
-image or category is skipped silently, and classes are numbered in the order in which the file lists them.
+MMDetection and pycocotools read such a file without checks: a missing key is a bare KeyError, an annotation of an
+unlisted image or category is skipped silently, and classes are numbered in the order of the file.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ NEEDED = {
     "annotations": ("id", "image_id", "category_id", "bbox", "area"),
     "categories": ("id", "name"),
 }
-"""The lists of a file, and the keys that each of their records needs."""
+"""Lists of a file, and the keys that each record needs."""
 
 NUMBERS = ("height", "width", "area")
-"""Keys whose value is a number."""
+"""Keys whose values are numbers from 0."""
 
 NEARLY_ALL, MANY = 0.97, 0.25
-"""Shares of the boxes of a file from which a rule on their form is believed."""
+"""Shares of the boxes of a file that prove another format of all its boxes."""
 
 SLACK = 1.0
-"""Pixels that a box may reach beyond its image: some tools count pixels from 1, others round up."""
+"""Pixels that a box may reach beyond its image, because some tools count pixels from 1 and others round up."""
 
 Problem = tuple[str, str]
-"""A kind of problem, and the message about one record."""
+"""A kind of problem, and a message about one record."""
 
 
 def coco_problems(path: str | Path, classes: Sequence[str] | None = None, masks: bool = False) -> list[str]:
-    """List what MMDetection cannot use of a file, or would misread: one line per kind of problem.
+    """Describe data of a file that MMDetection cannot use or would misread, one line per kind of problem.
 
     Args:
-        path: the file; one behind an address (``s3://``, …) is not read.
-        classes: those of the dataset, in order, to be found among the categories; None for any.
-        masks: whether every object needs a mask.
+        path: the file; a remote one (``s3://``, …) is not read.
+        classes: classes of the dataset, in order, which the categories must include; None for any.
+        masks: require a mask of every object.
     """
     if "://" in str(path):
         return []
     try:
         content = read_coco(path)
-    except OSError:  # whoever opens it reports it
+    except OSError:  # reported where the file is used
         return []
     except ValueError as error:
         return [str(error)]
@@ -57,7 +57,7 @@ def coco_problems(path: str | Path, classes: Sequence[str] | None = None, masks:
 def content_problems(
     content: Any, path: str | Path, classes: Sequence[str] | None = None, masks: bool = False
 ) -> list[str]:
-    """List the problems of a file that is read; arguments as for :func:`coco_problems`."""
+    """Describe the problems of the content of a file; arguments as for :func:`coco_problems`."""
     found = list(_incomplete(content)) or [*_inconsistent(content), *_box_problems(content)]
     if classes is not None and not found:
         found += _class_problems([category["name"] for category in content["categories"]], list(classes))
@@ -72,7 +72,7 @@ def content_problems(
 
 
 def annotation_problems(config: Config) -> list[str]:
-    """List the problems of all COCO files that a config names for its data and evaluators."""
+    """Describe the problems of all COCO files that data and evaluators of a config name."""
     problems = [problem for path, masks in _annotation_files(config) for problem in coco_problems(path, masks=masks)]
     return list(dict.fromkeys(problems))
 
@@ -91,17 +91,16 @@ def read_coco(path: str | Path) -> Any:
 
 
 def skipped_of(content: Mapping[str, Any], used: Container[Any], classes: Sequence[str], min_size: int) -> list[str]:
-    """Count what MMDetection skips of a file that has no problems, such as "2 boxes without area".
+    """Count the data that MMDetection skips, such as "2 boxes without area".
 
     Args:
-        content: of the file.
+        content: content of a file without problems.
         used: ids of the images in the dataset.
-        classes: of the dataset.
+        classes: classes of the dataset.
         min_size: ``filter_cfg.min_size``, in pixels.
     """
-    names = {category["id"]: category["name"] for category in content["categories"]}
+    names, images = _names(content), _images(content)
     with_objects = {a["image_id"] for a in content["annotations"] if names[a["category_id"]] in classes}
-    images = {image["id"]: image for image in content["images"]}
     found: Counter[tuple[str, str, str]] = Counter()
     for key, image in images.items():
         if key in used:
@@ -125,31 +124,39 @@ def skipped_of(content: Mapping[str, Any], used: Container[Any], classes: Sequen
             others.add(str(names[annotation["category_id"]]))
         elif annotation.get("iscrowd"):
             found["crowd region", "crowd regions", ""] += 1
-    texts = []
+    lines = []
     for (one, many, why), count in found.items():
         named = f" ({listed(sorted(others))})" if why == "of other categories" else ""
-        texts.append(f"{counted(count, one, many)} {why}".rstrip() + named)
-    return texts
+        lines.append(f"{counted(count, one, many)} {why}".rstrip() + named)
+    return lines
 
 
 def leaving(content: Mapping[str, Any]) -> int:
-    """Count the boxes that leave their image."""
-    images = {image["id"]: image for image in content["images"]}
+    """Count the boxes that reach beyond their image."""
+    images = _images(content)
     return sum(_leaves(a["bbox"], images[a["image_id"]]) for a in content["annotations"])
 
 
 def counted(number: int, one: str, many: str) -> str:
-    """A number with its noun, such as "1 box" or "2,804 boxes"."""
+    """Format a number with its noun, such as "1 box" or "2,804 boxes"."""
     return f"{number:,} {one if number == 1 else many}"
 
 
 def listed(names: Sequence[Any], most: int = 5) -> str:
-    """Join names, those beyond the first few as an ellipsis."""
+    """Join the first few names, with an ellipsis for the rest."""
     return ", ".join([*map(str, names[:most]), *(["…"] if len(names) > most else [])])
 
 
+def _images(content: Mapping[str, Any]) -> dict[Any, Mapping[str, Any]]:
+    return {image["id"]: image for image in content["images"]}
+
+
+def _names(content: Mapping[str, Any]) -> dict[Any, str]:
+    return {category["id"]: category["name"] for category in content["categories"]}
+
+
 def _incomplete(content: Any) -> Iterator[Problem]:
-    """Lists, keys and values without which nothing else can be judged."""
+    """Find missing or invalid lists, keys and values, without which nothing else can be checked."""
     for name, keys in NEEDED.items():
         records = content.get(name) if isinstance(content, Mapping) else None
         if not isinstance(records, list):
@@ -158,7 +165,7 @@ def _incomplete(content: Any) -> Iterator[Problem]:
         for i, record in enumerate(records):
             missing = [key for key in keys if not isinstance(record, Mapping) or record.get(key) is None]
             if missing:
-                yield f"{name} {missing[0]}", f"{name}[{i}] has no {missing[0]}: {str(record)[:80]}"
+                yield f"{name} {missing[0]}", f"{name}[{i}] must have {missing[0]}, got {str(record)[:80]}"
                 continue
             for key in keys:
                 expected = _expected(key, record[key])
@@ -194,35 +201,28 @@ def _is_number(value: Any) -> bool:
 
 
 def _inconsistent(content: Mapping[str, Any]) -> Iterator[Problem]:
-    """Ids that are repeated, unknown, or what the evaluation of COCO takes for "not found"."""
+    """Find ids that are repeated or unknown, and the id that pycocotools takes for "not found"."""
     known = {}
     for name in NEEDED:
         known[name] = seen = dict[Any, int]()
         for i, record in enumerate(content[name]):
             first = seen.setdefault(record["id"], i)
             if first != i:
-                yield (
-                    f"repeated {name}",
-                    f"{name}[{i}] must have an id of its own, got {record['id']} as {name}[{first}]",
-                )
+                message = f"{name}[{i}].id must be unique, got {record['id']}, which is the id of {name}[{first}]"
+                yield f"repeated {name}", message
     for i, annotation in enumerate(content["annotations"]):
         for key, name in (("image_id", "images"), ("category_id", "categories")):
             if annotation[key] not in known[name]:
-                yield (
-                    f"unknown {key}",
-                    f"annotations[{i}].{key} must be the id of one of {name}, got {annotation[key]}",
-                )
+                message = f"annotations[{i}].{key} must be the id of one of {name}, got {annotation[key]}"
+                yield f"unknown {key}", message
         if annotation["id"] == 0:
             # pycocotools marks a matched box with the id, and an unmatched one with 0
-            yield (
-                "zero",
-                f"annotations[{i}].id must not be 0, which pycocotools counts as a false detection: use ids from 1",
-            )
+            yield "zero", f"annotations[{i}].id must be from 1, got 0, which pycocotools counts as not found"
 
 
 def _box_problems(content: Mapping[str, Any]) -> Iterator[Problem]:
-    """Boxes in another form than [x, y, width, height] in pixels: nearly all of a file, since a few may be unusual."""
-    images = {image["id"]: image for image in content["images"]}
+    """Find boxes outside of their image, and files whose boxes are not [x, y, width, height] in pixels."""
+    images = _images(content)
     boxes = [
         (i, annotation["bbox"], images[annotation["image_id"]])
         for i, annotation in enumerate(content["annotations"])
@@ -231,7 +231,7 @@ def _box_problems(content: Mapping[str, Any]) -> Iterator[Problem]:
     relative = [(i, box) for i, box, _ in boxes if 0 < max(box) <= 1]
     if boxes and len(relative) >= NEARLY_ALL * len(boxes):
         i, box = relative[0]
-        yield "relative", f"annotations[{i}].bbox must be in pixels, got {box}: the boxes of the file are from 0 to 1"
+        yield "relative", f"annotations[{i}].bbox must be in pixels, got {box}; the boxes of the file are from 0 to 1"
         return
     beyond = [place for place in boxes if _leaves(place[1], place[2])]
     fitting = sum(_fits_as_corners(box, image) for _, box, image in boxes)
@@ -239,8 +239,8 @@ def _box_problems(content: Mapping[str, Any]) -> Iterator[Problem]:
         i, box, image = beyond[0]
         yield (
             "corners",
-            f"annotations[{i}].bbox must be [x, y, width, height], got {box}, which leaves its image of "
-            f"{image['width']}×{image['height']}: the boxes of the file fit as [x1, y1, x2, y2]",
+            f"annotations[{i}].bbox must be [x, y, width, height], got {box} in an image of "
+            f"{image['width']}×{image['height']}; the boxes of the file fit as [x1, y1, x2, y2]",
         )
         return
     for i, box, image in beyond:
@@ -262,7 +262,7 @@ def _fits_as_corners(box: Sequence[float], image: Mapping[str, Any]) -> bool:
 
 
 def _without_area(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> bool:
-    """Return whether MMDetection's CocoDataset skips a box for its size."""
+    """Apply the rule of MMDetection's CocoDataset, which skips such a box."""
     x, y, width, height = annotation["bbox"]
     visible_width = min(x + width, image["width"]) - max(x, 0)
     visible_height = min(y + height, image["height"]) - max(y, 0)
@@ -270,15 +270,12 @@ def _without_area(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> bo
 
 
 def _class_problems(categories: list[str], classes: list[str]) -> Iterator[Problem]:
-    """MMDetection gives the classes that it finds the numbers 0, 1, … in the order of the file."""
+    """Compare categories and classes; MMDetection numbers the classes in the order of the file."""
     found = [name for name in categories if name in classes]
     if found == classes:
         return
     if set(found) == set(classes):
-        yield (
-            "classes",
-            f"categories must be in the order of metainfo.classes, {listed(classes)}, got {listed(found)}",
-        )
+        yield "classes", f"categories must be in the order of metainfo.classes, {listed(classes)}, got {listed(found)}"
         return
     missing = [name for name in classes if name not in found]
     yield (
@@ -289,19 +286,18 @@ def _class_problems(categories: list[str], classes: list[str]) -> Iterator[Probl
 
 
 def _without_mask(content: Mapping[str, Any], classes: Sequence[str] | None) -> Iterator[Problem]:
-    names = {category["id"]: category["name"] for category in content["categories"]}
-    images = {image["id"]: image for image in content["images"]}
+    names, images = _names(content), _images(content)
     for i, annotation in enumerate(content["annotations"]):
         if annotation.get("segmentation") or annotation.get("ignore"):
             continue
         if _without_area(annotation, images[annotation["image_id"]]):
             continue
         if classes is None or names[annotation["category_id"]] in classes:
-            yield "mask", f"annotations[{i}] has no segmentation, which this config needs: {str(annotation)[:80]}"
+            yield "mask", f"annotations[{i}] must have segmentation for this config, got {str(annotation)[:80]}"
 
 
 def _annotation_files(config: Config) -> Iterator[tuple[str, bool]]:
-    """Paths, each with whether it needs masks."""
+    """Yield the paths of annotation files, and whether they need masks."""
     for phase in ("train", "val", "test"):
         yield from _dataset_files((config.get(f"{phase}_dataloader") or {}).get("dataset"))
         evaluators = config.get(f"{phase}_evaluator") or []

@@ -1,7 +1,7 @@
-"""The backbone of the dense tasks (Sec. 4.2 and 4.3): a HAT-Net without head that gives its stages' feature maps.
+"""Backbone of the dense tasks (Sec. 4.2 and 4.3): a HAT-Net without head that returns the maps of its stages.
 
-Registered in MMEngine's root registry, which the model registries of MMDetection and MMSegmentation fall back to,
-so that a config builds it by name. Necks, heads and data come from those libraries.
+It is in MMEngine's root registry, which the model registries of MMDetection and MMSegmentation fall back to. Necks,
+heads and data come from those libraries.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from hatnet_core.pretrained import RELEASED_FILES, RELEASED_URL, released_file
 class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no types
     """HAT-Net for dense prediction, built by name from a config.
 
-    G1 and G2 are by default those of the dense tasks (Sec. 4.2); they carry no parameters, so that weights trained
-    for classification fit. Stages behind the last one in ``out_indices`` are not built.
+    G1 and G2 are by default those of the dense tasks (Sec. 4.2). They have no parameters, so that weights trained
+    for classification fit. Stages after the last one in ``out_indices`` are not built.
 
     Args:
         variant: one of ``hatnet_core.list_models()``.
         grid_sizes: G1 of the paper's stages 2-4.
         pool_sizes: G2 of the paper's stages 2-4.
-        out_indices: the stages to return, out of 0-3 (reductions 4, 8, 16 and 32), in the order of the maps.
-        frozen_stages: -1 to train everything, n to keep the stem and the first n of the four stages as they are,
-            in evaluation mode.
-        norm_eval: as in the backbones of MMDetection, whether batch norms keep the statistics they were loaded
-            with. HAT-Net's own norms (one group, Sec. 3.3) have none, so that it only matters to layers put in.
-        with_cp: recompute every block in the backward pass, for less memory.
+        out_indices: stages to return, from 0-3 (reductions 4, 8, 16 and 32), in this order.
+        frozen_stages: -1 to train everything, n to freeze the stem and the first n of the four stages, in evaluation
+            mode.
+        norm_eval: keep the statistics of batch norms, as in the backbones of MMDetection. HAT-Net's own norms (one
+            group, Sec. 3.3) have none; this is for layers that are added.
+        with_cp: recompute every block in the backward pass, which takes less memory.
         in_chans: channels of the input image.
-        drop_path_rate: stochastic depth of the last of all blocks; rises linearly from 0 at the first.
-        init_cfg: ``dict(type="Pretrained", checkpoint=PATH)`` to start from trained weights when ``init_weights``
-            is called, strictly: anything that ``hatnet_core.load_checkpoint`` reads, such as our safetensors, a
-            released ``.pth``, or a run folder of hatnet-train. The address of the variant's released file stands
-            for that file, downloaded once. None keeps the random weights.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first.
+        init_cfg: ``dict(type="Pretrained", checkpoint=PATH)`` to load trained weights, strictly, when ``init_weights``
+            is called. PATH is anything that ``hatnet_core.load_checkpoint`` reads, such as a safetensors file, a
+            released ``.pth``, or a run folder of hatnet-train. The URL of the variant's released file is downloaded
+            once. None keeps the random weights.
 
     Raises:
         ValueError: naming the argument and its value, if it is out of range.
@@ -74,22 +74,22 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
             in_chans=in_chans,
             drop_path_rate=drop_path_rate,
         )
-        # parameters that never get a gradient would stop distributed training
+        # distributed training fails for parameters without a gradient
         self.model.prune_intermediate_layers(self.out_indices)
         self.model.set_grad_checkpointing(with_cp)
         for part in self._frozen():
             part.requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images [B, in_chans, H, W] → for each of ``out_indices`` a map [B, C, ⌈H/r⌉, ⌈W/r⌉], r = 4·2^index.
+        """Images [B, in_chans, H, W] → one map [B, C, ⌈H/r⌉, ⌈W/r⌉] for each of ``out_indices``, r = 4·2^index.
 
         Raises:
-            ValueError: if ``x`` is not of this shape, or H or W is below 32.
+            ValueError: if ``x`` has another shape, or H or W is below 32.
         """
         return tuple(self.model.forward_intermediates(x, self.out_indices))
 
     def train(self, mode: bool = True) -> HATNetBackbone:
-        """Training mode, but for frozen stages and, if ``norm_eval``, batch norms."""
+        """Set the training mode, except of frozen stages and, with ``norm_eval``, of batch norms."""
         super().train(mode)
         for part in self._frozen():
             part.eval()
@@ -100,12 +100,12 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
         return self
 
     def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg``, if there is one and it is not loaded yet.
+        """Load the checkpoint of ``init_cfg``, once.
 
         Raises:
-            FileNotFoundError: if there is no such file.
+            FileNotFoundError: if it does not exist.
             OSError: if a released file cannot be downloaded.
-            ValueError: if it cannot be read, or holds another variant.
+            ValueError: if it cannot be read, or is of another variant.
         """
         if self.init_cfg is None or self.is_init:
             super().init_weights()
@@ -113,11 +113,11 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
         self._load_pretrained(self.init_cfg["checkpoint"])
 
     def _load_pretrained(self, checkpoint: str | Path) -> None:
-        """Read ``checkpoint`` into a complete model, strictly, and take over the parameters that exist here."""
+        """Load ``checkpoint`` into a whole model, strictly, and copy the stages that exist here."""
         path = _local(checkpoint, self.variant)
-        complete = create_model(self.variant, num_classes=0, in_chans=self.model.in_chans)
-        load_checkpoint(complete, path, drop_head=True)
-        weights = complete.state_dict()
+        whole = create_model(self.variant, num_classes=0, in_chans=self.model.in_chans)
+        load_checkpoint(whole, path, drop_head=True)
+        weights = whole.state_dict()
         self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
         self.is_init = True
         print_log(f"HATNetBackbone: all {len(self.model.state_dict())} tensors loaded from {path}", "current")
@@ -129,10 +129,10 @@ class HATNetBackbone(BaseModule):  # type: ignore[misc]  # mmengine ships no typ
 
 
 def check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
-    """Stages to return, ValueError unless they are some of 0-3."""
+    """Return stages as a tuple; raise ValueError unless they are from 0-3."""
     valid = isinstance(out_indices, Sequence) and all(isinstance(i, int) and 0 <= i <= 3 for i in out_indices)
     if not valid or not out_indices:
-        raise ValueError(f"out_indices must name stages out of 0, 1, 2, 3, got {out_indices!r}")
+        raise ValueError(f"out_indices must be from 0, 1, 2, 3, got {out_indices!r}")
     return tuple(out_indices)
 
 
@@ -143,18 +143,18 @@ def _check_frozen_stages(frozen_stages: int) -> int:
 
 
 def _local(checkpoint: str | Path, variant: str) -> Path:
-    """Where ``checkpoint`` lies on this machine; of all addresses only that of the released file is fetched."""
+    """Return the local path of a checkpoint; the only URL that is downloaded is that of the released file."""
     address = str(checkpoint)
     if not address.startswith(("http://", "https://")):
         return Path(checkpoint)
-    released = f"{RELEASED_URL}/{RELEASED_FILES[variant]}" if variant in RELEASED_FILES else "none for this variant"
+    released = f"{RELEASED_URL}/{RELEASED_FILES[variant]}" if variant in RELEASED_FILES else "none of this variant"
     if address != released:
-        raise ValueError(f"checkpoint {address} is not downloaded: expected a path, or the released file ({released})")
+        raise ValueError(f"checkpoint must be a path or the URL of the released file ({released}), got {address}")
     return released_file(variant)
 
 
 def _check_init_cfg(init_cfg: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Only a checkpoint of ours: mmengine's own loading skips parameters whose names differ, silently."""
+    """Refuse other ways to initialise: MMEngine's silently skip parameters with other names."""
     if init_cfg is None:
         return None
     if (

@@ -1,7 +1,6 @@
-"""The commands of ``hatnet-dense``: options in, one call. :mod:`hatnet_core.console` parses, logs and ends them.
+"""Commands of ``hatnet-dense``: options in, one call. :mod:`hatnet_core.console` parses, logs and ends them.
 
-The libraries are imported by the commands that need them: ``--help`` does not wait for them, and ``doctor`` is for
-where they fail.
+Each command imports the libraries that it needs, so that ``--help`` is fast and ``doctor`` runs where they are broken.
 """
 
 from __future__ import annotations
@@ -44,17 +43,17 @@ from hatnet_core.console import (
 from hatnet_dense.__about__ import __version__
 
 LARGEST_SIDE = 4096
-"""Largest side in pixels of an image to count FLOPs on: the model runs on it, in several GiB of memory."""
+"""Largest side of an image to count FLOPs on, in pixels; the model runs on it and takes several GiB."""
 
 SHOWN = 50
-"""Problems that ``check`` prints."""
+"""Largest number of problems that ``check`` prints."""
 
 MARKS = {"ok": "ok", "absent": "-", "broken": "BROKEN"}
-"""How the states of a finding are shown."""
+"""Words for the states of a finding."""
 
 
 def _optional_word(default: str, metavar: str, known: Sequence[str] = ()) -> PrimitiveConstructorSpec[str]:
-    """Type of an option that stands for ``default`` without a word after it."""
+    """Type of an option that means ``default`` without a word after it."""
 
     def read(words: list[str]) -> str:
         if len(words) > 1:
@@ -105,7 +104,7 @@ class OfRun(OfConfig):
     """Folder of the run; by default work_dirs/ and the name of the config."""
 
     launcher: Literal["none", "pytorch", "slurm", "mpi"] = "none"
-    """What started the processes: pytorch is torchrun; none is one process."""
+    """Launcher of the processes: pytorch is torchrun; none is one process."""
 
     def folder(self, config: Any) -> Path:
         """Return the folder of the run: from the command line, the config, or named after it, in this order."""
@@ -127,7 +126,7 @@ class Train(OfRun):
     """
 
     resume: Annotated[str | None, _optional_word("auto", "CHECKPOINT"), arg(help_behavior_hint="")] = None
-    """Resume from CHECKPOINT, or without it from the last one in the work dir, if there is one."""
+    """Resume from CHECKPOINT, by default from the last one in the work dir, if there is one."""
 
     amp: Annotated[
         str | None,
@@ -140,12 +139,12 @@ class Train(OfRun):
     """Scale the learning rate linearly from the batch size that the config was made for."""
 
     zero_stage: Annotated[int | None, whole(1, 3, "{1,2,3}")] = None
-    """Train with DeepSpeed: the processes divide optimizer states (1), gradients (2), parameters (3)."""
+    """Train with DeepSpeed, dividing optimizer states (1), gradients (2), parameters (3) among processes."""
 
     def run(self) -> None:
         """Train."""
         config = self.load()
-        from hatnet_dense import runs  # after the libraries are known to be installed
+        from hatnet_dense import runs  # after load, which reports missing libraries clearly
 
         last = runs.train(
             config,
@@ -173,7 +172,7 @@ class Test(OfRun):
     """Checkpoint of a training run."""
 
     out: Annotated[Path | None, PATH, arg(metavar="FILE", help_behavior_hint="")] = None
-    """Write the metrics to this JSON file, too."""
+    """Also write the metrics to this JSON file."""
 
     show_dir: Annotated[Path | None, PATH, arg(metavar="DIR", help_behavior_hint="")] = None
     """Draw truth and prediction of every image into this folder."""
@@ -244,7 +243,7 @@ class Check(OfConfig):
         """Check."""
         config = self.load()
         from hatnet_dense.annotations import counted
-        from hatnet_dense.data_check import survey_config
+        from hatnet_dense.survey import survey_config
 
         surveys = survey_config(config)
         problems = [f"{found.name}: {problem}" for found in surveys for problem in found.problems]
@@ -347,7 +346,7 @@ COMMANDS: dict[str, type[Command]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see its ``--help``."""
-    # importlib's, and torch's own compiler's; nothing a user of this command can change
+    # warnings of importlib and of torch's compiler, which users of this command cannot change
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")
     warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")
     logging.getLogger("DeepSpeed").addFilter(
@@ -362,9 +361,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def explain(error: Exception, options: Command) -> str:
-    """Return an error of ours or of the libraries in one line."""
+    """Describe an error of this package or of the libraries in one line."""
     if isinstance(error, FileNotFoundError) and error.filename:
-        return f"no file at {error.filename}: expected what the config names, or --cfg-options to name another"
+        return f"{error.filename}: the file does not exist; --cfg-options can name another than the config does"
     from hatnet_dense.errors import EXPECTED, said
 
     if isinstance(error, ModuleNotFoundError):

@@ -1,8 +1,8 @@
-"""What is installed of MMDetection and MMSegmentation, whether it fits together, and the command that fixes it.
+"""Examine whether the installed libraries work together, and name the command that fixes each.
 
-These libraries move slowly while torch, NumPy and setuptools move on; most combinations that a resolver accepts do
-not run. Every entry of :data:`PARTS` is tried by importing it, since the versions alone do not tell: MMCV may be there
-without its compiled operators. Importing this module needs none of them.
+Most combinations that a resolver accepts do not run, because MMDetection and MMSegmentation are older than current
+torch, NumPy and setuptools. Versions alone do not tell (MMCV may lack its compiled operators), so that every entry of
+:data:`PARTS` is imported. Importing this module needs none of them.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 LOWEST, BEYOND = (2, 10), (2, 14)
-"""Versions of torch: the first that runs, and the first whose headers want C++20; MMCV 2.1 is C++17."""
+"""Versions of torch: the first that runs, and the first whose headers need C++20, while MMCV 2.1 is C++17."""
 
 TORCH = 'pip install "torch>={}.{},<{}.{}"'.format(*LOWEST, *BEYOND)
 
 SETUPTOOLS = 'pip install "setuptools<81"'
-"""MMEngine imports pkg_resources, which setuptools dropped with version 81."""
+"""MMEngine imports pkg_resources, which setuptools 81 removed."""
 
 MMCV = (
     'pip install "setuptools<81" wheel ninja psutil && MMCV_WITH_OPS=1 '
     "pip install --no-build-isolation --no-cache-dir --no-deps --force-reinstall mmcv==2.1.0"
 )
-"""In build isolation MMCV sees no torch, leaves its operators out and says nothing. 10 to 15 minutes on 2 cores."""
+"""With build isolation, MMCV does not find torch and silently omits its operators. 10 to 15 minutes on 2 cores."""
 
 MMDET = "pip install mmdet==3.3.0"
 MMSEG = "pip install mmsegmentation==1.2.2 ftfy regex"
@@ -39,47 +39,48 @@ OPENCV = (
 
 @dataclass(frozen=True)
 class Finding:
-    """What :func:`examine` found out about one part.
-
-    Attributes:
-        name: what is imported.
-        distribution: the name and version under which it was installed, empty if it was not.
-        state: ``ok``, ``absent`` (not installed, and nothing else asks for it) or ``broken``.
-        reason: why it is broken, one line.
-        command: what fixes it, one line for a shell.
-    """
+    """State of one library."""
 
     name: str
+    """Import name."""
+
     distribution: str
+    """Name and version of the installed distribution, empty if there is none."""
+
     state: str
+    """``ok``, ``absent`` (not installed and not needed) or ``broken``."""
+
     reason: str = ""
+    """Why it is broken, in one line."""
+
     command: str = ""
+    """Shell command that fixes it, in one line."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One library: what to import to see that it works, and the command that installs it as it should be.
-
-    Attributes:
-        name: its import name.
-        attempt: raises if it does not work; by default its import.
-        needed: whether its absence is a defect.
-        command: what installs or fixes it.
-    """
+    """One library to examine."""
 
     name: str
+    """Import name."""
+
     command: str
+    """Shell command that installs or fixes it."""
+
     needed: bool = False
+    """Report it as broken, not as absent, if it is not installed."""
+
     attempt: Callable[[], None] | None = None
+    """Test after the import, which raises if the library does not work."""
 
 
 def examine() -> list[Finding]:
-    """Try all of :data:`PARTS`, in the order in which they build on each other."""
+    """Examine all of :data:`PARTS`, dependencies first."""
     return [_examine(part) for part in PARTS]
 
 
 def require(library: str) -> None:
-    """Import ``mmdet`` or ``mmseg`` with what it stands on.
+    """Import ``mmdet`` or ``mmseg`` and its dependencies.
 
     Raises:
         ImportError: in one line, with the command that fixes it.
@@ -88,12 +89,12 @@ def require(library: str) -> None:
         if finding.state != "ok":
             raise ImportError(
                 f"{finding.name} {finding.distribution.partition(' ')[2]} cannot be used: {finding.reason}; "
-                f"expected what this installs: {finding.command}".replace("  ", " ")
+                f"to fix it: {finding.command}".replace("  ", " ")
             )
 
 
 def usable(findings: list[Finding]) -> bool:
-    """Whether nothing is broken, and one of the two libraries is there."""
+    """Return true if nothing is broken and one of MMDetection and MMSegmentation works."""
     ok = {finding.name for finding in findings if finding.state == "ok"}
     return bool(ok & {"mmdet", "mmseg"}) and all(finding.state != "broken" for finding in findings)
 
@@ -105,7 +106,7 @@ def _examine(part: Part) -> Finding:
             importlib.import_module(part.name)
             if part.attempt is not None:
                 part.attempt()
-    except Exception as error:  # a broken installation raises whatever it likes
+    except Exception as error:  # a broken installation may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name == part.name and not distribution:
             state = "broken" if part.needed else "absent"
             return Finding(part.name, "", state, "it is not installed", part.command)
@@ -116,9 +117,9 @@ def _examine(part: Part) -> Finding:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Imports without a word: many libraries warn of each other's deprecations, and DeepSpeed of a missing GPU.
+    """Silence imports: libraries warn about each other's deprecations, and DeepSpeed about a missing GPU.
 
-    DeepSpeed keeps logging to what stdout is when it is first imported: not into the JSON of the command.
+    DeepSpeed logs to the stdout of its first import, which must not be that of a command that prints JSON.
     """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -131,13 +132,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _distribution(name: str) -> str:
-    """The installed packages, forks included, that hold the module ``name``, with their versions."""
+    """Return the installed distributions of a module, forks included, with their versions."""
     owners = sorted(set(importlib.metadata.packages_distributions().get(name, [])))
     return ", ".join(f"{owner} {importlib.metadata.version(owner)}" for owner in owners)
 
 
 def _command(error: Exception, command: str) -> str:
-    """The cause may lie one library below."""
+    """Return the command that fixes the cause, which may be a dependency."""
     text = str(error)
     if "pkg_resources" in text:
         return SETUPTOOLS
@@ -149,7 +150,7 @@ def _command(error: Exception, command: str) -> str:
 
 
 def _torch() -> None:
-    """ImportError unless MMCV 2.1 can be compiled with this torch, as the requirements of this package say."""
+    """Raise ImportError for a torch that MMCV 2.1 cannot be compiled with."""
     version = importlib.import_module("torch").__version__
     major, minor = version.split(".")[:2]
     if not LOWEST <= (int(major), int(minor)) < BEYOND:
@@ -158,26 +159,25 @@ def _torch() -> None:
 
 
 def _mmcv_operators() -> None:
-    """ImportError unless the compiled operators are there and are those of this torch and device."""
+    """Raise ImportError for compiled operators that are missing or for another torch or device."""
     try:
-        importlib.import_module("mmcv._ext")
+        ops = importlib.import_module("mmcv.ops")
     except ImportError as error:
         raise ImportError(f"its compiled operators do not load ({error})") from error
     import torch
 
-    ops = importlib.import_module("mmcv.ops")
     if torch.cuda.is_available() and "not available" in str(ops.get_compiling_cuda_version()).lower():
         raise ImportError("its operators were compiled without CUDA, and torch uses a GPU")
 
 
 def _mmcv_version() -> None:
-    """ImportError if MMDetection 3.3 or MMSegmentation 1.2 would refuse this MMCV."""
+    """Raise ImportError for an MMCV that MMDetection 3.3 and MMSegmentation 1.2 refuse."""
     from packaging.version import Version
 
     mmcv = importlib.import_module("mmcv")
     official = {"mmdet", "mmsegmentation"} & _installed()
     if official and not Version("2.0.0rc4") <= Version(mmcv.__version__) < Version("2.2.0"):
-        raise ImportError(f"mmcv {mmcv.__version__} is not from 2.0.0rc4 to below 2.2.0, as mmdet and mmseg demand")
+        raise ImportError(f"mmcv must be from 2.0.0rc4 to below 2.2.0 for mmdet and mmseg, got {mmcv.__version__}")
 
 
 def _mmcv() -> None:
@@ -190,7 +190,7 @@ def _installed() -> set[str]:
 
 
 def _module(name: str) -> Callable[[], None]:
-    """The import of a module inside, which draws in nearly all of its library."""
+    """Return an attempt that imports a module, which imports most of its library."""
 
     def attempt() -> None:
         importlib.import_module(name)
@@ -202,7 +202,7 @@ PARTS = [
     Part("torch", TORCH, needed=True, attempt=_torch),
     Part(
         "torchvision",
-        # both from one index: CPU-only and CUDA do not mix
+        # from one index, because builds for CPU and CUDA do not mix
         f'{TORCH} torchvision "setuptools<81" --force-reinstall',
         attempt=_module("torchvision.ops"),
     ),
@@ -214,4 +214,4 @@ PARTS = [
     Part("mmseg", MMSEG, attempt=_module("mmseg.apis")),
     Part("deepspeed", 'pip install "hatnet-dense[deepspeed]"'),
 ]
-"""In the order in which they build on each other."""
+"""Libraries to examine, dependencies first."""

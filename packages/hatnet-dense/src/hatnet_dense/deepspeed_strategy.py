@@ -1,8 +1,8 @@
-"""MMEngine's DeepSpeed strategy for the DeepSpeed of today: ZeRO over many processes, checkpoints loaded safely.
+"""MMEngine's DeepSpeed strategy for current DeepSpeed, with safe checkpoints.
 
-MMEngine 0.10 asks DeepSpeed for optimizers that it no longer has, leaves the hooks out when it saves and loads, and
-lets DeepSpeed unpickle whatever a checkpoint holds. What is trained and how it is stored is otherwise MMEngine's:
-every checkpoint is a folder of DeepSpeed's files, which ``hatnet_core.load_checkpoint`` and DeepSpeed's tools read.
+MMEngine 0.10 imports optimizers that DeepSpeed has removed, skips the hooks when it saves and loads, and lets
+DeepSpeed unpickle anything. Training and storage are MMEngine's: every checkpoint is a folder of DeepSpeed's files,
+which ``hatnet_core.load_checkpoint`` and DeepSpeed's tools read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# The class is public, as "DeepSpeedStrategy" in MMEngine's registry. The function to replace in its module is not:
+# test_deepspeed_strategy.py fails if it moves, or if it works again and need not be replaced.
 from mmengine._strategy import deepspeed as upstream
 
 from hatnet_core.checkpoint.zero import plain_records_only
@@ -20,8 +22,8 @@ from hatnet_dense.plain_checkpoint import plain
 Callback = Callable[[dict[str, Any]], None]
 
 
-def _without_lost_optimizers() -> list[str]:
-    """Of MMEngine's list of DeepSpeed's optimizers, 1-bit Adam and its kin are gone; torch's are registered anyway."""
+def _register_no_optimizers() -> list[str]:
+    """Replace ``register_deepspeed_optimizers``, which imports 1-bit optimizers that DeepSpeed has removed."""
     return []
 
 
@@ -36,12 +38,12 @@ class ZeroStrategy(upstream.DeepSpeedStrategy):  # type: ignore[misc]  # mmengin
     """
 
     def __init__(self, **arguments: Any) -> None:
-        upstream.register_deepspeed_optimizers = _without_lost_optimizers
+        upstream.register_deepspeed_optimizers = _register_no_optimizers
         super().__init__(**arguments)
-        self.config: dict[str, Any] = plain(self.config, "strategy")  # DeepSpeed writes it into every checkpoint
+        self.config: dict[str, Any] = plain(self.config, "strategy")  # which DeepSpeed saves in every checkpoint
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: Any = None) -> Any:
-        """The optimizer, its learning rate scaled if the config asks for it, which MMEngine forgets with DeepSpeed."""
+        """Build the optimizer, and apply ``auto_scale_lr``, which MMEngine skips with DeepSpeed."""
         self.optim_wrapper = super().build_optim_wrapper(optim_wrapper, model)
         self._scale_lr()
         return self.optim_wrapper
@@ -54,7 +56,7 @@ class ZeroStrategy(upstream.DeepSpeedStrategy):  # type: ignore[misc]  # mmengin
         callback: Callback | None = None,
         **arguments: Any,
     ) -> None:
-        """Write a checkpoint, a folder; what MMEngine adds is plain, as :func:`plain` makes it."""
+        """Write a checkpoint, a folder, with MMEngine's values as plain ones."""
         extra = {} if extra_ckpt is None else extra_ckpt
         if callback is not None:
             callback(extra)
@@ -64,17 +66,21 @@ class ZeroStrategy(upstream.DeepSpeedStrategy):  # type: ignore[misc]  # mmengin
         """Load the weights of a checkpoint of this strategy.
 
         Raises:
-            ValueError: if it holds more than tensors and plain records.
+            ValueError: if it does not fit the model or has more than tensors and plain records.
         """
         with _safely(filename):
             extra: dict[str, Any] = super().load_checkpoint(filename, **arguments)
-        return _told(extra, callback)
+        if callback is not None:
+            callback(extra)
+        return extra
 
     def resume(self, filename: str, *, callback: Callback | None = None, **arguments: Any) -> dict[str, Any]:
-        """Load all of a checkpoint of this strategy, to go on from it; raises as :meth:`load_checkpoint`."""
+        """Load all of a checkpoint of this strategy to resume from it; raises as :meth:`load_checkpoint`."""
         with _safely(filename):
             extra: dict[str, Any] = super().resume(filename, **arguments)
-        return _told(extra, callback)
+        if callback is not None:
+            callback(extra)
+        return extra
 
 
 @contextlib.contextmanager
@@ -83,12 +89,6 @@ def _safely(filename: str) -> Iterator[None]:
         with plain_records_only():
             yield
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{filename} holds more than tensors and plain records, and is not loaded") from error
-    except RuntimeError as error:  # how torch says that names or shapes differ
-        raise ValueError(f"{filename} does not fit the model of the config: {error}") from error
-
-
-def _told(extra: dict[str, Any], callback: Callback | None) -> dict[str, Any]:
-    if callback is not None:
-        callback(extra)
-    return extra
+        raise ValueError(f"{filename}: a checkpoint must have tensors and plain records only") from error
+    except RuntimeError as error:  # torch's error for other names or shapes
+        raise ValueError(f"{filename}: does not fit the model of the config: {error}") from error

@@ -1,18 +1,18 @@
-"""What an error says in one line, whoever raised it."""
+"""Messages of errors in one line."""
 
 from __future__ import annotations
 
 LONGEST = 300
-"""Characters of a message that is not ours; some of the libraries' hold a whole config."""
+"""Longest message of another library, in characters; some contain a whole config."""
 
 EXPECTED = (ImportError, ValueError, OSError)
-"""Errors that speak to the user; of any other, the type says more than the message."""
+"""Errors whose message is for users; of other errors, the type is shown, too."""
 
 
 def said(error: BaseException) -> str:
-    """The message of an error in one line, after its type if it is none of :data:`EXPECTED`."""
+    """Return the message of an error in one line, after its type unless it is one of :data:`EXPECTED`."""
     text = str(error)
-    if "\nOriginal Traceback" in text:  # of a process that loads data; the last line is the error itself
+    if "\nOriginal Traceback" in text:  # from a data worker; the last line is the error
         return text.rstrip().rpartition("\n")[2].removeprefix("ValueError: ")
     if isinstance(error, EXPECTED):
         return " ".join(text.split()) or type(error).__name__
@@ -21,6 +21,6 @@ def said(error: BaseException) -> str:
 
 
 def cut(text: str) -> str:
-    """A message that is not ours, in one line and not longer than :data:`LONGEST`."""
+    """Shorten a message of another library to one line of at most :data:`LONGEST` characters."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}…"

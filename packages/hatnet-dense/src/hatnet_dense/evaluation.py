@@ -1,6 +1,6 @@
-"""Metrics of 0 for a detector that finds nothing, where MMDetection's CocoMetric reports none.
+"""Report metrics of 0 for a detector that finds nothing, where MMDetection's CocoMetric reports none.
 
-Without them a first validation logs nothing, and a checkpoint hook with ``save_best`` looks for a metric in vain.
+Without them, the first validation may log nothing, and a checkpoint hook with ``save_best`` fails.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ ITEMS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
 """Default ``metric_items`` of CocoMetric for boxes and masks."""
 
 PROPOSAL_ITEMS = ("AR@100", "AR@300", "AR@1000", "AR_s@1000", "AR_m@1000", "AR_l@1000")
-"""The same for proposals."""
+"""Default ``metric_items`` of CocoMetric for proposals."""
 
 
 def fill_with_zeros(evaluator: Any) -> None:
-    """Make each CocoMetric of an evaluator report 0 for what it omits, and log a warning.
+    """Make every CocoMetric report 0 for metrics that it omits, and log a warning.
 
     Args:
-        evaluator: MMEngine's ``Evaluator``, or another with a list of ``metrics``.
+        evaluator: MMEngine's ``Evaluator``, or another object with a list of ``metrics``.
     """
     for metric in evaluator.metrics:
-        # by name: MMDetection may be absent, and subclasses such as LVISMetric have other names of metrics
+        # by name, because MMDetection may be missing, and subclasses such as LVISMetric have other metrics
         if type(metric).__name__ == "CocoMetric" and not metric.format_only:
             metric.compute_metrics = partial(_filled, metric, metric.compute_metrics)
 
@@ -37,12 +37,12 @@ def _filled(metric: Any, compute: Callable[[list[Any]], dict[str, float]], resul
     if missing:
         prefix = f"{metric.prefix}/" if metric.prefix else ""
         names = ", ".join(f"{prefix}{name}" for name in missing)
-        print_log(f"metrics are 0, since the model found nothing: {names}", "current", level=logging.WARNING)
+        print_log(f"metrics are 0, because the model found nothing: {names}", "current", level=logging.WARNING)
     return {**measured, **dict.fromkeys(missing, 0.0)}
 
 
 def _names(metric: Any) -> Iterator[str]:
-    """Yield the names of all that a CocoMetric may omit; ``proposal_fast`` is always measured."""
+    """Yield the names of metrics that a CocoMetric may omit; ``proposal_fast`` is always reported."""
     for kind in metric.metrics:
         if kind == "proposal":
             yield from metric.metric_items or PROPOSAL_ITEMS

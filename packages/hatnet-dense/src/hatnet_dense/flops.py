@@ -1,8 +1,8 @@
-"""Parameters and FLOPs of a whole detector or segmenter, in the two conventions of ``hatnet_core.flop_handles``.
+"""Count parameters and FLOPs of a detector or segmenter, in the two conventions of ``hatnet_core.flop_handles``.
 
-One multiply-add is one FLOP in both: ``paper`` counts convolutions, linear layers and normalisations, ``complete`` the
-products of two activations as well, those of the attention. MMEngine counts, by running the model on one image: the
-network without post-processing; a two-stage detector includes its heads on the proposals that its first stage keeps.
+One multiply-add is one FLOP. ``paper`` counts convolutions, linear layers and normalisations; ``complete`` also counts
+the matrix products of the attention. MMEngine counts while the model runs on one image, without post-processing. The
+heads of a two-stage detector run on the proposals that its first stage keeps.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from hatnet_dense.errors import cut, said
 
 
 def build_model(config: Config) -> Any:
-    """The model of a config with random weights, in evaluation mode.
+    """Build the model of a config with random weights, in evaluation mode.
 
     Raises:
-        ValueError: if it cannot be built, whatever the libraries make of that.
+        ValueError: if it cannot be built, whatever the libraries raise.
     """
     init_default_scope(config.default_scope)
     registry = import_module(f"{config.default_scope}.registry").MODELS
     try:
         return revert_sync_batchnorm(registry.build(config.model)).eval()
-    except Exception as error:  # an unknown type, an argument that there is not, a value that does not fit
+    except Exception as error:  # an unknown type or argument, a value that does not fit
         raise ValueError(f"cannot build the model of this config: {cut(said(error))}") from error
 
 
@@ -42,17 +42,17 @@ def count(config: Config, height: int, width: int) -> dict[str, Any]:
     """Count parameters and FLOPs.
 
     Args:
-        config: of :func:`hatnet_dense.config.load_config`.
-        height: H of the image in pixels.
-        width: W, likewise.
+        config: from :func:`hatnet_dense.config.load_config`.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
 
     Returns:
-        ``params``, ``flops_paper`` and ``flops_complete`` of the model, and, after ``backbone_``, of its backbone;
-        ``uncounted_ops``, the operators that neither convention counts, most of them elementwise. An operator of
-        MMCV's own, such as deformable attention, is among them.
+        ``params``, ``flops_paper`` and ``flops_complete`` of the model; the same of its backbone, with the prefix
+        ``backbone_``; ``uncounted_ops``, the operators that neither convention counts. Most of these are elementwise;
+        MMCV's own operators, such as deformable attention, are among them.
 
     Raises:
-        ValueError: if the model cannot be built, or not be run on such an image.
+        ValueError: if the model cannot be built or run on such an image.
     """
     module = traceable(config)
     model: Any = module.model
@@ -60,10 +60,10 @@ def count(config: Config, height: int, width: int) -> dict[str, Any]:
     analysis.set_op_handle(**HANDLES)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the tracer, about what the libraries do with shapes
+        warnings.simplefilter("ignore")  # from the tracer, about shapes in the libraries
         try:
             whole, backbone = analysis.by_operator("model"), analysis.by_operator("model.backbone")
-        except RuntimeError as error:  # memory, or maps too small for a layer
+        except RuntimeError as error:  # out of memory, or maps too small for a layer
             raise ValueError(f"cannot run this model on {height}×{width}: {said(error)}") from error
     return {
         "params": _params(model),
@@ -75,9 +75,9 @@ def count(config: Config, height: int, width: int) -> dict[str, Any]:
 
 
 def traceable(config: Config) -> nn.Module:
-    """The model of a config as tracers want it, images [B, 3, H, W] → a tuple of tensors, under the name ``model``.
+    """Wrap the model of a config for tracers: images [B, 3, H, W] → a tuple of tensors; ``model`` is the original.
 
-    Its random weights are the same every time, since a two-stage detector keeps as many proposals as they say.
+    The random weights have a fixed seed, because the proposals of a two-stage detector depend on them.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -86,7 +86,7 @@ def traceable(config: Config) -> nn.Module:
 
 
 class _Tensors(nn.Module):
-    """Tensors in, tensors out."""
+    """A model from tensors to tensors."""
 
     def __init__(self, model: nn.Module, library: str) -> None:
         super().__init__()

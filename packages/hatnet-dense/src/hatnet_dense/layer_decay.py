@@ -1,8 +1,8 @@
-"""Layer-wise learning rate decay for models on a HAT-Net backbone, by name from a config.
+"""Layer-wise learning rate decay for models with a HAT-Net backbone.
 
-The rate of a layer is the base rate times ``decay_rate`` to the number of layers behind it, as in BEiT and ConvNeXt:
-heads and necks train at the base rate, the stem slowest. Layer 0 is the stem, then follows one layer a block, over
-all stages; the downsampling in front of a stage goes with its first block.
+The learning rate of a layer is the base rate times ``decay_rate`` to the power of the number of layers after it, as in
+BEiT and ConvNeXt. Necks and heads train at the base rate. Layer 0 is the stem; each block is a layer, and the
+downsampling of a stage belongs to its first block.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):  # type: ignore[mis
             paramwise_cfg=dict(decay_rate=0.9),
             optimizer=dict(type="AdamW", lr=1e-4, weight_decay=0.05))
 
-    Biases, norms and other vectors take no weight decay.
+    Biases, norms and other vectors have no weight decay.
 
     Args:
-        optim_wrapper_cfg: the config of the wrapper, with an ``optimizer`` that has ``lr``.
-        paramwise_cfg: ``dict(decay_rate=RATE)`` and nothing else, RATE in (0, 1].
+        optim_wrapper_cfg: config of the wrapper, with an ``optimizer`` that has ``lr``.
+        paramwise_cfg: ``dict(decay_rate=RATE)``, without other keys, RATE in (0, 1].
 
     Raises:
-        ValueError: if ``paramwise_cfg`` is another, ``lr`` is missing, or the model has no HAT-Net under ``backbone``.
+        ValueError: if ``paramwise_cfg`` is invalid, ``lr`` is missing, or the model's ``backbone`` is not a HAT-Net.
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
@@ -47,15 +47,17 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):  # type: ignore[mis
             raise ValueError(f"paramwise_cfg must be dict(decay_rate=RATE) with RATE in (0, 1], got {paramwise_cfg!r}")
         if self.base_lr is None:
             raise ValueError(
-                f"LayerDecayConstructor needs optimizer.lr, a number, got {optim_wrapper_cfg['optimizer']}"
+                f"optimizer.lr must be a number for LayerDecayConstructor, got {optim_wrapper_cfg['optimizer']}"
             )
         self.decay_rate = float(rate)
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **kwargs: Any) -> None:
-        """Append one group of parameters a layer and kind of weight decay to ``params``."""
+        """Append a group of parameters to ``params`` for every layer, with and without weight decay."""
         backbone = getattr(module, "backbone", None)
         if not isinstance(backbone, HATNetBackbone):
-            raise ValueError(f"LayerDecayConstructor needs a HATNetBackbone, got {type(backbone).__name__}")
+            raise ValueError(
+                f"backbone must be a HATNetBackbone for LayerDecayConstructor, got {type(backbone).__name__}"
+            )
         depths = list(backbone.model.config["depths"][: len(backbone.model.stages)])
         without_decay = {f"backbone.model.{name}" for name in backbone.model.no_weight_decay()}
         last = sum(depths) + 1
@@ -76,14 +78,14 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):  # type: ignore[mis
 
 
 def layer_of(name: str, depths: list[int]) -> int:
-    """The layer of a parameter of a detector or segmenter.
+    """Return the layer of a parameter of a detector or segmenter.
 
     Args:
-        name: of the parameter, such as ``backbone.model.stages.1.blocks.0.attn.q.weight``.
+        name: name of the parameter, such as ``backbone.model.stages.1.blocks.0.attn.q.weight``.
         depths: number of blocks of each stage.
 
     Returns:
-        0 for the stem, 1 to ``sum(depths)`` for the blocks, ``sum(depths) + 1`` for all outside of the backbone.
+        0 for the stem, 1 to ``sum(depths)`` for the blocks, ``sum(depths) + 1`` for parameters outside the backbone.
     """
     if name.startswith("backbone.model.stem."):
         return 0

@@ -1,7 +1,7 @@
-"""Refuse keys that neither MMEngine nor this package reads, and name those that work.
+"""Refuse keys of a config that nothing reads, and suggest keys that work.
 
-A config is a Python file: its variables, such as ``data_root``, are put in where the file is read, and are nothing but
-unread keys afterwards. Configs for MMDetection 2 and MMSegmentation 0 have other keys than those of today.
+Variables of a config file, such as ``data_root``, are substituted when MMEngine reads the file; setting them later has
+no effect. Configs for MMDetection 2 and MMSegmentation 0 have other keys than today's.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ RENAMED = {
     "fp16": "--amp",
     "custom_imports": "custom_imports in a config file",
 }
-"""What others call a key, and its name; the first that fits counts."""
+"""Keys of other versions and libraries, and their present names; the first match counts."""
 
 MORE = {"runner_type", "model_wrapper_cfg", "compile", "sync_bn", "find_unused_parameters", "activation_checkpointing"}
 MORE |= {"efficient_conv_bn_eval", "init_weights_for_test_or_val"}
-"""Keys that are read without being an argument of a runner."""
+"""Keys that are read although they are not arguments of a runner."""
 
 FIXED = {"cfg", "launcher"}
-"""Arguments of a runner that are not taken from the config."""
+"""Arguments of a runner that are not read from the config."""
 
 OPTIONAL = {
     "env_cfg": {"cudnn_benchmark", "dist_cfg", "mp_cfg", "resource_limit"},
@@ -76,21 +76,21 @@ OPTIONAL = {
         *("rcnn", "rpn", "score_thr", "stride"),
     },
 }
-"""Keys that parts of a config without a class may be given; a class refuses what it does not know itself."""
+"""Keys that may be added to parts of a config without a class; a class refuses unknown keys itself."""
 
 ALIKE = 0.8
-"""Similarity from which a new key is taken for a mistyped one."""
+"""Similarity from which a new key counts as mistyped."""
 
 
 def check_option(config: Mapping[str, Any], key: str) -> None:
-    """Refuse a key of ``--cfg-options`` that changes nothing.
+    """Refuse a key of ``--cfg-options`` that has no effect.
 
     Args:
-        config: before the option is merged.
-        key: such as ``train_cfg.max_epochs``.
+        config: the config before the option is merged.
+        key: a path such as ``train_cfg.max_epochs``.
 
     Raises:
-        ValueError: naming the keys that work.
+        ValueError: naming keys that work.
     """
     root, _, rest = key.partition(".")
     if root == "data_preprocessor" and "data_preprocessor" in (config.get("model") or {}):
@@ -115,18 +115,18 @@ def check_option(config: Mapping[str, Any], key: str) -> None:
 
 
 def check_variables(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse variables of a config file that look like settings and change nothing.
+    """Refuse variables of a config file that look like settings and have no effect.
 
     Args:
-        config: the content of the file and of those that it inherits from.
-        path: the file; only one in Python has variables.
+        config: the resolved config.
+        path: its file; only Python files have variables.
 
     Raises:
-        ValueError: naming the keys that work.
+        ValueError: naming keys that work.
     """
     try:
         tree = ast.parse(path.read_text() if path.suffix == ".py" else "")
-    except SyntaxError:  # MMEngine's own {{ }} outside of a string
+    except SyntaxError:  # a template {{ }} of MMEngine outside of a string
         return
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     assigned = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
@@ -134,11 +134,11 @@ def check_variables(config: Mapping[str, Any], path: Path) -> None:
         if isinstance(target, ast.Name) and target.id not in {"custom_imports", *used, *read_keys()}:
             names = suggestions(config, target.id)
             if names:
-                raise ValueError(f"{path}: {target.id} must be a key that is read, expected {_joined(names)}")
+                raise ValueError(f"{path}: {target.id} has no effect; the key must be {_joined(names)}")
 
 
 def suggestions(config: Mapping[str, Any], key: str) -> list[str]:
-    """Keys that may be meant by one that nothing reads, the most likely first."""
+    """Suggest keys for one that nothing reads, the most likely first."""
     for old, new in RENAMED.items():
         if key == old or key.startswith(f"{old}."):
             return [new + key[len(old) :]]
@@ -156,7 +156,7 @@ def suggestions(config: Mapping[str, Any], key: str) -> list[str]:
 
 
 def read_keys() -> list[str]:
-    """The top-level keys of a config that MMEngine or this package reads."""
+    """List the top-level keys of a config that MMEngine or this package reads."""
     from mmengine.runner import FlexibleRunner, Runner  # takes seconds
 
     arguments = {name for runner in (Runner, FlexibleRunner) for name in inspect.signature(runner).parameters}
@@ -164,11 +164,11 @@ def read_keys() -> list[str]:
 
 
 def _unread(key: str, names: Sequence[str]) -> ValueError:
-    return ValueError(f"--cfg-options must name keys that are read, got {key}: expected {_joined(names)}")
+    return ValueError(f"--cfg-options must name a key that is read, such as {_joined(names)}, got {key}")
 
 
 def _joined(names: Sequence[str]) -> str:
-    return " or ".join(names) or f"one below {', '.join(read_keys())}"
+    return " or ".join(names) or f"one in {', '.join(read_keys())}"
 
 
 def _paths(value: Any) -> Iterator[list[str]]:

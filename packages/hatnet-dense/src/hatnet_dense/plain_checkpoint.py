@@ -1,13 +1,13 @@
-"""Checkpoints of MMEngine that hold nothing but tensors and plain values, so that they can be loaded safely.
+"""Checkpoints of MMEngine without pickled objects, so that ``torch.load`` reads them safely.
 
-MMEngine pickles objects of its own into every checkpoint: the histories of the logged scalars, and what NumPy made.
-``torch.load`` refuses such files unless told to run whatever code a file asks for, and MMEngine 0.10 does not tell
-it; a run could neither be resumed nor tested. This hook writes the same values as lists and numbers and makes them
-what they were when they come back. It also looks whether the weights fit, which MMEngine would only log.
+MMEngine 0.10 pickles histories of logged scalars and NumPy values into every checkpoint, and cannot load them with
+PyTorch 2.6 and later, which by default refuses pickled code. :class:`PlainCheckpointHook` writes the same values as
+lists and numbers, and restores them on loading. It also checks that the weights fit, which MMEngine only logs.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -19,62 +19,63 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.optim import BaseOptimWrapper
 from mmengine.registry import HOOKS
 from torch import Tensor
 
 from hatnet_core.checkpoint.zero import MODEL_STATES
 
 HISTORY = "hatnet_dense.HistoryBuffer"
-"""Key that marks a history of scalars among the plain values."""
+"""Key that marks a history of scalars among plain values."""
 
 RESUMED = ("optimizer", "param_schedulers", "message_hub")
-"""What a run that goes on needs beside weights, epoch and iteration."""
+"""Keys that a resumed run needs besides weights, epoch and iteration."""
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor)
+"""Types that ``torch.load`` reads safely."""
 
 
 @HOOKS.register_module()
 class PlainCheckpointHook(Hook):  # type: ignore[misc]  # mmengine ships no types
-    """Keeps checkpoints free of pickled objects, and refuses those of another model.
+    """Keep checkpoints free of pickled objects, and refuse those of another model.
 
-    A checkpoint that is tested or resumed has to hold every parameter of the model, with its shape, and no other.
-    One that training starts from (``load_from``) may differ in the heads, as for other classes, which is logged,
-    but has to hold the backbone.
+    A checkpoint that is tested or resumed must have exactly the parameters of the model. One that training starts from
+    (``load_from``) must have the backbone; differences in the heads, as for other classes, are logged.
     """
 
-    priority = "VERY_LOW"  # sees what the other hooks put in
+    priority = "VERY_LOW"  # after hooks that add values
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Turn what is about to be written into plain values, in place."""
+        """Replace the values of a checkpoint by plain ones, in place."""
         for key, value in checkpoint.items():
             checkpoint[key] = plain(value, key)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Turn the histories back, in place, and compare the weights with the model.
+        """Restore the histories of a checkpoint, in place, and compare its weights with the model.
 
         Raises:
-            ValueError: if the weights do not fit, naming some that do not.
+            ValueError: naming the first weights that do not fit.
         """
         if "message_hub" in checkpoint:
             scalars = checkpoint["message_hub"]["log_scalars"]
             checkpoint["message_hub"]["log_scalars"] = {key: _history(value) for key, value in scalars.items()}
         if "state_dict" not in checkpoint and "message_hub" in checkpoint:
-            return  # DeepSpeed has taken the weights, strictly
+            return  # DeepSpeed has loaded the weights, strictly
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        starts_training = (
-            not isinstance(runner._train_loop, Mapping | None) and not runner._resume
-        )  # else still a config
-        check_weights(model.state_dict(), checkpoint.get("state_dict", checkpoint), strict=not starts_training)
+        # the runner builds the optimizer before it loads weights to train, and not at all to test
+        trains = isinstance(runner.optim_wrapper, BaseOptimWrapper)
+        strict = not trains or bool(runner.cfg.get("resume"))
+        check_weights(model.state_dict(), checkpoint.get("state_dict", checkpoint), strict=strict)
 
 
 def plain(value: Any, where: str) -> Any:
-    """``value`` as tensors, numbers, strings, lists, tuples and dicts; what cannot be is named in a warning.
+    """Convert a value to tensors, numbers, strings, lists, tuples and dicts.
 
     Args:
-        value: anything.
-        where: the path of keys that leads to it, for the warning.
+        value: anything; an object without such a form is returned unchanged, with a warning.
+        where: the path of keys to the value, for the warning.
     """
     if isinstance(value, HistoryBuffer):
         history, counts = value.data
@@ -83,10 +84,10 @@ def plain(value: Any, where: str) -> Any:
         return value.tolist()
     if isinstance(value, PLAIN):
         return value
-    if isinstance(value, OrderedDict | Counter):  # torch loads these two as they are
-        copied: Any = type(value)({key: plain(item, f"{where}.{key}") for key, item in value.items()})
-        if hasattr(value, "_metadata"):  # versions of the modules, in a state dict
-            copied._metadata = getattr(value, "_metadata")  # noqa: B009  # a dict with an attribute, torch's
+    if isinstance(value, OrderedDict | Counter):  # types that torch loads, too
+        copied = copy.copy(value)  # with the attributes that torch adds to a state dict
+        for key, item in value.items():
+            copied[key] = plain(item, f"{where}.{key}")
         return copied
     if isinstance(value, Mapping):
         return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
@@ -94,57 +95,54 @@ def plain(value: Any, where: str) -> Any:
         items = [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
     print_log(
-        f"checkpoint: {where} is {type(value).__name__}, which no safe loader reads", "current", level=logging.WARNING
+        f"checkpoint: {where} is {type(value).__name__}, which safe loaders refuse", "current", level=logging.WARNING
     )
     return value
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of MMEngine, or a bare state dict under ``state_dict``; nothing but plain values is unpickled.
+    """Read a checkpoint of MMEngine safely; a bare state dict is returned under ``state_dict``.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is an address or a folder, or cannot be read, or holds what no checkpoint does.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is a URL or a folder, cannot be read, or is not a checkpoint.
     """
     if "://" in str(path):
-        raise ValueError(f"{path} is an address: expected a file, downloaded beforehand")
+        raise ValueError(f"the checkpoint must be a local file, got {path}")
     path = Path(path)
     if path.is_dir():
-        deepspeed = any(path.rglob(MODEL_STATES))
-        raise ValueError(
-            f"{path} is a folder of DeepSpeed: expected a file, such as model.pth of its run"
-            if deepspeed
-            else f"{path} is a folder: expected a file"
-        )
+        hint = ", such as model.pth of this run of DeepSpeed" if any(path.rglob(MODEL_STATES)) else ""
+        raise ValueError(f"the checkpoint must be a file{hint}, got the folder {path}")
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: expected an existing file")
+        raise FileNotFoundError(f"{path}: the checkpoint does not exist")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the file may hold anything
+    except Exception as error:  # the file may contain anything
         raise ValueError(
-            f"cannot read {path}: expected a checkpoint of tensors and plain values, as PlainCheckpointHook writes it"
+            f"{path}: not a checkpoint of tensors and plain values, as PlainCheckpointHook writes it"
         ) from error
     if isinstance(content, Mapping) and "state_dict" not in content:
         content = {"state_dict": content}
     defect = _defect(content)
     if defect is not None:
-        raise ValueError(f"cannot read {path}: expected a checkpoint of tensors and plain values, got {defect}")
+        raise ValueError(f"{path}: not a checkpoint of tensors and plain values, got {defect}")
     return dict(content)
 
 
 def read_training_run(path: str | Path) -> dict[str, Any]:
-    """A checkpoint that training can go on from; raises as :func:`read_checkpoint`, and if it holds weights only."""
+    """Read a checkpoint to resume from; raises as :func:`read_checkpoint`, and if it has weights only."""
     content = read_checkpoint(path)
     meta = content.get("meta", {})
     if not {"epoch", "iter"} <= set(meta) or not set(RESUMED) <= set(content):
         raise ValueError(
-            f"{path} holds weights only: expected a checkpoint of a training run; load_from={path} starts from weights"
+            f"{path}: a checkpoint to resume must be of a training run, got weights only; load_from={path} "
+            "starts a new run from them"
         )
     return content
 
 
 def _defect(content: Any) -> str | None:
-    """What is no part of a checkpoint, or None."""
+    """Describe the first value that a checkpoint must not have, None if there is none."""
     if not isinstance(content, Mapping):
         return type(content).__name__
     weights, meta = content["state_dict"], content.get("meta", {})
@@ -163,9 +161,9 @@ def check_weights(own: Mapping[str, Tensor], given: Mapping[str, Any], strict: b
     """Compare the weights of a file with those of the model.
 
     Args:
-        own: the state dict of the model.
-        given: that of the file; ``module.`` in front of its names does not matter.
-        strict: whether every difference is an error, or only one in the backbone.
+        own: state dict of the model.
+        given: state dict of the file; a prefix ``module.`` is ignored.
+        strict: refuse every difference, not only those in the backbone.
 
     Raises:
         ValueError: naming the first differences.
@@ -174,7 +172,7 @@ def check_weights(own: Mapping[str, Tensor], given: Mapping[str, Any], strict: b
     differences = [f"{name} is missing" for name in own if name not in given]
     differences += [f"{name} is unknown" for name in given if name not in own]
     differences += [
-        f"{name} is {tuple(given[name].shape)} and should be {tuple(own[name].shape)}"
+        f"{name} must be {tuple(own[name].shape)}, got {tuple(given[name].shape)}"
         for name in own
         if name in given and given[name].shape != own[name].shape
     ]
@@ -182,7 +180,7 @@ def check_weights(own: Mapping[str, Tensor], given: Mapping[str, Any], strict: b
     if fatal:
         raise ValueError(f"the checkpoint does not fit the model of the config: {_some(fatal)}")
     if differences:
-        print_log(f"not taken from the checkpoint: {_some(differences)}", "current", level=logging.WARNING)
+        print_log(f"not loaded from the checkpoint: {_some(differences)}", "current", level=logging.WARNING)
 
 
 def _history(value: Any) -> Any:

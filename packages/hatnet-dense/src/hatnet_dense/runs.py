@@ -1,4 +1,4 @@
-"""Training and testing through MMEngine's Runner, on GPUs or on CPU, in one process or in many."""
+"""Train and test with MMEngine's Runner, on GPUs or a CPU, in one process or many."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from hatnet_core.checkpoint.zero import read_zero
 from hatnet_core.io import atomic_write
 from hatnet_dense.annotations import annotation_problems, counted
 from hatnet_dense.config import demand, innermost
-from hatnet_dense.data_check import is_empty, naming_files, no_record, shortened
+from hatnet_dense.data_check import naming_files, shortened
 from hatnet_dense.errors import cut, said
 from hatnet_dense.evaluation import fill_with_zeros
 from hatnet_dense.plain_checkpoint import plain, read_checkpoint, read_training_run
+from hatnet_dense.survey import is_empty, no_record
 from hatnet_dense.workers import Workers
 
 WARMUPS = ("LinearLR", "ConstantLR", "QuadraticWarmupLR")
-"""Schedulers with which a learning rate begins below its own value."""
+"""Schedulers that start below the learning rate of the optimizer."""
 
 
 def train(
@@ -40,62 +41,49 @@ def train(
     launcher: str = "none",
     zero_stage: int | None = None,
 ) -> Path | None:
-    """Train the model of a config; checkpoints, logs and curves' data go to ``work_dir``.
+    """Train the model of a config; checkpoints, logs and data for curves go to ``work_dir``.
 
     Args:
-        config: of :func:`hatnet_dense.config.load_config`; changed in place.
-        work_dir: folder of the run, made if need be.
-        resume: None to begin anew, ``auto`` to go on from the last checkpoint in ``work_dir`` if there is one, or
-            the path of a checkpoint to go on from.
-        amp: None, or what matrix products are computed in, ``float16`` or ``bfloat16``; needs a GPU.
-        auto_scale_lr: scale the learning rate by the batch size, linearly, from what the config was made for.
-        launcher: MMEngine's name of what started the processes: ``none``, ``pytorch`` (torchrun), ``slurm``, ``mpi``.
+        config: from :func:`hatnet_dense.config.load_config`; changed in place.
+        work_dir: folder of the run, created if missing.
+        resume: None for a new run, ``auto`` to resume from the last checkpoint in ``work_dir`` if there is one, or the
+            path of a checkpoint.
+        amp: dtype of automatic mixed precision, ``float16`` or ``bfloat16``, which needs a GPU; None for fp32.
+        auto_scale_lr: scale the learning rate linearly from the batch size that the config was made for.
+        launcher: launcher of the processes, in MMEngine's terms: ``none``, ``pytorch`` (torchrun), ``slurm``, ``mpi``.
         zero_stage: train with DeepSpeed, dividing optimizer states (1), gradients (2) and parameters (3) among the
-            processes; None for MMEngine's own data-parallel training.
+            processes; None for MMEngine's data-parallel training.
 
     Returns:
-        The checkpoint written last; with DeepSpeed, whose checkpoints are folders, ``model.pth``, made from it. None
-        if there is none, and in all processes but the first.
+        The last checkpoint; with DeepSpeed, whose checkpoints are folders, ``model.pth``, made from the last one. None
+        if there is no checkpoint, and in all processes but the first.
 
     Raises:
-        ValueError: if the config cannot do what is asked for, or data or a checkpoint do not fit.
-        FileNotFoundError: if the data or the checkpoint is not there.
+        ValueError: if the config lacks what the options need, or data or a checkpoint do not fit.
+        FileNotFoundError: if data or checkpoint are missing.
     """
     config.work_dir = str(work_dir)
     demand(config, "train", "train_dataloader.dataset", "train_cfg", "optim_wrapper")
-    if resume is None and config.get("resume"):
-        resume = config.get("load_from") or "auto"
-    if resume == "auto":
-        resume = _last_checkpoint(work_dir)
-    config.resume = resume is not None
-    if resume is not None:
-        config.load_from = resume
+    _use_checkpoint(config, work_dir, resume, deepspeed=zero_stage is not None)
     if amp is not None:
         _use_amp(config, amp)
     if zero_stage is not None:
         _use_zero(config, zero_stage, launcher)
-    if resume is not None and zero_stage is None:
-        read_training_run(resume)
-    elif resume is not None:
-        if not Path(resume).is_dir():
-            raise ValueError(f"no checkpoint of DeepSpeed at {resume}: expected a folder, as --zero-stage writes it")
-    elif config.get("load_from") is not None:
-        read_checkpoint(config.load_from)
     if auto_scale_lr:
         demand(config, "--auto-scale-lr", "auto_scale_lr.base_batch_size")
         config.auto_scale_lr.enable = True
     with Workers("train_dataloader", "val_dataloader") as workers, _processes(config, launcher):
         runner = _runner(config, launcher, "train", workers)
         schedulers = config.get("param_scheduler") or []
-        for text in _long_warmups(schedulers, runner.train_loop.max_iters, len(runner.train_dataloader)):
-            print_log(text, "current", level=logging.WARNING)
+        for warning in _long_warmups(schedulers, runner.train_loop.max_iters, len(runner.train_dataloader)):
+            print_log(warning, "current", level=logging.WARNING)
         runner.train()
         if not is_main_process() or not (work_dir / "last_checkpoint").is_file():
             return None
         last = Path((work_dir / "last_checkpoint").read_text())
         if zero_stage is None:
             return last
-        _write_whole(last, runner.train_dataloader.dataset.metainfo, work_dir / "model.pth")
+        _collect_weights(last, runner.train_dataloader.dataset.metainfo, work_dir / "model.pth")
         return work_dir / "model.pth"
 
 
@@ -105,11 +93,11 @@ def evaluate(
     """Evaluate a checkpoint with the evaluators of the config.
 
     Args:
-        config: of :func:`hatnet_dense.config.load_config`; changed in place.
-        checkpoint: a file of MMEngine.
-        work_dir: folder for logs, made if need be.
-        show_dir: folder for a picture of every image with truth and prediction side by side; None for none.
-        launcher: MMEngine's name of what started the processes: ``none``, ``pytorch`` (torchrun), ``slurm``, ``mpi``.
+        config: from :func:`hatnet_dense.config.load_config`; changed in place.
+        checkpoint: a checkpoint file of MMEngine.
+        work_dir: folder for logs, created if missing.
+        show_dir: folder for pictures of truth and prediction side by side; None for no pictures.
+        launcher: see :func:`train`.
 
     Returns:
         The metrics by name, such as ``coco/bbox_mAP_50`` or ``mIoU``, in the units of their evaluator. None in all
@@ -117,7 +105,7 @@ def evaluate(
 
     Raises:
         ValueError: if the config has no test data, data or checkpoint do not fit, or nothing is measured.
-        FileNotFoundError: if the data or the checkpoint is not there.
+        FileNotFoundError: if data or checkpoint are missing.
     """
     config.work_dir = str(work_dir)
     demand(config, "test", "test_dataloader.dataset", "test_evaluator", "test_cfg")
@@ -134,7 +122,7 @@ def evaluate(
     with Workers("test_dataloader") as workers, _processes(config, launcher):
         runner = _runner(config, launcher, "test", workers)
         metrics = runner.test()
-        # one that only formats writes a file instead
+        # a metric with format_only writes a file instead
         if not metrics and not any(getattr(m, "format_only", False) for m in runner.test_loop.evaluator.metrics):
             raise ValueError("test_evaluator must measure something, got no metrics")
         if not is_main_process():
@@ -148,28 +136,44 @@ def write_metrics(metrics: dict[str, float], path: Path) -> None:
         part.write_text(json.dumps(metrics, indent=2) + "\n")
 
 
+def _use_checkpoint(config: Config, work_dir: Path, resume: str | None, deepspeed: bool) -> None:
+    """Set and check the checkpoint that a run resumes or starts from; arguments as for :func:`train`."""
+    if resume is None and config.get("resume"):
+        resume = config.get("load_from") or "auto"
+    if resume == "auto":
+        resume = _last_checkpoint(work_dir)
+    config.resume = resume is not None
+    if resume is None:
+        if config.get("load_from") is not None and not deepspeed:
+            read_checkpoint(config.load_from)
+        return
+    config.load_from = resume
+    if not deepspeed:
+        read_training_run(resume)
+    elif not Path(resume).is_dir():
+        raise ValueError(f"--resume must be a folder, as --zero-stage writes it, got {resume}")
+
+
 def _last_checkpoint(work_dir: Path) -> str | None:
-    """What the last run in ``work_dir`` wrote, None if there was none."""
+    """Return the last checkpoint of the run in ``work_dir``, None if there is none."""
     note = work_dir / "last_checkpoint"
     if not note.is_file():
         return None
     last = note.read_text(errors="replace").strip()
     if not last or not Path(last).exists():
-        raise ValueError(
-            f"{note} names no checkpoint that exists, got {last!r}: expected --resume CHECKPOINT, or a run without it"
-        )
+        raise ValueError(f"{note}: must name an existing checkpoint for --resume without a path, got {last!r}")
     return last
 
 
-def _write_whole(folder: Path, dataset_meta: Mapping[str, Any], path: Path) -> None:
-    """The fp32 weights of a DeepSpeed checkpoint as one file that ``test`` and ``predict`` take."""
+def _collect_weights(folder: Path, dataset_meta: Mapping[str, Any], path: Path) -> None:
+    """Write the fp32 weights of a DeepSpeed checkpoint to one file, for ``test`` and ``predict``."""
     content = {"state_dict": dict(read_zero(folder)), "meta": {"dataset_meta": plain(dataset_meta, "dataset_meta")}}
     with atomic_write(path) as place:
         torch.save(content, place)
 
 
 def _long_warmups(schedulers: Any, iterations: int, per_epoch: int) -> Iterator[str]:
-    """Name the schedulers with which the learning rate is still rising when a run of so many iterations ends."""
+    """Describe schedulers whose warm-up is longer than the run."""
     for i, scheduler in enumerate([schedulers] if isinstance(schedulers, Mapping) else schedulers):
         if scheduler.get("type") not in WARMUPS or scheduler.get("end") is None:
             continue
@@ -183,15 +187,15 @@ def _long_warmups(schedulers: Any, iterations: int, per_epoch: int) -> Iterator[
 
 
 def _runner(config: Config, launcher: str, phase: str, workers: Workers) -> Any:
-    """The runner of a config, its data and evaluators built.
+    """Build the runner of a config, with data and evaluators, for the phase ``train`` or ``test``.
 
     Raises:
-        ValueError: if something of it cannot be built, whatever MMEngine makes of that.
-        FileNotFoundError: if the data is not there.
+        ValueError: if a part cannot be built, whatever MMEngine raises.
+        FileNotFoundError: if data is missing.
     """
     config.launcher = launcher
-    os.environ.setdefault("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))  # MMEngine wants it set
-    config.get("visualizer", {}).pop("name", None)  # by it, a second run would find that of the first
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))  # MMEngine reads it
+    config.get("visualizer", {}).pop("name", None)  # with a name, a second run would share it
     try:
         runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
         runner.build_dataloader = workers.reporting(naming_files(runner.build_dataloader))
@@ -201,8 +205,8 @@ def _runner(config: Config, launcher: str, phase: str, workers: Workers) -> Any:
                 fill_with_zeros(loop.evaluator)
     except FileNotFoundError:
         raise
-    except Exception as error:  # datasets are of the libraries, or of the user
-        if problems := annotation_problems(config):  # whatever the libraries made of them
+    except Exception as error:  # datasets may be of a library or of the user
+        if problems := annotation_problems(config):  # probably the cause, and clearer
             raise ValueError(shortened(problems)) from error
         empty = is_empty(error)
         reason = no_record(innermost(config[f"{phase}_dataloader"].dataset)) if empty else cut(said(error))
@@ -212,13 +216,13 @@ def _runner(config: Config, launcher: str, phase: str, workers: Workers) -> Any:
 
 @contextlib.contextmanager
 def _processes(config: Config, launcher: str) -> Iterator[None]:
-    """Let processes without a GPU talk through gloo, where MMEngine would ask for a GPU."""
+    """Set up gloo for processes without a GPU, because MMEngine supports several on GPUs only."""
     if launcher == "none" or torch.cuda.is_available():
         yield
         return
     if launcher != "pytorch":
-        raise ValueError(f"without a GPU, launcher must be none or pytorch, got {launcher}")
-    _without_sync(config.model)
+        raise ValueError(f"--launcher must be none or pytorch without a GPU, got {launcher}")
+    _unsynchronise_norms(config.model)
     wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
     config.model_wrapper_cfg = {**wrapper, **config.get("model_wrapper_cfg", {})}
     torch.distributed.init_process_group("gloo")
@@ -228,23 +232,23 @@ def _processes(config: Config, launcher: str) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def _without_sync(value: Any) -> None:
-    """Batch norms of each process for itself, in place: torch has synchronised ones for GPUs alone."""
+def _unsynchronise_norms(value: Any) -> None:
+    """Replace synchronised batch norms, which torch has for GPUs only, in place."""
     if isinstance(value, dict):
         if value.get("type") == "SyncBN":
             value["type"] = "BN"
         value = list(value.values())
     if isinstance(value, list | tuple):
         for item in value:
-            _without_sync(item)
+            _unsynchronise_norms(item)
 
 
 def _use_amp(config: Config, dtype: str) -> None:
     if not torch.cuda.is_available():
-        raise ValueError(f"--amp {dtype} needs a GPU, which is not to be found; expected a run without it")
+        raise ValueError(f"--amp must be omitted without a GPU, got {dtype}")
     kind = config.optim_wrapper.get("type", "OptimWrapper")
     if kind not in ("OptimWrapper", "AmpOptimWrapper"):
-        raise ValueError(f"--amp needs optim_wrapper.type OptimWrapper, got {kind}")
+        raise ValueError(f"optim_wrapper.type must be OptimWrapper for --amp, got {kind}")
     config.optim_wrapper.type = "AmpOptimWrapper"
     config.optim_wrapper.dtype = dtype
     config.optim_wrapper.loss_scale = "dynamic" if dtype == "float16" else 1.0
@@ -254,13 +258,13 @@ def _use_zero(config: Config, stage: int, launcher: str) -> None:
     kind = config.optim_wrapper.get("type", "OptimWrapper")
     if launcher == "none" or kind != "OptimWrapper":
         raise ValueError(
-            f"--zero-stage {stage} needs a launcher and optim_wrapper.type OptimWrapper, without --amp: "
+            f"--zero-stage {stage} must have --launcher and optim_wrapper.type OptimWrapper, without --amp, "
             f"got launcher {launcher} and {kind}"
         )
     if config.get("load_from") is not None and not config.get("resume"):
         raise ValueError(
-            f"--zero-stage cannot start from load_from={config.load_from}: expected --resume with a folder that "
-            "DeepSpeed wrote, or model.backbone.init_cfg"
+            f"load_from must be None with --zero-stage, got {config.load_from}; --resume takes a folder of DeepSpeed, "
+            "and model.backbone.init_cfg starts from a trained backbone"
         )
     clip = config.optim_wrapper.pop("clip_grad", None)
     config.runner_type = "FlexibleRunner"

@@ -1,8 +1,7 @@
-"""End a run whose data workers fail: at once, with the cause and the remedy in one line, and without leftovers.
+"""End a run at once if its data workers fail, with the cause and the fix in one line.
 
-A worker hands a batch over in a thread of its queue. What fails there, such as shared memory that is full, is printed
-and dropped, and the run waits for that batch for ever. Here the worker reports the error and exits, which the run
-notices.
+A worker passes a batch on in a thread of its queue. An error there, such as full shared memory, is printed and
+dropped, and the run waits for the batch forever. Here the worker reports the error and exits, which the run notices.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ from typing import Any
 
 from hatnet_dense.errors import cut, said
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # no file of ours: where torch keeps the batches
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # torch's, for batches
 
 FULL = ("No space left on device", "Bus error", "shared memory", "unable to write to file", "unable to mmap")
 FILES = ("Too many open files", "ancdata")
 MEMORY = ("MemoryError", "Cannot allocate memory", "not enough memory")
 DIED = ("signal: Killed", "exited unexpectedly")
-"""Parts of the messages of torch and Python about what is used up."""
+"""Parts of messages of torch and Python about an exhausted resource."""
 
 
 class Workers:
-    """The data workers of one run, as a context: on leaving it none is left.
+    """Context of the data workers of one run, which ends them all on exit.
 
     Args:
-        *loaders: keys of the data loaders in the config, such as ``train_dataloader``, for the remedy.
+        *loaders: keys of the data loaders in the config, such as ``train_dataloader``, for messages.
 
     Raises:
-        ValueError: on leaving, if the workers failed because memory, shared memory or file descriptors ran out.
+        ValueError: on exit, if workers failed because memory, shared memory or file descriptors ran out.
     """
 
     def __init__(self, *loaders: str) -> None:
@@ -47,7 +46,7 @@ class Workers:
         self._others = set(multiprocessing.active_children())
 
     def reporting(self, build: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a runner's ``build_dataloader``, so that workers report what they cannot hand over."""
+        """Wrap a runner's ``build_dataloader``, so that workers report batches that they cannot pass on."""
 
         def built(*arguments: Any, **options: Any) -> Any:
             loader = build(*arguments, **options)
@@ -88,22 +87,22 @@ class Workers:
 
 
 def _start(reports: SimpleQueue[str], init: Callable[[int], None] | None, worker: int) -> None:
-    """Begin a worker: MMEngine's own ``worker_init_fn``, and the report of what the queue cannot hand over."""
+    """Initialise a worker: report errors of its queue, and call MMEngine's ``worker_init_fn``."""
 
     def report(error: Exception, _: Any) -> None:
         reports.put(f"{type(error).__name__}: {error}")
         os._exit(1)
 
-    # The documented class has no public hook for errors of its thread; test_workers.py fails if this one changes.
+    # The class has no public hook for errors of its thread; test_workers.py fails if this private one changes.
     Queue._on_queue_feeder_error = staticmethod(report)  # type: ignore[attr-defined]
     if init is not None:
         init(worker)
 
 
 def _kill(children: Iterable[BaseProcess]) -> None:
-    """End workers without asking them: one that hangs ignores a request."""
+    """Kill workers, because one that hangs ignores SIGTERM."""
     in_main = threading.current_thread() is threading.main_thread()
-    # torch's handler would take the end of a worker for a new error
+    # torch's handler would report the end of a worker as an error
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
     for child in children:
         child.kill()

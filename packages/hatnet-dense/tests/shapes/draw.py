@@ -1,14 +1,14 @@
-"""Draws a small dataset in COCO's and in ADE20K's format: shapes over photographs, boxes and masks exact.
+"""Draw a small dataset in the formats of COCO and ADE20K: shapes over photographs, with exact boxes and masks.
 
-Three classes (disk, square, triangle) of any turn and several sizes, one to four an image, some behind others, over
-photographs of scikit-image; odd image sizes. Nine shapes of ten have a hue of their class's third of the colour
-circle, the others any. What is held out lies over other photographs than what is trained on.
+Images have odd sizes and one to four shapes of three classes (disk, square, triangle), rotated, of several sizes, some
+occluded, over photographs of scikit-image. Nine of ten shapes have a hue from their class's third of the colour
+circle. Held-out images have other photographs than training images.
 ``python draw.py OUT`` writes::
 
     OUT/annotations/instances_{train,val}2017.json, OUT/{train,val}2017/*.jpg            COCO
     OUT/images/{training,validation}/*.jpg, OUT/annotations/{training,validation}/*.png  ADE20K
 
-In the label images 0 is not labelled, as in ADE20K: the outermost pixels. 1 is the photograph, then come the shapes.
+In label images 0 is unlabelled, as in ADE20K (here the outermost pixels), 1 is the photograph, and shapes follow.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ RADII = (16, 36)
 """Half the extent of a shape in pixels."""
 
 OWN_HUE = 0.9
-"""Share of the shapes whose hue is of their class's third of the circle."""
+"""Share of the shapes with a hue from their class's third of the circle."""
 
 VISIBLE = 0.4
-"""A shape of which less is left behind later ones is not annotated: it is drawn again somewhere else."""
+"""Smallest visible share of a shape; one that later shapes occlude more is drawn again somewhere else."""
 
 
 def inside(kind: str, radius: float, angle: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which positions, relative to the centre of a shape, lie in it."""
+    """Return a mask of the positions, relative to the centre of a shape, that are inside of it."""
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     if kind == "disk":
         return u**2 + v**2 <= radius**2
