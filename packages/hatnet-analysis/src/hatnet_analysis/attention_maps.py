@@ -340,7 +340,7 @@ def check_size(model: HATNet, size: tuple[int, int]) -> None:
 
 
 def _numbers(module: Attention | HierarchicalAttention, height: int, width: int) -> int:
-    """Number of weights that :func:`attention_weights` returns of one layer on an H×W map."""
+    """Count the weights that :func:`attention_weights` returns of one layer on an H×W map."""
     if isinstance(module, Attention):
         return module.num_heads * (height * width) ** 2
     g, g2 = min(height, module.grid_size), min(width, module.grid_size)

@@ -20,7 +20,7 @@ Scale: TypeAlias = Annotated[float, Meta(gt=0)]
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint of hatnet-train records about its classes and the preprocessing of its images.
+    """Classes and preprocessing of images as a checkpoint of hatnet-train records them.
 
     Attributes:
         classes: their names.

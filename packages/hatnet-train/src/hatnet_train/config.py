@@ -314,7 +314,7 @@ class TrainConfig(Options):
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed in pairs."""
+        """True if images are mixed in pairs."""
         return self.augmentation.mixup > 0 or self.augmentation.cutmix > 0
 
 

@@ -87,7 +87,7 @@ NEEDED = {"finetune-384": ("data", "init")}
 
 
 def build_config(recipe: str, overrides: dict[str, Any]) -> TrainConfig:
-    """The configuration of ``recipe`` with ``overrides`` over it.
+    """Build the configuration of ``recipe`` with ``overrides`` over it.
 
     ``warmup_epochs`` keeps its share of ``epochs`` when only ``epochs`` is overridden, and ``drop_path_rate`` is that
     of the variant in :data:`DROP_PATH_RATES` if neither gives it.
@@ -114,5 +114,5 @@ def recipe_values(recipe: str, variant: str | None = None) -> dict[str, Any]:
 
 
 def _drop_path_rate(variant: str) -> float:
-    """That of the model of Table 1 whose ablation ``variant`` may be; 0 if unknown, which TrainConfig reports."""
+    """Return the rate of the model of Table 1 that ``variant`` is or ablates; 0 if it is unknown."""
     return next((rate for name, rate in DROP_PATH_RATES.items() if variant.startswith(name)), 0.0)

@@ -1,4 +1,4 @@
-"""What happens to an image in a worker: random crop, flip, RandAugment and erasing, or the centre crop of evaluation.
+"""Transforms of an image in a worker: random crop, flip, RandAugment and erasing, or the centre crop of evaluation.
 
 The policies are timm's, as in DeiT. All of them draw from the global generators of Python, NumPy and torch, which
 :func:`seed_generators` sets for one image, so that an image is augmented alike in whichever process.

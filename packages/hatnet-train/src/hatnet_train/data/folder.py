@@ -107,11 +107,11 @@ class Folder:
         self._names = np.array([path for found in images for path in found], dtype=np.bytes_)
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.labels)
 
     def encoded(self, i: int) -> bytes:
-        """The file of image ``i``."""
+        """Return the file of image ``i``."""
         return read_file(self.name(i))
 
     def image(self, i: int) -> Tensor:

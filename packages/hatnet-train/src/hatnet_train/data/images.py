@@ -50,7 +50,7 @@ def read_file(path: str | Path) -> bytes:
 
 
 def unreadable(path: str | Path, error: OSError) -> Exception:
-    """The error to raise where a file cannot be read: ``error`` itself if it says nothing of the file."""
+    """Return the error to raise where a file cannot be read: ``error`` itself if it says nothing of the file."""
     return error if error.errno in OF_THE_MACHINE else ValueError(f"cannot read {path}: {error.strerror}")
 
 
@@ -85,10 +85,10 @@ def decode(encoded: bytes, name: str) -> Tensor:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A Pillow image as RGB tensor, [3, H, W], uint8."""
+    """Convert a Pillow image to an RGB tensor, [3, H, W], uint8."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def to_pillow(image: Tensor) -> Image.Image:
-    """An RGB tensor [3, H, W], uint8, as a Pillow image."""
+    """Convert an RGB tensor [3, H, W], uint8, to a Pillow image."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())

@@ -83,7 +83,7 @@ def train_batches(
     first_step: int = 0,
     skipped: Collection[int] = (),
 ) -> Generator[Batch, None, None]:
-    """This rank's micro-batches of all epochs of a run, one after the other, with ``config.images.workers`` workers.
+    """Yield this rank's micro-batches of all epochs of a run in order, by ``config.images.workers`` workers.
 
     Args:
         source: the training images.
@@ -125,7 +125,7 @@ def evaluation_batches(
     world_size: int,
     skip_bad: bool = False,
 ) -> Generator[Batch, None, None]:
-    """This rank's part of the held-out images in batches; over all ranks every image comes exactly once.
+    """Yield this rank's part of the held-out images in batches; over all ranks every image comes exactly once.
 
     Every rank gets as many batches of as many images, because under ZeRO-3 all take part in every forward pass: what
     is missing at the end is filled up with images whose label is -1.
@@ -265,7 +265,7 @@ class _Parcel:
             raise WorkerError(f"cannot receive a batch: {type(error).__name__}: {error}") from error
 
     def pin_memory(self) -> Any:
-        """Called in the loader's thread that pins memory."""
+        """Pin the memory, in the loader's thread."""
         content = self.open()
         if isinstance(content, Batch):
             images, labels, mixing, bad = content

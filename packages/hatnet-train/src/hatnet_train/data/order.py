@@ -78,7 +78,7 @@ class GlobalOrder:
         return batches.reshape(-1)
 
     def shares(self, epoch: int, *, rank: int, world_size: int, first_step: int = 0) -> Iterator[Share]:
-        """This rank's part of the batch at every step of an epoch; those of ranks 0, 1, ... make up the global batch.
+        """Yield this rank's part of the batch at every step of an epoch; all ranks' parts are the global batch.
 
         Args:
             epoch: counted from 0.
@@ -106,5 +106,5 @@ class GlobalOrder:
 
 
 def evaluation_share(length: int, *, rank: int, world_size: int) -> np.ndarray:
-    """This rank's part of ``length`` held-out images; over all ranks, each comes exactly once."""
+    """Return this rank's part of ``length`` held-out images; over all ranks, each comes exactly once."""
     return np.arange(rank, length, world_size)

@@ -1,7 +1,7 @@
 """From an image folder in ImageNet's layout to the tar shards that :mod:`hatnet_train.data.shards` reads.
 
 The same images and arguments give the same bytes, on any number of processes. Nothing half-written is ever at
-``out``: all is written in a folder ``<out>.tmp-…`` beside it, which takes its name at the end and is removed if the
+``out``: all is written in a folder ``<out>.tmp-…`` next to it, which takes its name at the end and is removed if the
 work fails. Only a run that is killed outright leaves such a folder behind.
 """
 
@@ -132,13 +132,13 @@ def write_shards(
 
 @dataclass(frozen=True)
 class Conversion:
-    """What an image file becomes in a shard; ``resize`` and ``quality`` are those of :func:`write_shards`."""
+    """Conversion of an image file for a shard; ``resize`` and ``quality`` are those of :func:`write_shards`."""
 
     resize: int | None
     quality: int
 
     def __call__(self, encoded: bytes, name: str) -> tuple[bytes, str]:
-        """The bytes to store and their ending.
+        """Return the bytes to store and their ending.
 
         Args:
             encoded: an image file.
@@ -166,7 +166,7 @@ class Conversion:
 
 
 def _ending(encoded: bytes, name: str) -> str:
-    """The usual ending of an image file's real format, whatever its name says; reads the header alone."""
+    """Return the usual ending of an image file's real format, whatever its name says; reads the header alone."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             return _ENDINGS.get(str(image.format), str(image.format).lower())
@@ -201,7 +201,7 @@ class _Written:
 def _jobs(
     folders: dict[str, Folder], staging: Path, shard_bytes: float, conversion: Conversion, seed: int, strict: bool
 ) -> Iterator[_Job]:
-    """The shards of all splits; those of a split have the same number of images, but for one."""
+    """Plan the shards of all splits; those of a split have the same number of images, but for one."""
     for split, folder in folders.items():
         order = np.arange(len(folder))
         if split == "train":
@@ -246,7 +246,7 @@ def _plain(name: str, most: int) -> str:
 
 
 def _unique(names: Iterable[str]) -> list[str]:
-    """The names, with -2, -3 and so on at the end of those that came before."""
+    """Return the names, with -2, -3 and so on at the end of those that came before."""
     taken: set[str] = set()
     repeats: Counter[str] = Counter()
     unique = []
@@ -405,7 +405,7 @@ def _write_index(staging: Path, index: Index) -> dict[str, Any]:
 
 @contextmanager
 def _durable(path: Path) -> Iterator[BinaryIO]:
-    """A new file that is on the disk at the end, not only on its way; an OSError names it."""
+    """Open a new file and flush it to the disk at the end; an OSError names it."""
     try:
         with path.open("xb") as file:
             yield file

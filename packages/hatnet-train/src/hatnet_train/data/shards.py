@@ -76,7 +76,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Index:
-    """What ``index.json`` says besides format and version.
+    """Content of ``index.json``, without format and version.
 
     Attributes:
         classes: names of the classes of all splits, in the order of the labels.
@@ -129,11 +129,11 @@ class Shards:
         self._attach()
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return self._index.images
 
     def encoded(self, i: int) -> bytes:
-        """The bytes of image file ``i``.
+        """Return the bytes of image file ``i``.
 
         Raises:
             ValueError: if its shard cannot be read.
@@ -234,7 +234,7 @@ def verify(root: Path, *, progress: bool = True) -> None:
 
 
 def progress_bar(total: int, what: str, unit: str, *, disable: bool = False) -> tqdm[NoReturn]:
-    """A bar on a terminal; in a log file a line now and then."""
+    """Show a bar on a terminal; in a log file a line now and then."""
     terminal = sys.stderr.isatty()
     return tqdm(
         desc=what,
@@ -263,7 +263,7 @@ class _Lines:
 
 
 def records_path(root: Path, split: str) -> Path:
-    """The file with the records of a split."""
+    """Return the file with the records of a split."""
     return root / f"{split}.index.npy"
 
 

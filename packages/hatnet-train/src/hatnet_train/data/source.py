@@ -1,4 +1,4 @@
-"""What a set of labelled images is to the rest: :class:`Source`; and the two that need no files."""
+"""Interface of a set of labelled images, :class:`Source`, and the two sets that need no files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Source(Protocol):
     """[N] int64."""
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
 
     def image(self, i: int) -> Tensor:
         """Image ``i`` decoded, [3, H, W] uint8; raises ValueError with its name if it cannot be read."""
@@ -38,7 +38,7 @@ class Source(Protocol):
         """Where image ``i`` comes from, for messages."""
 
     def digest(self) -> str:
-        """A hash of what is in it: equal on two machines if they see the same images with the same labels."""
+        """Return a hash of the content: equal on two machines if they see the same images with the same labels."""
 
 
 class Digits:
@@ -73,7 +73,7 @@ class Digits:
         self.labels = digits.target[self._chosen].astype(np.int64)
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.labels)
 
     def image(self, i: int) -> Tensor:
@@ -81,7 +81,7 @@ class Digits:
         return to_tensor(Image.fromarray(self.scans[i]))
 
     def name(self, i: int) -> str:
-        """The number of scan ``i`` in scikit-learn's data."""
+        """Return the number of scan ``i`` in scikit-learn's data."""
         return f"digit {self._chosen[i]}"
 
     def digest(self) -> str:
@@ -104,7 +104,7 @@ class Synthetic:
         self._blocks = np.random.default_rng(int(train)).integers(0, 256, (64, 3, 8, 8), dtype=np.uint8)
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.labels)
 
     def image(self, i: int) -> Tensor:
@@ -114,7 +114,7 @@ class Synthetic:
         return blocks.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : self.size, : self.size].contiguous()
 
     def name(self, i: int) -> str:
-        """The number of image ``i``."""
+        """Return the number of image ``i``."""
         return f"synthetic image {i}"
 
     def digest(self) -> str:

@@ -27,7 +27,7 @@ SECTIONS = (("zero_optimization",), ("optimizer",), ("optimizer", "params"), ("t
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """A user's own DeepSpeed configuration, without the values that are "auto" and the sections left empty by that.
+    """Read a user's DeepSpeed configuration, without values that are "auto" and sections that are empty then.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -27,7 +27,7 @@ def compare(facts: dict[str, str], **own: str) -> list[dict[str, Any]]:
         The same on every rank: of each rank ``facts``, ``host``, ``pid`` and its ``own``.
 
     Raises:
-        AgreedError: on every rank, naming each fact that differs, its ranks and their values beside that of rank 0.
+        AgreedError: on every rank, naming each fact that differs, its ranks and their values next to that of rank 0.
     """
     mine = {"facts": facts, "host": socket.gethostname(), "pid": os.getpid(), **own}
     everyone: list[Any] = [None] * dist.get_world_size()

@@ -117,7 +117,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
         world_size=world_size,
         local_world_size=local_world_size,
         master_addr=_host(environ, _first_host(environ)),
-        # Steps that share a host differ in job or step. Linux hands out ports from 32768 on by itself.
+        # Steps that share a host differ in job or step. Linux hands out ports from 32768 on.
         master_port=_integer(environ, "MASTER_PORT", 1, 65_535, 20_000 + (7 * job + step) % 12_000),
     )
 

@@ -77,7 +77,7 @@ def joined(launch: Launch, timeout: float) -> Iterator[Watch]:
 
 
 def _start_group(launch: Launch, store: Store, timeout: float) -> None:
-    """The process group of torch on the accelerator's backend, and DeepSpeed's use of it."""
+    """Start the process group of torch on the accelerator's backend, and DeepSpeed's use of it."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 

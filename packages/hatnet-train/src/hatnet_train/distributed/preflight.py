@@ -46,7 +46,7 @@ def preflight(facts: dict[str, str], gradient_bytes: int) -> dict[str, Any]:
 
     Raises:
         ValueError: on every rank, so that all can still ``leave``, naming each fact that differs, its ranks and their
-            values beside that of rank 0; or if ``gradient_bytes`` is not a positive multiple of 4.
+            values next to that of rank 0; or if ``gradient_bytes`` is not a positive multiple of 4.
     """
     if gradient_bytes < 4 or gradient_bytes % 4:
         raise ValueError(f"gradient_bytes must be a positive multiple of 4, got {gradient_bytes}")
@@ -145,7 +145,7 @@ def code_digest() -> str:
     for package in CODE:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise ImportError(f"package {package} is not installed; expected it beside hatnet_train")
+            raise ImportError(f"package {package} is not installed; expected next to hatnet_train")
         root = Path(spec.origin).parent
         files = [p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.name[0] != "."]
         for name, path in sorted((p.relative_to(root).as_posix(), p) for p in files):
@@ -157,7 +157,7 @@ def code_digest() -> str:
 
 
 def _measure(device: torch.device, size: int) -> tuple[dict[str, Any], float]:
-    """The measured all-reduce of ``size`` bytes, and the seconds of a barrier; the same on every rank."""
+    """Measure an all-reduce of ``size`` bytes, and the seconds of a barrier; the same on every rank."""
     gradients = torch.zeros(size // 4, device=device)
     medians = [_median_seconds(lambda: dist.all_reduce(gradients)), _median_seconds(dist.barrier)]
     slowest = torch.tensor(medians, dtype=torch.float64, device=device)

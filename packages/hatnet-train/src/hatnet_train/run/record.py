@@ -128,7 +128,7 @@ def run_record(
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that the code runs from, "-dirty" if it was changed; None if it is installed."""
+    """Return the commit of the checkout that the code is in, "-dirty" if it was changed; None if installed."""
     here = Path(__file__)
     try:
         if not _git(here.parent, "ls-files", here.name):  # installed below somebody else's checkout
