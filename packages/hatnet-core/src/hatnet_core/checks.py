@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from hatnet_core.config import as_index, positive_int
 from hatnet_core.variants import MIN_SIZE
 
 
-@torch.fx.wrap
 def check_images(x: Tensor, in_chans: int) -> Tensor:
     """Return ``x``; raise ValueError unless it is a floating batch of images with ``in_chans`` channels."""
     if not isinstance(x, Tensor):
