@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import SMALL
-from hatnet_core import HATNet, create_model, kernels, layers, list_models, set_kernels, stock
+from hatnet_core import HATNet, create_model, kernels, list_models, set_kernels, stock
 from hatnet_core.kernels import mlp
 from hatnet_core.kernels.mlp import inverted_residual
 from hatnet_core.layers import Mlp
@@ -224,8 +224,8 @@ def test_whoever_listens_to_or_changes_a_layer_of_the_mlp_is_called(change):
 @pytest.fixture
 def sliced(monkeypatch):
     """Count the calls of the MLP in slices."""
-    calls, inner = [], layers.mlp_slices.inverted_residual
-    monkeypatch.setattr(layers.mlp_slices, "inverted_residual", lambda *args: calls.append(1) or inner(*args))
+    calls, inner = [], mlp.inverted_residual
+    monkeypatch.setattr(mlp, "inverted_residual", lambda *args: calls.append(1) or inner(*args))
     return calls
 
 
@@ -465,7 +465,7 @@ def test_a_compiled_model_runs_the_mlp_in_slices_as_one_graph(small_model):
 
 
 def test_double_precision_and_what_is_traced_take_the_plain_layers(small_model, monkeypatch):
-    monkeypatch.setattr(layers.mlp_slices, "inverted_residual", None)
+    monkeypatch.setattr(mlp, "inverted_residual", None)
     small_model.double()(torch.randn(1, 3, 32, 32, dtype=torch.float64))
     small_model.float()
     with warnings.catch_warnings():

@@ -377,7 +377,7 @@ def window_mask(height: int, width: int, shifts: list[int], window_size: int, de
     seam of the roll, the part after it, or padding.
     """
     regions = [_regions(side, shift, window_size, device) for side, shift in zip((height, width), shifts, strict=True)]
-    sides = len(regions[0]), len(regions[1])
+    sides = regions[0].shape[0], regions[1].shape[0]  # len() would bind a symbolic size
     labels = torch.stack([regions[0][:, None].expand(sides), regions[1].expand(sides)])  # [2, H', W']
     labels = grid_partition(labels[None], (window_size, window_size))  # [windows, M², 2]
     return (labels.unsqueeze(1) == labels.unsqueeze(2)).all(-1).unsqueeze(1)

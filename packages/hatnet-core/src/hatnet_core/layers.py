@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hatnet_core import kernels
-from hatnet_core.kernels import mlp as mlp_slices
 from hatnet_core.stock import GELU, Conv2d, Dropout2d, SiLU, is_stock
 
 ACTIVATIONS: dict[str, type[SiLU | GELU]] = {"silu": SiLU, "gelu": GELU}
@@ -106,6 +105,8 @@ def inverted_residual(mlp: Mlp, x: Tensor) -> Tensor:
     """
     dwconv, kernel = mlp.dwconv, _kernel(mlp, x)
     if dwconv is not None and kernel == "slices":  # all of it, a slice of the wide map at a time
+        from hatnet_core.kernels import mlp as mlp_slices  # registers an operator, which an import need not wait for
+
         weights = (mlp.expand.weight, dwconv.weight, mlp.project.weight)
         return mlp_slices.inverted_residual(x, *weights, _NAMES[type(mlp.act1)])
     if dwconv is not None and kernel == "triton":  # activation, depthwise and activation in one pass

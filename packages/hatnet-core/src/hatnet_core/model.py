@@ -31,6 +31,8 @@ torch.fx.wrap("check_images")  # a node of a traced graph: wrapping it where it 
 
 P = ParamSpec("P")
 
+torch.fx.wrap("check_images")  # a node of traced graphs; has to be named where it is called
+
 
 def _arguments_of(config: Callable[P, Any]) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
     """Give an ``__init__`` of ``*args, **kwargs`` the signature of ``config``, for readers and type checkers."""

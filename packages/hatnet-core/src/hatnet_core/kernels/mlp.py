@@ -58,39 +58,37 @@ def inverted_residual(x: Tensor, expand: Tensor, depthwise: Tensor, project: Ten
 
 
 def _forward(x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str) -> Tensor:
-    tokens, parts = to_tokens(x), []
-    first, *others = channel_slices(x, expand.shape[0])
+    tokens, out = to_tokens(x), to_tokens(torch.empty_like(x, memory_format=torch.channels_last))
     for images in image_slices(x, expand.shape[0]):
-        part = tokens[images]
-        out = _forward_slice(part, *_weights(expand, depthwise, project, first), activation)
-        for channels in others:
-            out = _forward_slice(part, *_weights(expand, depthwise, project, channels), activation, out)
-        parts.append(out.view(part.shape))
-    return _joined(parts).permute(0, 3, 1, 2)
+        for channels in channel_slices(x, expand.shape[0]):
+            weights = _weights(expand, depthwise, project, channels)
+            _forward_slice(tokens[images], *weights, activation, out[images], add=channels.start > 0)
+    return out.permute(0, 3, 1, 2)
 
 
 def _backward(
     gradient: Tensor, x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``expand``, ``depthwise`` and ``project``, given the ``gradient`` of the output."""
-    tokens, given, parts = to_tokens(x), to_tokens(gradient), []
-    weights = [_weights(expand, depthwise, project, channels) for channels in channel_slices(x, expand.shape[0])]
-    precision = torch.promote_types(x.dtype, torch.float32)  # of sums over images
-    sums: list[list[Tensor]] = [[] for _ in weights]  # gradients of the three weights, by channel slice
+    tokens, x_gradient = to_tokens(x), to_tokens(torch.empty_like(x, memory_format=torch.channels_last))
+    given, weights = to_tokens(gradient), (expand, depthwise, project)
+    precision = torch.promote_types(x.dtype, torch.float32)  # of sums over slices
+    totals = [torch.zeros(w.shape, dtype=precision, device=w.device) for w in weights]
     for images in image_slices(x, expand.shape[0]):
-        x_gradient: Tensor | None = None
-        for total, slices in zip(sums, weights, strict=True):
-            x_gradient, *found = _backward_slice(given[images], tokens[images], *slices, activation, x_gradient)
-            found = [part.to(precision) for part in found]
-            total[:] = [a + b for a, b in zip(total, found, strict=True)] if total else found
-        parts += [x_gradient] if x_gradient is not None else []
-    of_expand, of_depthwise, of_project = zip(*sums, strict=True)
-    return (
-        _joined(parts).view(tokens.shape).permute(0, 3, 1, 2),
-        torch.cat(of_expand).to(x.dtype).view(expand.shape),
-        torch.cat(of_depthwise).to(x.dtype),
-        torch.cat(of_project, dim=1).to(x.dtype).view(project.shape),
-    )
+        for channels in channel_slices(x, expand.shape[0]):
+            sums = _weights(totals[0], totals[1], totals[2], channels)
+            found = _backward_slice(
+                given[images],
+                tokens[images],
+                *_weights(*weights, channels),
+                activation,
+                x_gradient[images],
+                add=channels.start > 0,
+            )
+            for total, part in zip(sums, found, strict=True):
+                total += part
+    of_expand, of_depthwise, of_project = (total.to(x.dtype) for total in totals)
+    return x_gradient.permute(0, 3, 1, 2), of_expand, of_depthwise, of_project
 
 
 def image_slices(x: Tensor, hidden: int) -> Iterator[slice]:
@@ -117,18 +115,13 @@ def _weights(expand: Tensor, depthwise: Tensor, project: Tensor, channels: slice
 
 
 def _forward_slice(
-    x: Tensor,
-    expand: Tensor,
-    depthwise: Tensor,
-    project: Tensor,
-    activation: str,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Tokens [b, H, W, C] → [b·H·W, C], added to ``out`` if there is one."""
+    x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, activation: str, out: Tensor, add: bool
+) -> None:
+    """Tokens [b, H, W, C] → ``out`` [b, H, W, C], set or added to."""
     activate_ = ACTIVATE[activation]
     hidden = activate_(x.flatten(0, 2) @ expand.t()).view(*x.shape[:3], -1)
     hidden = activate_(_depthwise(hidden, depthwise))
-    return _add_product(out, hidden.flatten(0, 2), project.t())
+    _product(hidden.flatten(0, 2), project.t(), out.flatten(0, 2), add)
 
 
 def _backward_slice(
@@ -138,9 +131,10 @@ def _backward_slice(
     depthwise: Tensor,
     project: Tensor,
     activation: str,
-    x_gradient: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the tokens [b·H·W, C], added to ``x_gradient``, and of the slice of the three weights."""
+    x_gradient: Tensor,
+    add: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Set or add to ``x_gradient`` [b, H, W, C]; return the gradients of the slice of the three weights."""
     activate_, derive = ACTIVATE[activation], DERIVE[activation]
     shape, x, gradient = (*x.shape[:3], -1), x.flatten(0, 2), gradient.flatten(0, 2)
     expanded = x @ expand.t()
@@ -150,16 +144,16 @@ def _backward_slice(
     of_project = gradient.t() @ activate_(mixed).flatten(0, 2)
     hidden_gradient, of_depthwise = _depthwise_backward(mixed_gradient, hidden, depthwise)
     expanded_gradient = derive(hidden_gradient.flatten(0, 2), expanded)
-    x_gradient = _add_product(x_gradient, expanded_gradient, expand)
-    return x_gradient, expanded_gradient.t() @ x, of_depthwise, of_project
+    _product(expanded_gradient, expand, x_gradient.flatten(0, 2), add)
+    return expanded_gradient.t() @ x, of_depthwise, of_project
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    return a @ b if total is None else torch.addmm(total, a, b)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """Set ``out`` to ``a`` @ ``b``, or add this to it."""
+    if add:
+        torch.addmm(out, a, b, out=out)  # addmm_ is the same, but FlopCounterMode does not know it
+    else:
+        torch.mm(a, b, out=out)
 
 
 def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
