@@ -127,14 +127,6 @@ def test_results_do_not_overwrite_their_images(place, shapes, tmp_path, capsys):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("device", ["meta", "tpu:0", "", "cuda:x"])
-def test_a_device_that_computes_nothing_is_refused(device, checkpoint_of, folder, capsys):
-    out = folder.parent / "out"
-    assert predict("retinanet", checkpoint_of("retinanet"), picture(folder / "a.png"), out, "--device", device) == 1
-    refused(capsys, "device", repr(device))
-    assert not out.exists()
-
-
 def test_a_config_without_test_data_names_what_it_lacks(shapes, folder, capsys):
     option = ["--cfg-options", "test_dataloader=None"]
     assert predict("retinanet", "absent.pth", picture(folder / "a.png"), folder.parent / "out", *option) == 1
