@@ -36,7 +36,7 @@ BATCHES = 4
 """Different batches in memory, taken in turn."""
 
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "ema_decay": 0.0}
-"""What is left out of recipe ``imagenet`` where the loops are compared: DeepSpeed's and PyTorch's have none of it."""
+"""Fields of recipe ``imagenet`` that the compared loops switch off: DeepSpeed's and PyTorch's have none of them."""
 
 
 def step_config(**values: object) -> TrainConfig:
