@@ -44,6 +44,9 @@ BROWSER = "packages/hatnet-analysis/tests/browser"
 FAULTS = "packages/hatnet-train/tests/faults"
 """Tests that break things; in a session of their own."""
 
+PROSE = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "noxfile.py", "benchmarks", "tools/release.py", "tools/tests"]
+"""Files and folders whose English is checked."""
+
 SCHEMAS = {
     "github-workflows": ".github/workflows/*.yml",
     "github-issue-forms": ".github/ISSUE_TEMPLATE/[!c]*.yml",
@@ -89,6 +92,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("codespell")
+    session.run("python", "tools/check_prose.py", *PROSE)
     for schema, pattern in SCHEMAS.items():
         session.run("check-jsonschema", "--builtin-schema", f"vendor.{schema}", *map(str, Path().glob(pattern)))
 

@@ -1,4 +1,4 @@
-"""Where the time of a forward pass goes: by part of the model with a roofline, and by kind of operator."""
+"""Time of a forward pass: by part of the model with a roofline, and by kind of operator."""
 
 from __future__ import annotations
 

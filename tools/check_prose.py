@@ -1,6 +1,6 @@
 """Check the English that a script can check: first words of docstrings, and words with a plainer equivalent.
 
-``nox -s lint`` runs it over the sources, tools and pages. The words are whole words outside of code spans.
+``nox -s lint`` runs it. Words count as whole words and outside of code spans.
 """
 
 import ast
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-OPENINGS = ("What", "Whether", "How")
+OPENINGS = ("What", "Whether", "How", "Where", "Who", "Which")
 
 WORDS = {
     r"beside": "compared with, next to",
@@ -24,8 +24,6 @@ WORDS = {
     r"(images|bits|steps|workers) an? (second|channel|step|process)": "images per second",
 }
 """Patterns of what not to write, and what to write instead."""
-
-SKIPPED = ("docs/benchmarks/", "docs/_build/", "CHANGELOG.md")
 
 
 def problems(path: Path) -> Iterator[tuple[int, str]]:
@@ -46,12 +44,10 @@ def problems(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def main() -> None:
-    """Print every problem, and fail if there is one."""
-    here = Path(__file__)
-    patterns = ["packages/*/src/**/*.py", "packages/*/*.md", "docs/**/*.md", "docs/*.py", "*.md", "*.py", "tools/*.py"]
-    files = sorted({file for pattern in [*patterns, "benchmarks/**/*.py"] for file in Path().glob(pattern)})
-    chosen = [file for file in files if not str(file).startswith(SKIPPED) and not file.samefile(here)]
-    found = [f"{file}:{line}: {problem}" for file in chosen for line, problem in problems(file)]
+    """Print every problem in the files and folders of the command line, and fail if there is one."""
+    given = [Path(word) for word in sys.argv[1:]]
+    files = [file for path in given for file in ([path] if path.is_file() else sorted(path.rglob("*.[pm][yd]")))]
+    found = [f"{file}:{line}: {problem}" for file in files for line, problem in problems(file)]
     sys.exit("\n".join(found) if found else 0)
 
 
