@@ -44,7 +44,17 @@ BROWSER = "packages/hatnet-analysis/tests/browser"
 FAULTS = "packages/hatnet-train/tests/faults"
 """Tests that break things; in a session of their own."""
 
-PROSE = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "noxfile.py", "benchmarks", "tools/release.py", "tools/tests"]
+PROSE = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "noxfile.py",
+    "benchmarks",
+    "docs",
+    "examples",
+    "packages",
+    "testing",
+]
 """Files and folders whose English is checked."""
 
 SCHEMAS = {

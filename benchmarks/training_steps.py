@@ -66,15 +66,15 @@ class Unread:
         self.labels = np.zeros(images, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.labels)
 
     def image(self, i: int) -> Tensor:
-        """Never called."""
+        """Raise AssertionError: batches are in memory."""
         raise AssertionError(f"image {i} was asked for")
 
     def name(self, i: int) -> str:
-        """The number of image ``i``."""
+        """Return the number of image ``i``."""
         return f"image {i}"
 
     def digest(self) -> str:
@@ -83,7 +83,7 @@ class Unread:
 
 
 def make_trainer_in_memory(config: TrainConfig, out: Path, steps: int) -> Trainer:
-    """A Trainer whose epoch has so many steps and whose batches are in memory; :data:`BATCHES` of noise in turn.
+    """Return a Trainer whose batches of noise are in memory, :data:`BATCHES` in turn, for epochs of so many steps.
 
     It reports and saves as ``hatnet-train`` does.
 
@@ -190,7 +190,7 @@ class PlainLoop:
 
 
 def ready_batches(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of ``trainer`` on the device, normalised, taken in turn: all that a loop without ours could ask."""
+    """Yield the batches of ``trainer`` on the device, normalised, in turn: the best case of any loop."""
     device = trainer.engine.device
     batches = list(islice(trainer.batches, BATCHES))
     return cycle([(normalise(batch.images.to(device)), batch.labels.to(device)) for batch in batches])

@@ -5,6 +5,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,9 +45,9 @@ def problems(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def main() -> None:
-    """Print every problem in the files and folders of the command line, and fail if there is one."""
-    given = [Path(word) for word in sys.argv[1:]]
-    files = [file for path in given for file in ([path] if path.is_file() else sorted(path.rglob("*.[pm][yd]")))]
+    """Print every problem in the tracked files under the paths of the command line, and fail if there is one."""
+    listed = subprocess.run(["git", "ls-files", "--", *sys.argv[1:]], check=True, capture_output=True, text=True)
+    files = [Path(name) for name in listed.stdout.splitlines() if name.endswith((".py", ".md"))]
     found = [f"{file}:{line}: {problem}" for file in files for line, problem in problems(file)]
     sys.exit("\n".join(found) if found else 0)
 

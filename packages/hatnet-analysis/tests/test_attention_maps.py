@@ -125,9 +125,9 @@ def test_a_point_is_lit_by_its_own_rollout_in_every_stage(side):
             lit[last] = [rollout(recorded[i:], last) for i in range(4)]
         for i, (share, place) in enumerate(zip(lit[last], places, strict=True)):
             below = slice(last[0] * 2 ** (3 - i), (last[0] + 1) * 2 ** (3 - i))
-            beside = slice(last[1] * 2 ** (3 - i), (last[1] + 1) * 2 ** (3 - i))
+            columns = slice(last[1] * 2 ** (3 - i), (last[1] + 1) * 2 ** (3 - i))
             expected = torch.zeros(maps[i], maps[i])
-            expected[below, beside] = 1
+            expected[below, columns] = 1
             assert ((share > 0) == (expected > 0)).all()  # what the position of the last map stands for
             assert share[place] > 0
             assert share.sum().item() == pytest.approx(1, abs=1e-5)

@@ -37,7 +37,7 @@ SMALL = {"embed_dims": (8, 16, 16, 24), "depths": (1, 2, 1, 1), "head_dim": 8, "
 
 
 def traced_macs(module, height, width):
-    """Multiply-adds that fvcore traces, without W^p and the normalisations, which the equations leave out."""
+    """Multiply-adds that fvcore traces, without W^p and the normalisations, which the equations omit."""
     analysis = trace(module, torch.zeros(1, module.proj.in_channels, height, width))
     return analysis.total() - analysis.total("proj") - analysis.by_operator()["group_norm"]
 

@@ -43,7 +43,7 @@ def closed_form(config, height, width):
         else:
             attention, norms = mhsa_macs(h, w, dim), here * dim
         mlp = here * (2 * dim * hidden + config["kernel_sizes"][i] ** 2 * hidden)
-        products += depth * (attention + here * dim**2 + mlp)  # W^p beside Eq. 15
+        products += depth * (attention + here * dim**2 + mlp)  # W^p in addition to Eq. 15
         normalised += depth * (norms + 2 * here * dim)
     return products + dims[-1] * config["num_classes"], normalised
 
@@ -269,7 +269,7 @@ def test_products_in_models_of_timm_are_those_that_torch_dispatches(name):
 
 
 def test_pixels_that_fill_no_patch_cost_nothing_in_a_model_of_timm():
-    name = "timm/vit_tiny_patch16_224"  # its patches leave out what remains at the right and bottom
+    name = "timm/vit_tiny_patch16_224"  # its patches skip what remains at the right and bottom
     counts = [count_flops(load_model(name, (side, side)), side, side).total for side in (96, 100, 112)]
     assert counts[0] == counts[1]
     assert counts[1].complete < counts[2].complete

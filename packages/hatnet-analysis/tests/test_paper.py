@@ -170,7 +170,7 @@ def test_the_differences_within_table_6_are_those_of_equation_15_with_padded_gri
 
     default = attention("G1 = 8, 8, 8, G2 = 16, 8, 4")
     for row in table_rows("6"):
-        # beside the products there is the normalisation of the pooled maps
+        # besides the products there is the normalisation of the pooled maps
         assert row["difference_g_complete"] == pytest.approx(attention(row["model"]) - default, abs=0.05)
         assert row["difference_g_complete"] * row["paper_difference_g"] >= 0
 

@@ -44,6 +44,6 @@ def test_a_column_without_a_value_is_only_in_the_json():
 
 def test_former_names_still_work():
     row = CrossingRow(slower="MHSA", faster="H-MHSA", quantity="macs", crossing=40.0, between=None)
-    assert (row["dearer"], row["cheaper"]) == ("MHSA", "H-MHSA")
+    assert (row["dearer"], row["cheaper"]) == ("MHSA", "H-MHSA")  # prose: old keys
     assert hatnet_analysis.h_mhsa_macs_completed is hatnet_analysis.h_mhsa_macs_padded
     assert list(ParamsRow(model="hatnet_tiny", params=1)) == ["model", "params"]

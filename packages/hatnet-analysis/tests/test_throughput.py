@@ -118,7 +118,7 @@ def test_the_plot_has_every_model_at_its_flops_and_at_its_speed_and_says_which_a
 
 
 def test_no_name_in_the_plot_runs_out_of_the_frame_or_over_another():
-    places = {  # top-1, FLOPs and images a second, near to each other in one way or the other
+    places = {  # top-1, FLOPs and images per second; some coincide along one axis
         "hatnet_tiny": (79.8, 2.15, 15.1),
         "hatnet_small": (82.6, 4.58, 8.0),
         "hatnet_medium": (84.0, 8.83, 4.5),

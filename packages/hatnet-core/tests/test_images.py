@@ -1,4 +1,4 @@
-"""The one reading of pictures, mode by mode, beside pixels that are written down here."""
+"""Images of every mode are decoded to the pixels that are written down here."""
 
 import io
 import subprocess

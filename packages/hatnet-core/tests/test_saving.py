@@ -1,4 +1,4 @@
-"""What save_checkpoint writes can be loaded; models that could not come back are refused with the way out."""
+"""Files of save_checkpoint can be loaded; models that could not be restored are refused, with the remedy."""
 
 import copy
 

@@ -17,7 +17,7 @@ ODD = {
     "picture.webp": ("RGB", "WEBP"),
     "transparent.png": ("RGBA", "PNG"),
 }
-"""Images beside plain JPEG: name, mode, format."""
+"""Images other than plain JPEG: name, mode, format."""
 
 
 def picture(seed, width, height):

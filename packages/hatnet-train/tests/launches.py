@@ -32,7 +32,7 @@ class Warm:
 
     @property
     def root(self):
-        """Where its file systems are seen from outside."""
+        """Path at which its file systems are visible from outside."""
         return Path(f"/proc/{self.process.pid}/root")
 
     def ask(self, **request):

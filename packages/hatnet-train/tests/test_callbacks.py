@@ -70,7 +70,7 @@ def test_a_callback_that_recovers_lets_the_run_continue(launch, run, tmp_path):
 
 @pytest.fixture
 def trainer(tmp_path):
-    """What callbacks look at of a Trainer."""
+    """Return the attributes of a Trainer that callbacks read."""
     state = SimpleNamespace(step=0, rows=[], skipped=[], seconds=1.0, waited=0.0, lr=0.1)
     order = SimpleNamespace(steps=4, batch_size=2)
     config = SimpleNamespace(optimisation=SimpleNamespace(epochs=3, seed=1))

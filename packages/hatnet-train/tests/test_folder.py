@@ -21,7 +21,7 @@ GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 @pytest.fixture
 def imagenet(tmp_path):
-    """Three real ILSVRC class names with images of real file names, in odd formats, and files beside them."""
+    """Three real ILSVRC class names with images of real file names, in unusual formats, among other files."""
     rng = np.random.default_rng(0)
     for place, synset in enumerate(SYNSETS):
         folder = tmp_path / "train" / synset

@@ -123,7 +123,7 @@ def free_port():
 
 
 def said(process):
-    """What a member printed, after its end."""
+    """Return what a member printed, after its end."""
     out, err = process.communicate(timeout=120)
     assert out, err
     return json.loads(out.splitlines()[-1])

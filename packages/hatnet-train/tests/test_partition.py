@@ -1,4 +1,4 @@
-"""Where ZeRO keeps the parameters: our private view of it against DeepSpeed's public functions."""
+"""ZeRO's partition of the parameters, as we read it and as DeepSpeed's public functions report it."""
 
 import json
 

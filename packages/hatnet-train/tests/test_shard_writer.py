@@ -55,7 +55,7 @@ def files_below(root):
 
 
 def leftovers(out):
-    """What is at ``out`` or beside it under a name of its own."""
+    """Return the names in the folder of ``out`` that begin with its name."""
     return sorted(path.name for path in out.parent.iterdir() if path.name.startswith(out.name))
 
 
@@ -426,7 +426,7 @@ def test_a_run_that_is_stopped_in_the_middle_leaves_no_shards_and_no_workers(man
 
 
 def fork_server_of(pid):
-    """Whether the process has started the one that its workers are forked from."""
+    """Return whether the process has started its fork server."""
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         with contextlib.suppress(OSError):  # it has ended meanwhile
             if b"multiprocessing.forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():

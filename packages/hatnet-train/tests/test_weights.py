@@ -1,4 +1,4 @@
-"""What DeepSpeed's stages make of the weights, with real processes."""
+"""Weights after training with each of DeepSpeed's stages, in real processes."""
 
 import os
 from pathlib import Path

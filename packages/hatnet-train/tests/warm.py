@@ -44,7 +44,7 @@ def become(module: str, function: str, arguments: list[str], environ: dict[str, 
     Args:
         module: where the function is that it runs.
         function: takes a list of arguments, returns the exit status.
-        arguments: likewise, as on a command line.
+        arguments: of that program, as on a command line.
         environ: added to the environment.
         output: file that gets standard output and error.
         folder: to run in.

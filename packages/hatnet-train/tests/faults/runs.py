@@ -20,7 +20,7 @@ def rows(out):
 
 
 def state(checkpoint):
-    """What state.json of a checkpoint says, without times."""
+    """Return the content of a checkpoint's state.json without times."""
     content = json.loads((checkpoint / "state.json").read_text())
     own = {"seconds", "waited", "config", "rows"}
     return {name: value for name, value in content.items() if name not in own}

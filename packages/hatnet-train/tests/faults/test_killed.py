@@ -40,7 +40,7 @@ def test_a_process_that_is_killed_at_any_point_of_a_save_leaves_a_whole_checkpoi
 
 
 def saving(out):
-    """Whether a checkpoint is being written."""
+    """Return whether a checkpoint is being written."""
     return any(p.name.startswith(STAGING) for p in (out / "checkpoints").glob(".*"))
 
 

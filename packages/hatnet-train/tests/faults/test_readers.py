@@ -37,7 +37,7 @@ JSON = st.recursive(
 
 @st.composite
 def damaged(draw, content: bytes):
-    """What might be found in place of a file: with changed, missing or more bytes, nested too deep, another value."""
+    """Draw a damaged file: changed, missing or additional bytes, nested too deep, another value."""
     kind = draw(st.sampled_from(["bytes", "cut", "more", "value", "other", "deep"]))
     if kind == "cut":
         return content[: draw(st.integers(0, len(content) - 1))]
@@ -104,7 +104,7 @@ def shards(tmp_path_factory):
 
 
 def read_metadata_of(path):
-    """As every command reads what stands beside the weights; the file holds that alone."""
+    """Read metadata as every command does, from a file without weights."""
     weights = path.with_name("metadata.safetensors")
     header = path.read_bytes().decode("utf-8", "replace")
     weights.write_bytes(save_tensors({"a": torch.zeros(1)}, {"hatnet": header}))
@@ -200,7 +200,7 @@ def test_the_reader_of_shards_answers_whatever_is_in_their_index(shards, tmp_pat
 
 
 class Harm:
-    """What an attacker would have unpickled."""
+    """Payload that an attacker would have unpickled."""
 
     def __reduce__(self):
         """Makes a file where it is run."""

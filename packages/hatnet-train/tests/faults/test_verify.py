@@ -36,7 +36,7 @@ def remove(path):
 
 
 def verdict(log, path):
-    """What ``--verify`` prints of a checkpoint or a run folder."""
+    """Return the line that ``--verify`` prints about a checkpoint or a run folder."""
     (line,) = [line for line in log.splitlines() if line.startswith(f"{path}: ")]
     return line.removeprefix(f"{path}: ")
 

@@ -35,7 +35,7 @@ class Source(Protocol):
         """Image ``i`` decoded, [3, H, W] uint8; raises ValueError with its name if it cannot be read."""
 
     def name(self, i: int) -> str:
-        """Where image ``i`` comes from, for messages."""
+        """Name the origin of image ``i`` in messages."""
 
     def digest(self) -> str:
         """Return a hash of the content: equal on two machines if they see the same images with the same labels."""

@@ -185,7 +185,7 @@ def _median_seconds(communicate: Callable[[], object]) -> float:
 
 
 def _device() -> torch.device:
-    """Where the tensors of this process live."""
+    """Return the device of this process's tensors."""
     from deepspeed.accelerator import get_accelerator
 
     return torch.device(get_accelerator().current_device_name())
