@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
-    "checkpoint": ("run.checkpoint", "files"),
+    "checkpoint": ("run.checkpoint",),
     "deepspeed_config": ("deepspeed.config", "optim"),
     "engine": ("deepspeed.engine",),
     "evaluation": ("evaluate",),

@@ -369,8 +369,8 @@ class Evaluate(BadImages, Launched):
         if self.out is not None:
             writable_file(self.out)
         _import_deepspeed()
+        from hatnet_core.io import atomic_write
         from hatnet_train.evaluate import evaluation_run
-        from hatnet_train.files import write_file
 
         row = evaluation_run(
             self.checkpoint,
@@ -386,7 +386,8 @@ class Evaluate(BadImages, Launched):
         if row is None:  # rank 0 reports
             return 0
         if self.out is not None:
-            write_file(self.out, (json.dumps(row, indent=2) + "\n").encode())
+            with atomic_write(self.out) as part:
+                part.write_text(json.dumps(row, indent=2) + "\n")
         if self.format == "json":
             say(json.dumps(row, indent=2))
         else:

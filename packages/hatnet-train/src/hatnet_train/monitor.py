@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import sys
 import threading
@@ -15,8 +14,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from hatnet_core.io import atomic_write
 from hatnet_train.data.order import GlobalOrder
-from hatnet_train.files import write_file
 
 METRICS = "metrics.jsonl"
 
@@ -88,7 +87,8 @@ class Monitor:
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         with self._tolerant():
-            write_file(self._out / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            with atomic_write(self._out / METRICS) as part:
+                part.write_text("".join(json.dumps(row) + "\n" for row in rows))
             if rows:
                 draw_curves(rows, self._out / "curves.png")
             self._warned = False
@@ -190,6 +190,5 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.legend()
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=130, format="png")
-    write_file(path, picture.getvalue())
+    with atomic_write(path) as part:
+        figure.savefig(part, dpi=130, format="png")

@@ -39,6 +39,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
+from hatnet_core.io import sync_folder
 from hatnet_train.config import QUALITY, SHARD_MEGABYTES
 from hatnet_train.data.folder import Folder, Skipped, refuse
 from hatnet_train.data.images import decode, read_file, to_pillow
@@ -54,7 +55,6 @@ from hatnet_train.data.shards import (
     progress_bar,
     records_path,
 )
-from hatnet_train.files import sync_folder
 from hatnet_train.workers import WorkerError, kill
 
 logger = logging.getLogger(__name__)

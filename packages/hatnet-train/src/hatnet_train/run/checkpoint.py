@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from hatnet_train.files import sync_folder, write_file
+from hatnet_core.io import atomic_write, sync_folder
 from hatnet_train.records import Count, Sha256, read_json
 
 MANIFEST = "manifest.json"
@@ -211,7 +211,8 @@ def write_manifest(folder: Path, names: Iterable[str], about: Mapping[str, Any])
     """
     listed = {name: asdict(_flush(folder / name)) for name in names}
     content = json.dumps({"version": VERSION, **about, "files": listed}, indent=1)
-    write_file(folder / MANIFEST, content.encode())
+    with atomic_write(folder / MANIFEST) as part:
+        part.write_text(content)
 
 
 def _flush(path: Path) -> Entry:

@@ -15,10 +15,10 @@ from typing import IO, Any
 
 from deepspeed import comm as dist
 
+from hatnet_core.io import atomic_write
 from hatnet_train.config import TrainConfig
 from hatnet_train.distributed.collectives import raise_together
 from hatnet_train.distributed.errors import AgreedError
-from hatnet_train.files import staged, write_file
 from hatnet_train.run import checkpoint
 from hatnet_train.run.folder import CONFIG, read_config
 from hatnet_train.run.state import differences
@@ -65,7 +65,8 @@ def _prepare(out: Path, record: dict[str, Any], *, resume: bool) -> str | None:
     """Create or reopen the folder; return a problem or None."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / CONFIG
-    holds_files = any(p.name not in (LOCK, staged(path).name) for p in out.iterdir())
+    unfinished = f".{CONFIG}."  # of a process that was killed while it wrote the file
+    holds_files = any(p.name != LOCK and not p.name.startswith(unfinished) for p in out.iterdir())
     if holds_files and not resume:
         return f"run folder {out} is not empty; expected a new or empty folder for --out, or --resume auto"
     if holds_files and not path.is_file():
@@ -77,9 +78,10 @@ def _prepare(out: Path, record: dict[str, Any], *, resume: bool) -> str | None:
         if not checkpoint.committed(out / "checkpoints") and (problem := _not_begun_alike(out, first, record)):
             return problem
         record = {**first, "resumed": [*first.get("resumed", []), record]}
-    for left in (checkpoint.MANIFEST, *(p.name for p in out.glob(".model*.tmp*"))):  # the run is no longer finished
+    for left in (checkpoint.MANIFEST, *(p.name for p in out.glob(".*.tmp*"))):  # the run is no longer finished
         (out / left).unlink(missing_ok=True)
-    write_file(path, (json.dumps(record, indent=2) + "\n").encode())
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(record, indent=2) + "\n")
     return None
 
 
