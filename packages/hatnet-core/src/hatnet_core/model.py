@@ -27,11 +27,9 @@ from hatnet_core.config import HATNetConfig, positive_ints
 from hatnet_core.layers import Downsample, DropPath, Mlp, Stem
 from hatnet_core.variants import MIN_SIZE
 
-torch.fx.wrap("check_images")  # a node of a traced graph: wrapping it where it is defined does not cover this module
+torch.fx.wrap("check_images")  # a node of traced graphs; has to be named in the module that calls it
 
 P = ParamSpec("P")
-
-torch.fx.wrap("check_images")  # a node of traced graphs; has to be named where it is called
 
 
 def _arguments_of(config: Callable[P, Any]) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
