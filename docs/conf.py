@@ -42,6 +42,7 @@ nitpick_ignore_regex = [
         "huggingface_hub",
         "logging",
         "matplotlib",
+        "multiprocessing",
         "mmdet",
         "mmengine",
         "msgspec",
@@ -59,7 +60,7 @@ nitpick_ignore_regex = [
         "tyro",
         "typing",
     ]
-] + [("py:class", r"Figure|Image|Tensor|tqdm|1e\+300|hatnet_train\.config\.T")]
+] + [("py:class", r"Figure|Image|Tensor|tqdm|1e\+300|hatnet_train\.[\w.]+\.(T|_Made)")]
 autodoc_mock_imports = ["mmcv"]  # which would have to be compiled; every other library is there
 
 autodoc_member_order = "bysource"

@@ -25,15 +25,13 @@ from hatnet_core.stock import Conv2d, Dropout2d
 
 
 class AttentionWeights(NamedTuple):
-    """Attention weights of :class:`HierarchicalAttention` on one input; each row sums to 1.
-
-    Attributes:
-        local: [B, heads, rows, columns, n, n], within each of the rows × columns grids of n positions; 0 to padding.
-        global_: [B, heads, H·W, m], from each position to each of the m pooled ones.
-    """
+    """Attention weights of :class:`HierarchicalAttention` on one input; each row sums to 1."""
 
     local: Tensor
+    """[B, heads, rows, columns, n, n], within each of the rows × columns grids of n positions; 0 to padding."""
+
     global_: Tensor
+    """[B, heads, H·W, m], from each position to each of the m pooled ones."""
 
 
 class HierarchicalAttention(nn.Module):
