@@ -69,6 +69,9 @@ SCHEMAS = {
 }
 """The schema that files are checked against which nothing here reads: the host of the repository does."""
 
+TWO_AT_A_TIME = ["--numprocesses=2", "--dist=loadfile"]
+"""Two files of tests at a time, since module fixtures are costly."""
+
 EVERY = "slow or not slow"
 """What pytest selects instead of its default, the tests that are not slow."""
 
@@ -127,20 +130,13 @@ def tests(session: nox.Session, package: str) -> None:
 
 
 def tested(package: str) -> list[str]:
-    """Return pytest's arguments for one package: its tests, the examples in its sources and README, two at a time."""
+    """Return pytest's arguments for one package: its tests and the examples in its sources and README."""
     folder = f"packages/hatnet-{package}/tests"
-    if package == "train":  # its tests start processes of their own, and its examples DeepSpeed
-        return [folder, f"--ignore={FAULTS}"]
+    if package == "train":  # its examples start DeepSpeed
+        return [folder, *TWO_AT_A_TIME, f"--ignore={FAULTS}"]
     examples = [f"packages/hatnet-{package}/src", f"packages/hatnet-{package}/README.md"]
-    options = [
-        "--doctest-modules",
-        "--doctest-ignore-import-errors",
-        "--doctest-glob=README.md",
-        "--numprocesses=2",
-        "--dist=loadfile",
-    ]
-    options += [f"--ignore={BROWSER}", f"--ignore={CONFIGS}"]
-    return [folder, *examples, *options]
+    doctest = ["--doctest-modules", "--doctest-ignore-import-errors", "--doctest-glob=README.md"]
+    return [folder, *examples, *doctest, *TWO_AT_A_TIME, f"--ignore={BROWSER}", f"--ignore={CONFIGS}"]
 
 
 def threads(package: str) -> dict[str, str]:
@@ -315,8 +311,7 @@ def docs(session: nox.Session) -> None:
     wanted = [argument for package in packages for argument in ("-e", f"packages/{package}")]
     session.install("-c", "constraints.txt", "--group=docs", *wanted)
     session.run("sphinx-build", "-W", "--keep-going", "--quiet", "docs", "docs/_build/html")
-    options = ["--numprocesses=2", "--dist=loadfile"]
-    session.run("pytest", *options, *(session.posargs or ["docs"]), env={"OMP_NUM_THREADS": "1"})
+    session.run("pytest", *TWO_AT_A_TIME, *(session.posargs or ["docs"]), env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -89,7 +89,7 @@ def left(folder):
     return marked
 
 
-@pytest.mark.parametrize("how", ["memory", "deaf", "killed"])
+@pytest.mark.parametrize("how", ["deaf", *(pytest.param(how, marks=pytest.mark.slow) for how in ("memory", "killed"))])
 def test_a_failing_worker_ends_training_at_once_with_the_cause(how, shapes, tmp_path):
     named = [] if how == "killed" else ["no room for the pixels"]
     ended(train(tmp_path, how, shapes), named, tmp_path)

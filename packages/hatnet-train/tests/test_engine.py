@@ -96,7 +96,7 @@ def test_the_final_weights_load_and_give_the_reported_accuracy(alone, images):
     assert 100 * right / 40 == pytest.approx(metrics(alone)[-1]["top1"])
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_every_zero_stage_trains_to_the_losses_of_one_process(stage, alone, train, tmp_path, short):
     train(*short, "--zero-stage", stage, "--out", tmp_path / "run")
     assert_same_training(tmp_path / "run", alone, rel=1e-4)
@@ -180,6 +180,7 @@ def test_a_compiled_model_trains_as_the_plain_one(alone, run_command, tmp_path, 
     assert_same_training(tmp_path / "run", alone, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_deterministic_run_ends_with_the_same_bits(alone, run_command, tmp_path, short):
     done = run_command(BIN / "hatnet-train", *short, "--deterministic", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ import pytest
 from image_folders import draw_coloured_images
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_gathered_tensors_are_those_of_deepspeeds_public_functions(stage, launch, tmp_path):
     """It fails when DeepSpeed changes the private layout that ``partition.py`` reads."""
     draw_coloured_images(tmp_path / "images", classes=2, train=8, val=2)

@@ -169,6 +169,7 @@ def test_a_second_host_that_does_not_start_is_named_by_its_rank_within_the_time(
     assert 20 <= time.monotonic() - start < 80
 
 
+@pytest.mark.slow
 def test_a_first_host_that_does_not_start_is_named_by_its_address_within_the_time(hosts, launcher, member, tmp_path):
     log = tmp_path / "second.log"
     process = hosts[1].deepspeed(log, *launcher(1), member, "5")
@@ -177,6 +178,7 @@ def test_a_first_host_that_does_not_start_is_named_by_its_address_within_the_tim
     assert lines_naming(output, "ConnectionError", f"rank 0 at {FIRST}:{PORT}", "5 s", os.strerror(errno.ECONNREFUSED))
 
 
+@pytest.mark.slow
 def test_a_second_host_that_is_started_as_the_first_finds_that_there_is_one(hosts, launcher, member, tmp_path):
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
     launches = [host.deepspeed(log, *launcher(0), member, "60") for host, log in zip(hosts, logs, strict=True)]

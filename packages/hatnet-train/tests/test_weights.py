@@ -77,7 +77,7 @@ def assert_trained_alike(tensor, expected):
     assert (tensor - expected).abs().mean() < 1e-6
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (3, "fp32")])
+@pytest.mark.parametrize(("stage", "precision"), [pytest.param(1, "fp32", marks=pytest.mark.slow), (3, "fp32")])
 def test_weights_are_put_together_from_all_parts_and_equal_those_of_stage_0(stage, precision, trained):
     history, averaged, logits = trained(stage, precision)
     expected, expected_average, _ = trained(0, precision)
@@ -89,7 +89,10 @@ def test_weights_are_put_together_from_all_parts_and_equal_those_of_stage_0(stag
     torch.testing.assert_close(logits["inside"], logits["outside"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (3, "fp32"), (2, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [pytest.param(0, "fp32", marks=pytest.mark.slow), (3, "fp32"), pytest.param(2, "bf16", marks=pytest.mark.slow)],
+)
 def test_the_average_follows_the_weights_by_its_decay(stage, precision, trained):
     history, averaged, _ = trained(stage, precision)
     tolerance = {"rtol": 2**-8, "atol": 1e-5} if precision == "bf16" else {}  # the bf16 section keeps weights in bf16
