@@ -72,8 +72,9 @@ SCHEMAS = {
 TWO_AT_A_TIME = ["--numprocesses=2", "--dist=loadfile"]
 """Two files of tests at a time, since module fixtures are costly."""
 
-EVERY = "slow or not slow"
-"""What pytest selects instead of its default, the tests that are not slow."""
+NOT_SLOW = ["-m", "not slow"]
+EVERY = ["-m", "slow or not slow"]
+"""Tests that pytest selects here; alone, it also skips those marked long."""
 
 NIGHTLY = [
     *(f"coverage({package})" for package in PACKAGES),
@@ -126,7 +127,7 @@ def typing(session: nox.Session) -> None:
 def tests(session: nox.Session, package: str) -> None:
     """Test one package, such as "tests(core)"; arguments after -- go to pytest."""
     install(session, package, groups=GROUPS.get(package, ("test",)))
-    session.run("pytest", *tested(package), *session.posargs, env=threads(package))
+    session.run("pytest", *NOT_SLOW, *tested(package), *session.posargs, env=threads(package))
 
 
 def tested(package: str) -> list[str]:
@@ -153,10 +154,10 @@ def coverage(session: nox.Session, package: str) -> None:
     environment = {"COVERAGE_FILE": str(file)}
     modules = sorted(path.stem for path in Path(f"packages/hatnet-{package}/src").iterdir() if path.stem[0] != "_")
     session.run("coverage", "erase", env=environment)
-    measured = ["coverage", "run", f"--source={','.join(modules)}", "-m", "pytest", "-m"]
-    session.run(*measured, EVERY, *tested(package), *session.posargs, env=environment | threads(package))
+    measured = ["coverage", "run", f"--source={','.join(modules)}", "-m", "pytest"]
+    session.run(*measured, *EVERY, *tested(package), *session.posargs, env=environment | threads(package))
     if package == "train":  # most of what saves and resumes a run is tested by breaking one
-        session.run(*measured, "not slow", FAULTS, *session.posargs, env=environment)
+        session.run(*measured, *NOT_SLOW, FAULTS, *session.posargs, env=environment)
     session.run("coverage", "combine", "--quiet", env=environment)
     session.run("coverage", "report", f"--fail-under={COVERED[package]}", env=environment)
 
@@ -165,7 +166,7 @@ def coverage(session: nox.Session, package: str) -> None:
 def interpreters(session: nox.Session) -> None:
     """Test hatnet-core on the other interpreters it declares, such as "interpreters-3.12"; skips absent ones."""
     install(session, "core", groups=("test",))
-    session.run("pytest", "packages/hatnet-core/tests", *session.posargs)
+    session.run("pytest", *NOT_SLOW, "packages/hatnet-core/tests", *session.posargs)
 
 
 @nox.session
@@ -173,7 +174,7 @@ def lowest(session: nox.Session) -> None:
     """Test hatnet-core with the lowest torch and other versions that it declares."""
     session.install("--resolution=lowest-direct", "-e", "packages/hatnet-core[all]", "--group=test")
     session.run("python", "-c", "import torch; print('torch', torch.__version__)")
-    session.run("pytest", "packages/hatnet-core/tests", *session.posargs)
+    session.run("pytest", *NOT_SLOW, "packages/hatnet-core/tests", *session.posargs)
 
 
 @nox.session
@@ -190,8 +191,7 @@ def slow(session: nox.Session, package: str) -> None:
 def faults(session: nox.Session, form: str) -> None:
     """Kill training runs, fill their disk, damage their files; "faults(long)" tries all of it."""
     install(session, "train", groups=("test",))
-    which = {"short": "not slow", "long": EVERY}[form]
-    session.run("pytest", "-m", which, FAULTS, *session.posargs)
+    session.run("pytest", *{"short": NOT_SLOW, "long": EVERY}[form], FAULTS, *session.posargs)
 
 
 @nox.session
@@ -211,7 +211,7 @@ def forks(session: nox.Session) -> None:
     here = ["-e", "packages/hatnet-core", "-e", "packages/hatnet-dense[deepspeed]"]
     session.install("-c", "constraints.txt", *FORKS, "ftfy", "regex", *groups, *here)
     session.run("hatnet-dense", "doctor")
-    session.run("pytest", "packages/hatnet-dense/tests", *session.posargs)
+    session.run("pytest", *NOT_SLOW, "packages/hatnet-dense/tests", *session.posargs)
 
 
 @nox.session

@@ -11,6 +11,8 @@ from hatnet_analysis.models import check_name, classifier, load_model, on_meta, 
 from hatnet_core import HATNet
 from hatnet_testing import raises
 
+pytestmark = pytest.mark.long
+
 
 def test_a_name_of_ours_is_our_model_ablations_included():
     assert isinstance(load_model("hatnet_small_gelu"), HATNet)

@@ -11,6 +11,8 @@ from hatnet_analysis.tables import TABLES, render
 from hatnet_analysis.throughput import paper_top1
 from hatnet_testing import check, raises
 
+pytestmark = pytest.mark.long
+
 KEYS = {
     "table",
     "model",

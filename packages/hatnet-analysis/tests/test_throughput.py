@@ -11,6 +11,8 @@ from hatnet_analysis.figures import compare_figure
 from hatnet_analysis.throughput import Settings, checked_device, compare, measure_throughput, paper_top1
 from hatnet_testing import raises
 
+pytestmark = pytest.mark.long
+
 QUICK = {"batch": 2, "size": (32, 32), "rounds": 3, "seconds": 0.01}
 
 

@@ -16,6 +16,8 @@ from hatnet_core.cli import main
 from hatnet_core.export import largest_difference
 from hatnet_testing import check, error_line, usage_error
 
+pytestmark = pytest.mark.long
+
 BIN = Path(sys.executable).parent
 
 

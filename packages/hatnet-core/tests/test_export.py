@@ -8,6 +8,8 @@ from conftest import SMALL
 from hatnet_core import HATNet
 from hatnet_core.export import check_shapes, export_onnx, export_program, largest_difference
 
+pytestmark = pytest.mark.long
+
 UNSEEN = [(1, 224, 224), (2, 256, 320), (3, 197, 331), (1, 33, 61), (5, 100, 47), (1, 32, 33)]
 """Sizes that no export below is traced with; 197×331, 33×61 and 100×47 are multiples of nothing in the model."""
 

@@ -15,6 +15,8 @@ from hatnet_core import HATNet, load_checkpoint
 from hatnet_core.hub import HubHATNet
 from hatnet_testing import check, raises
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def model():

@@ -13,6 +13,8 @@ import hatnet_core.timm  # noqa: F401  registers the models
 from hatnet_core import create_model
 from hatnet_testing import check, raises
 
+pytestmark = pytest.mark.long
+
 NAME = "/HAT-Net_Tiny.pth"
 
 

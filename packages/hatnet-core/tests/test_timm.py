@@ -14,6 +14,8 @@ import hatnet_core.timm
 from hatnet_core import create_model, list_models
 from hatnet_testing import raises
 
+pytestmark = pytest.mark.long
+
 every_model = pytest.mark.parametrize("name", list_models())
 FEATURE_CLASSES = ["list", "dict", "hook", "getter", "fx"]
 

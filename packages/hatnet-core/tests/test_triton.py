@@ -27,6 +27,8 @@ from hatnet_core.kernels import triton_attention, triton_depthwise, triton_group
 from hatnet_core.layers import Mlp  # noqa: E402
 from hatnet_testing import raises  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 
 def release(package):
     return tuple(int(part) for part in version(package).split(".")[:2])
@@ -55,7 +57,7 @@ def convolutions_in_float32():
     reason="this interpreter refuses NumPy's 1-element arrays",
 )
 def test_in_the_interpreter_all_other_tests_pass():
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", __file__, "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += ["-k", "not in_the_interpreter and not compile_for_ampere and not refused_where"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     result = subprocess.run(command, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)

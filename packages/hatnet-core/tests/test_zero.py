@@ -12,6 +12,8 @@ from hatnet_core import create_model, load_checkpoint, read_metadata, save_check
 from hatnet_core.checkpoint import find_metadata, load_model
 from hatnet_testing import raises
 
+pytestmark = pytest.mark.long
+
 SCRIPT = """
 import sys
 import deepspeed, torch

@@ -22,6 +22,8 @@ from hatnet_train.run.nonfinite import NonFiniteError
 from hatnet_train.signals import Preempted
 from image_folders import draw_coloured_images
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -23,6 +23,8 @@ from hatnet_train.deepspeed.engine import use_deterministic_algorithms
 from image_folders import draw_coloured_images
 from launches import lines_naming, until
 
+pytestmark = pytest.mark.long
+
 MODULE = [BIN / "deepspeed", "--num_accelerators", "2", "--module", "hatnet_train"]
 
 

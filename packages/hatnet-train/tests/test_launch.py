@@ -20,6 +20,8 @@ from hatnet_train.distributed.heartbeat import compact_ranks
 from hatnet_train.distributed.preflight import check_hostfile
 from hatnet_train.distributed.rendezvous import roll_call
 
+pytestmark = pytest.mark.long
+
 LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SLURM_", "OMPI_", "PMI_", "MPI_", "TORCHELASTIC_", "OMP_")
 TORCH = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
 SLURM = {

@@ -6,6 +6,8 @@ import pytest
 
 from image_folders import draw_coloured_images
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_gathered_tensors_are_those_of_deepspeeds_public_functions(stage, launch, tmp_path):

@@ -16,6 +16,8 @@ from hatnet_train.distributed.environment import discover
 from hatnet_train.distributed.launch import join
 from hatnet_train.distributed.preflight import code_digest, format_report
 
+pytestmark = pytest.mark.long
+
 
 def member(arguments):
     """A process of a launch; its log gets a line of JSON."""

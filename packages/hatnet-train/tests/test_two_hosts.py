@@ -15,6 +15,8 @@ import pytest
 from conftest import BIN
 from launches import lines_naming
 
+pytestmark = pytest.mark.long
+
 RUN = ["--recipe", "digits", "--epochs", "2", "--batch-size", "240", "--lr", "3e-4", "--seed", "5"]
 FIRST, SECOND = "10.77.0.1", "10.77.0.2"
 PORT = "29517"  # these hosts are nobody else's

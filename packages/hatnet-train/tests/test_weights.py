@@ -18,6 +18,8 @@ from hatnet_train.distributed.environment import discover
 from hatnet_train.distributed.launch import join
 from hatnet_train.optim import Schedule, set_lr
 
+pytestmark = pytest.mark.long
+
 
 def three_steps(arguments):
     """Train three steps in a process of a launch; rank 0 writes the weights after each."""

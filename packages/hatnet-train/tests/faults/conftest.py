@@ -1,8 +1,17 @@
 """Shared by the tests of faults."""
 
+from pathlib import Path
+
 import pytest
 
 from image_folders import draw_coloured_images
+
+
+def pytest_collection_modifyitems(items):
+    """Mark all tests of this folder ``long``."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")
