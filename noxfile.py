@@ -137,7 +137,7 @@ def tested(package: str) -> list[str]:
         return [folder, *TWO_AT_A_TIME, f"--ignore={FAULTS}"]
     examples = [f"packages/hatnet-{package}/src", f"packages/hatnet-{package}/README.md"]
     doctest = ["--doctest-modules", "--doctest-ignore-import-errors", "--doctest-glob=README.md"]
-    return [folder, *examples, *doctest, *TWO_AT_A_TIME, f"--ignore={BROWSER}", f"--ignore={CONFIGS}"]
+    return [folder, *examples, *doctest, *TWO_AT_A_TIME, f"--ignore={CONFIGS}"]
 
 
 def threads(package: str) -> dict[str, str]:
@@ -182,7 +182,7 @@ def lowest(session: nox.Session) -> None:
 def slow(session: nox.Session, package: str) -> None:
     """Run the tests of one package that take minutes, such as "slow(core)"."""
     install(session, package, groups=GROUPS.get(package, ("test",)))
-    paths = [f"packages/hatnet-{package}/tests", f"--ignore={FAULTS}", f"--ignore={BROWSER}"]
+    paths = [f"packages/hatnet-{package}/tests", f"--ignore={FAULTS}"]
     session.run("pytest", "-m", "slow", *paths, *session.posargs, success_codes=[0, 5])
 
 

@@ -3,8 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +11,7 @@ from hatnet_core import create_model, save_checkpoint
 from hatnet_train.data.augment import MEAN, STD
 from hatnet_train.data.shard_writer import write_shards
 from image_folders import make_image_folder
-from launches import Launch, Warm
-
-BIN = Path(sys.executable).parent
-ROOT = Path(__file__).parents[3]
+from launches import BIN, Launch, Warm
 
 
 @pytest.fixture(scope="session")

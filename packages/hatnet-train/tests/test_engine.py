@@ -14,14 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import BIN, ROOT
 from hatnet_core import create_model, save_checkpoint
 from hatnet_testing import error_line
 from hatnet_train.classifier import load_classifier
 from hatnet_train.data.folder import Folder
 from hatnet_train.deepspeed.engine import use_deterministic_algorithms
 from image_folders import draw_coloured_images
-from launches import lines_naming, until
+from launches import BIN, ROOT, lines_naming, until
 
 pytestmark = pytest.mark.long
 

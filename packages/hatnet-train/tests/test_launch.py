@@ -13,12 +13,12 @@ import time
 import pytest
 from torch.distributed import TCPStore
 
-from conftest import BIN
 from hatnet_testing import check, raises
 from hatnet_train.distributed.environment import Launch, discover
 from hatnet_train.distributed.heartbeat import compact_ranks
 from hatnet_train.distributed.preflight import check_hostfile
 from hatnet_train.distributed.rendezvous import roll_call
+from launches import BIN
 
 pytestmark = pytest.mark.long
 

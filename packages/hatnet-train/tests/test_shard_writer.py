@@ -23,13 +23,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, JpegImagePlugin
 
-from conftest import BIN
 from hatnet_testing import check, error_line, raises
 from hatnet_train.data.folder import Folder
 from hatnet_train.data.images import decode, to_pillow
 from hatnet_train.data.shard_writer import write_shards
 from hatnet_train.data.shards import Shards
 from image_folders import encoded, image_of, picture, read_with_webdataset
+from launches import BIN
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ import time
 
 import pytest
 
-from conftest import BIN
-from launches import lines_naming
+from launches import BIN, lines_naming
 
 pytestmark = pytest.mark.long
 
