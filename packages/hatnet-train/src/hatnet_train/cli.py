@@ -119,8 +119,8 @@ class Run(Options, Launched):
 
     resume: Annotated[str, text("auto|none|PATH")] = "none"
     """Resume from the newest checkpoint in --out, if there is one (auto), from that of another run folder, or from a
-    checkpoint; none starts a new run. More --epochs or --max-steps extend the run, with the learning rate on the
-    cosine of all of them."""
+    checkpoint; none starts a new run. A run with more epochs or steps than before is extended, with the learning
+    rate on the cosine of all of them."""
 
     preempt_seconds: Annotated[float, real(0), arg(metavar="SECONDS")] = PREEMPT_SECONDS
     """Seconds to save in after SIGTERM or SIGUSR1."""

@@ -42,12 +42,12 @@ def settle_precision(config: TrainConfig, earlier: Mapping[str, Any]) -> TrainCo
 def fast_precision(device: torch.device) -> tuple[str, str]:
     """Return bf16 if a device computes faster in it, else fp32, and the reason."""
     if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
+        able = getattr(torch.cpu, "get_capabilities", dict)()  # hatnet-train takes releases of torch without it, too
         name = able.get("cpu_name") or "the CPU"
         found = [instructions for instructions in CPU_BF16 if able.get(instructions)]
         if found:
             return "bf16", f"{name} has {found[0]}"
-        return "fp32", f"{name} has no instructions for bfloat16 (AMX, AVX512-BF16)"
+        return "fp32", f"torch reports no bfloat16 instructions of {name} (AMX, AVX512-BF16)"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         if torch.cuda.is_bf16_supported(including_emulation=False):
