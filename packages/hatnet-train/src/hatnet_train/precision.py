@@ -42,7 +42,8 @@ def settle_precision(config: TrainConfig, earlier: Mapping[str, Any]) -> TrainCo
 def fast_precision(device: torch.device) -> tuple[str, str]:
     """Return bf16 if a device computes faster in it, else fp32, and the reason."""
     if device.type == "cpu":
-        able = getattr(torch.cpu, "get_capabilities", dict)()  # hatnet-train takes releases of torch without it, too
+        # releases of torch that hatnet-train supports may lack this function
+        able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         name = able.get("cpu_name") or "the CPU"
         found = [instructions for instructions in CPU_BF16 if able.get(instructions)]
         if found:
