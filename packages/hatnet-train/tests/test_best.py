@@ -85,6 +85,12 @@ def test_a_copy_that_a_killed_process_did_not_make_is_made_on_resume(checkpoint,
     assert (tmp_path / "run" / BEST).read_bytes() == b"weights"
 
 
+def test_a_restart_from_a_later_checkpoint_does_not_take_weights_of_the_one_before(checkpoint, tmp_path):
+    trainer, _ = stand_in(rows(50, 70, 90), out=tmp_path / "run", origin=checkpoint)
+    BestWeights().on_start(trainer)
+    assert not (tmp_path / "run" / BEST).exists()
+
+
 def test_a_run_that_resumes_elsewhere_takes_the_best_weights_along(checkpoint, tmp_path):
     (tmp_path / "run" / BEST).write_bytes(b"earlier")
     (tmp_path / "other").mkdir()

@@ -61,7 +61,8 @@ class BestWeights(Callback):
     def on_start(self, trainer: Trainer) -> None:
         """Make up for a copy that a killed process did not make."""
         if trainer.rank == 0 and trainer.state.rows and trainer.origin is not None:
-            self._keep(trainer, trainer.origin)
+            if trainer.origin.name == folder_name(trainer.state.step, evaluated=True):  # not after a later restart
+                self._keep(trainer, trainer.origin)
             earlier = trainer.origin.parent.parent / BEST
             if earlier.is_file() and not (trainer.out / BEST).exists():
                 self._copy(earlier, trainer.out / BEST)
