@@ -75,8 +75,8 @@ def trainer(tmp_path):
     """Return the attributes of a Trainer that callbacks read."""
     state = SimpleNamespace(step=0, rows=[], skipped=[], seconds=1.0, waited=0.0, lr=0.1)
     order = SimpleNamespace(steps=4, batch_size=2)
-    config = SimpleNamespace(optimisation=SimpleNamespace(epochs=3, seed=1))
-    return SimpleNamespace(state=state, order=order, config=config, rank=0, world_size=1, out=tmp_path)
+    config = SimpleNamespace(optimisation=SimpleNamespace(seed=1))
+    return SimpleNamespace(state=state, order=order, config=config, epochs=3, rank=0, world_size=1, out=tmp_path)
 
 
 class CountingSaves(Checkpointing):

@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from hatnet_testing import check, error_line, raises, usage_error
 from hatnet_train.cli import MODES, evaluate, predict, shards, train
-from hatnet_train.config import FIELDS
+from hatnet_train.config import FIELDS, TrainConfig
 from hatnet_train.data.folder import Folder
 from hatnet_train.errors import GRACE_SECONDS
+from hatnet_train.recipes import build_config
+from image_folders import draw_coloured_images
 
 NAMES = {train: "hatnet-train", evaluate: "hatnet-eval", predict: "hatnet-predict", shards: "hatnet-shards"}
 
@@ -66,6 +68,15 @@ USAGE = [
     (train, f"{TRAIN} --deepspeed_config ds.json --batch-size 32", "--batch-size 32 ds.json 64"),
     (train, "--recipe digits --preflight --print-config", "--preflight --print-config"),
     (train, "--check-data", "--data"),
+    (train, "--config run.json --recipe digits --out run", "--config --recipe digits"),
+    (train, "--config run.json --out run --epochs 0", "--epochs 0 1"),
+    (train, f"{TRAIN} --freeze head", "--freeze head none backbone"),
+    (
+        train,
+        "--recipe finetune --data digits --init w.safetensors --variant hatnet_small --out run",
+        "--variant hatnet_small hatnet_tiny w.safetensors",
+    ),
+    (train, f"{TRAIN} --layer-decay 0", "--layer-decay 0"),
     (evaluate, "--data digits", "--checkpoint"),
     (evaluate, "--checkpoint w.safetensors", "--data"),
     (evaluate, f"{EVALUATE} --size 16", "--size 16 32"),
@@ -76,6 +87,11 @@ USAGE = [
     (evaluate, f"{EVALUATE} --timeout never", "--timeout never"),
     (predict, "--checkpoint w.safetensors", "IMAGE"),
     (predict, f"{PREDICT} --top-k 0", "--top-k 0"),
+    (predict, f"{PREDICT} --size 16", "--size 16 32"),
+    (predict, f"{PREDICT} --batch 0", "--batch 0"),
+    (predict, f"{PREDICT} --precision int8", "--precision int8 bf16"),
+    (predict, f"{PREDICT} --out rows.txt", "--out rows.txt .csv .jsonl .html"),
+    (predict, f"{PREDICT} --out rows.csv --format json", "--format json --out"),
     (predict, f"{PREDICT} --variant hatnet_smal", "--variant hatnet_smal hatnet_small"),
     (predict, "image.png --checkpoint=", "--checkpoint"),
     (shards, "empty", "--out"),
@@ -99,6 +115,12 @@ FAILURES = [
     (train, f"{TRAIN} --deepspeed_config typo.json", "typo.json gradient_clipping"),
     (train, "--recipe digits --out text.png", "--out text.png"),
     (train, "--verify nowhere", "nowhere config.json"),
+    (train, "--config nowhere.json --out run", "nowhere.json"),
+    (train, "--config ds.json --out run", "ds.json config"),
+    (train, "--recipe finetune --data nowhere --out run", "nowhere"),
+    (train, "--recipe finetune --data empty --out run", "empty"),
+    (train, "--recipe finetune --data empty --labels typo.json --out run", "typo.json file label"),
+    (train, "--recipe finetune --data digits --init no.safetensors --out run", "no.safetensors"),
     (train, "--check-hostfile nowhere", "nowhere"),
     (evaluate, f"{EVALUATE} --out no/row.json", "--out no/row.json"),
     (predict, f"{PREDICT} --top-k 11", "--top-k 11 10"),
@@ -113,6 +135,8 @@ FAILURES = [
     (predict, "text.png --checkpoint w.safetensors", "text.png 6"),
     (predict, "cut.png --checkpoint w.safetensors", "cut.png"),
     (predict, "empty --checkpoint w.safetensors", "empty .apng"),
+    (predict, "empty/*.png --checkpoint w.safetensors", "empty/*.png"),
+    (predict, "image.png --checkpoint w.safetensors --out no/rows.csv", "--out no/rows.csv"),
     (shards, "nowhere --out made", "nowhere train/ val/"),
     (shards, "empty --out made", "empty train/ val/"),
     (shards, "empty --out text.png", "--out text.png"),
@@ -136,7 +160,8 @@ def files(checkpoint, tmp_path_factory):
     (folder / "cut.png").write_bytes((folder / "image.png").read_bytes()[:100])
     (folder / "text.png").write_text("<html>")
     (folder / "empty").mkdir()
-    for name, value in (("ds", {"train_batch_size": 64}), ("bad", {"train_batch_size": -8})):
+    run = {"config": build_config("digits", {}).to_dict()}
+    for name, value in (("ds", {"train_batch_size": 64}), ("bad", {"train_batch_size": -8}), ("run", run)):
         (folder / f"{name}.json").write_text(json.dumps(value))
     (folder / "typo.json").write_text('{"gradient_clipping": "1"}')
     return folder
@@ -210,6 +235,32 @@ def test_the_configuration_is_printed_with_every_field_and_what_was_given(capsys
     assert printed.keys() == FIELDS.keys()
     given = {"data": "x", "pool_sizes": [16, 8, 4], "compile": True, "mixup": 0.2, "epochs": 300, "zero_stage": 0}
     assert {name: printed[name] for name in given} == given
+
+
+def test_another_runs_values_are_taken_but_for_those_that_are_given(files, capsys):
+    assert status(train, ["config", "--config", files / "run.json", "--epochs", "9", "--seed", "3"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert TrainConfig.from_dict(printed) == build_config("digits", {"epochs": 9, "warmup_epochs": 2.1, "seed": 3})
+
+
+def test_the_newest_values_of_a_resumed_run_are_taken(tmp_path, capsys):
+    first, last = (build_config("digits", {"epochs": epochs}).to_dict() for epochs in (7, 9))
+    (tmp_path / "config.json").write_text(json.dumps({"config": first, "resumed": [{"config": last}]}))
+    assert status(train, ["config", "--config", tmp_path]) == 0
+    assert json.loads(capsys.readouterr().out)["epochs"] == 9
+
+
+def test_finetune_takes_model_and_size_of_its_weights_and_counts_the_images(checkpoint, tmp_path, capsys):
+    draw_coloured_images(tmp_path, classes=2, train=40, val=2)
+    line = ["config", "--recipe", "finetune", "--data", tmp_path, "--init", checkpoint]
+    assert status(train, line) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["variant"], printed["image_size"]) == ("hatnet_tiny", 32)
+    assert (printed["batch_size"], printed["epochs"]) == (8, 50)
+    assert status(train, [*line, "--image-size", "64", "--batch-size", "20", "--epochs", "7"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["image_size"], printed["batch_size"], printed["epochs"]) == (64, 20, 7)
+    assert printed["warmup_epochs"] == pytest.approx(0.7)
 
 
 def test_deepspeeds_json_goes_before_the_recipe_and_must_not_contradict_a_flag(tmp_path, capsys):

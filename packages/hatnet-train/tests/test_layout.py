@@ -13,11 +13,11 @@ from hatnet_train._moved import MOVED
 ROOT = Path(hatnet_train.__file__).parent
 
 FLOORS = (
-    {"__about__", "_moved", "config", "files", "records", "recipes", "signals", "workers"},
-    {"data", "deepspeed", "distributed", "optim"},
+    {"__about__", "_moved", "config", "fields", "files", "records", "recipes", "signals", "workers"},
+    {"data", "deepspeed", "distributed", "optim", "precision"},
     {"classifier", "monitor", "run"},
-    {"callbacks", "evaluate", "predict", "train", "trainer"},
-    {"__init__", "__main__", "cli", "errors"},
+    {"best", "callbacks", "evaluate", "finetune", "predict", "prediction_files", "train", "trainer"},
+    {"__init__", "__main__", "cli", "errors", "predict_cli"},
 )
 """Rooms, that is modules and folders, from the ground up."""
 

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 
 from hatnet_core import create_model
 from hatnet_train import build_config
-from hatnet_train.optim import Schedule, lr_factor, parameter_groups
+from hatnet_train.optim import Schedule, freeze, lr_factor, parameter_groups, set_training_mode
 
 
 def test_the_rate_rises_in_equal_steps_to_its_peak_and_falls_along_a_cosine_to_nearly_zero():
@@ -51,3 +53,49 @@ def test_biases_and_norms_alone_are_free_of_weight_decay():
     assert len(decayed["params"]) + len(free["params"]) == len(names)
     assert all(names[id(p)].endswith(".weight") and "norm" not in names[id(p)] for p in decayed["params"])
     assert all(names[id(p)].endswith(".bias") or "norm" in names[id(p)] for p in free["params"])
+
+
+def test_the_rate_falls_by_the_decay_from_block_to_block_down_to_the_stem():
+    with torch.device("meta"):
+        model = create_model("hatnet_tiny")
+    groups = parameter_groups(model, 0.05, 0.5)
+    depths = {}
+    for group in groups:
+        for p in group["params"]:
+            depths[id(p)] = -math.log2(group["lr_scale"])
+    by_name = {name: depths[id(p)] for name, p in model.named_parameters()}
+    blocks = [(i, j) for i, stage in enumerate(model.stages) for j in range(len(stage.blocks))]
+    from_the_top = {block: len(blocks) - place for place, block in enumerate(blocks)}
+    for name, depth in by_name.items():
+        part = name.split(".")
+        if part[0] == "stages" and part[2] == "blocks":
+            assert depth == from_the_top[int(part[1]), int(part[3])], name
+    assert by_name["head.weight"] == 0
+    assert by_name["stem.conv1.weight"] == len(blocks) + 1 == max(depths.values())
+    exempt = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert exempt == {id(p) for p in model.parameters() if p.ndim == 1}
+
+
+def test_a_frozen_backbone_is_in_no_group_and_in_evaluation_mode():
+    with torch.device("meta"):
+        model = create_model("hatnet_tiny", drop_path_rate=0.1)
+    freeze(model)
+    for layer_decay in (1.0, 0.5):
+        chosen = [p for group in parameter_groups(model, 0.05, layer_decay) for p in group["params"]]
+        assert {id(p) for p in chosen} == {id(model.head.weight), id(model.head.bias)}
+    set_training_mode(model)
+    assert [module.training for module in (model.stem, model.stages, model.head_drop, model.head)] == [False] * 2 + [
+        True
+    ] * 2
+    model.requires_grad_(True)
+    set_training_mode(model)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_limit_of_steps_shortens_warm_up_and_cosine_alike():
+    values = {"epochs": 10, "warmup_epochs": 2, "lr": 1e-3}
+    whole = Schedule.of(build_config("digits", values), steps_per_epoch=6)
+    half = Schedule.of(build_config("digits", {**values, "max_steps": 30}), steps_per_epoch=6)
+    assert (half.warmup_steps, half.total_steps) == (6, 30)
+    assert [half(step) for step in range(6, 30)] == pytest.approx([whole(2 * step) for step in range(6, 30)])
+    assert Schedule.of(build_config("digits", {**values, "max_steps": 90}), steps_per_epoch=6) == whole

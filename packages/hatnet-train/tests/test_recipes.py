@@ -79,3 +79,42 @@ def test_a_recipe_without_what_it_needs_is_refused(recipe, given, missing):
     given = {name: value for name, value in given.items() if name != missing}
     with raises(ValueError, recipe, missing):
         build_config(recipe, given)
+
+
+@pytest.mark.parametrize("images", [2, 10, 100, 1_000, 20_000, 100_000, 2_000_000])
+def test_finetune_fits_batch_epochs_warm_up_and_average_to_the_number_of_images(images):
+    options = build_config("finetune", {"data": "x"}, images=images).optimisation
+    steps = images // options.batch_size * options.epochs
+    assert options.batch_size <= max(1, images // 4)
+    assert options.batch_size & (options.batch_size - 1) == 0  # divides among 2, 4 and 8 processes
+    assert options.warmup_epochs == options.epochs / 10
+    assert 3 <= options.early_stopping < options.epochs
+    if images >= 100:
+        assert 1 / (1 - options.ema_decay) == pytest.approx(steps / 20, rel=0.1)
+
+
+def test_finetune_trains_longer_on_more_images_and_passes_over_fewer_of_them_more_often():
+    runs = [
+        build_config("finetune", {"data": "x"}, images=images).optimisation for images in (100, 1_000, 10_000, 10**5)
+    ]
+    epochs = [run.epochs for run in runs]
+    steps = [
+        images // run.batch_size * run.epochs for images, run in zip((100, 1_000, 10_000, 10**5), runs, strict=True)
+    ]
+    assert epochs == sorted(epochs, reverse=True)
+    assert steps == sorted(steps)
+
+
+def test_what_follows_the_images_follows_values_that_are_given():
+    given = {"data": "x", "epochs": 20, "batch_size": 25, "early_stopping": 0}
+    options = build_config("finetune", given, images=1_000).optimisation
+    assert (options.warmup_epochs, options.early_stopping) == (2.0, 0)
+    assert options.ema_decay == pytest.approx(1 - 20 / (20 * 40))
+    assert build_config("finetune", {**given, "max_steps": 400}, images=1_000).optimisation.ema_decay == 0.95
+
+
+def test_without_weights_all_layers_learn_at_one_rate():
+    released = build_config("finetune", {"data": "x"})
+    assert (released.model.init, released.optimisation.layer_decay < 1) == ("released", True)
+    fresh = build_config("finetune", {"data": "x", "init": "none"})
+    assert (fresh.initial_weights, fresh.optimisation.layer_decay) == ("", 1.0)

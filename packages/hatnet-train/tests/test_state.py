@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hatnet_testing import raises
+from hatnet_testing import check, raises
 from hatnet_train.config import FIELDS, TrainConfig
+from hatnet_train.precision import settle_precision
 from hatnet_train.recipes import build_config
 from hatnet_train.run.checkpoint import write_manifest
 from hatnet_train.run.folder import read_config
@@ -136,3 +137,26 @@ def test_a_run_of_before_resumes_with_the_options_it_was_started_with(name):
     assert TrainConfig.from_dict(record["config"]) == TrainConfig.from_dict(state["config"]) == config
     assert differences(state["config"], state["data"], config.to_dict(), state["data"]) == ""
     assert "--lr" in differences(state["config"], {}, config.replace(lr=1.0).to_dict(), {})
+
+
+@pytest.mark.parametrize(("name", "value"), [("epochs", 9), ("max_steps", 90)])
+def test_a_run_may_become_longer_but_not_shorter(name, value):
+    then = CONFIG.replace(**{name: value})
+    record = json.loads(json.dumps(then.to_dict()))
+    assert not differences(record, {}, then.replace(**{name: value + 3}).to_dict(), {})
+    shorter = differences(record, {}, then.replace(**{name: value - 1}).to_dict(), {})
+    check(shorter, "--" + name.replace("_", "-"), value, value - 1)
+
+
+def test_a_limit_of_steps_may_be_lifted_but_not_set():
+    limited = CONFIG.replace(max_steps=90).to_dict()
+    assert not differences(limited, {}, CONFIG.to_dict(), {})
+    check(differences(CONFIG.to_dict(), {}, limited, {}), "--max-steps", 0, 90)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_run_resumes_in_its_precision_where_none_is_given(precision):
+    then = {**CONFIG.to_dict(), "precision": precision}
+    assert not differences(then, {}, CONFIG.replace(precision="auto").to_dict(), {})
+    assert settle_precision(CONFIG.replace(precision="auto"), then).compute.precision == precision
+    assert settle_precision(CONFIG.replace(precision="fp16"), then).compute.precision == "fp16"

@@ -24,7 +24,7 @@ from hatnet_train.distributed.heartbeat import Watch
 from hatnet_train.monitor import METRICS, Monitor, Progress
 from hatnet_train.run import checkpoint
 from hatnet_train.run.nonfinite import NonFiniteError, dump
-from hatnet_train.run.state import AVERAGE, Saved, contents, description, read_newest, read_saved, read_together
+from hatnet_train.run.state import AVERAGE, BEST, Saved, contents, description, read_newest, read_saved, read_together
 from hatnet_train.signals import Preempted, Signals
 
 if TYPE_CHECKING:
@@ -160,8 +160,8 @@ class Monitoring(Callback):
         """Begin the progress of an epoch."""
         epoch, order, step = len(trainer.state.rows), trainer.order, trainer.state.step
         if self.monitor is not None and step < (epoch + 1) * order.steps:
-            done = step - epoch * order.steps
-            self.progress = Progress(epoch, trainer.config.optimisation.epochs, order, done=done)
+            done = max(0, step - epoch * order.steps)  # a run with more --max-steps begins before
+            self.progress = Progress(epoch, trainer.epochs, order, done=done)
 
     def after_step(self, trainer: Trainer, step: Step) -> None:
         """Report loss and learning rate."""
@@ -175,8 +175,10 @@ class Monitoring(Callback):
 
     def after_epoch(self, trainer: Trainer, row: dict[str, Any]) -> None:
         """Report the metrics of the epoch."""
+        if self.progress is not None:
+            self.progress.close()
         if self.monitor is not None:
-            self.monitor.epoch(trainer.state.rows, trainer.config.optimisation.epochs, trainer.state.step)
+            self.monitor.epoch(trainer.state.rows, trainer.epochs, trainer.state.step)
 
     def close(self, trainer: Trainer) -> None:
         """Close progress and reports."""
@@ -226,7 +228,7 @@ class Checkpointing(Callback):
             AgreedError: on every rank, if it cannot be written and is the last, or the third in a row.
         """
         state, folder = trainer.state, trainer.out / "checkpoints"
-        evaluated = len(state.rows) * trainer.order.steps == state.step
+        evaluated = min(len(state.rows) * trainer.order.steps, trainer.schedule.total_steps) == state.step
         top1 = {"top1": state.rows[-1]["top1"]} if evaluated and state.rows else {}
         about = {"step": state.step, "epochs": len(state.rows), **top1}
         text = {**description(trainer.config, trainer.training.classes), **top1}
@@ -310,7 +312,8 @@ class FinalWeights(Callback):
             try:
                 for name, (weights, top1) in final.items():
                     save_checkpoint(whole_model(trainer.engine, weights), out / name, {**text, "top1": top1})
-                checkpoint.write_manifest(out, [*final, METRICS], {"step": trainer.state.step})
+                best = [BEST] if (out / BEST).is_file() else []
+                checkpoint.write_manifest(out, [*final, *best, METRICS], {"step": trainer.state.step})
             except OSError as error:
                 reason = error.strerror or error
                 problem = f"cannot write the final weights to {out}: {reason}; --resume auto tries again"

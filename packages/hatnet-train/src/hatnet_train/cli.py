@@ -28,10 +28,8 @@ from hatnet_core.console import (
     Batch,
     Checkpoint,
     Command,
-    Device,
     Flag,
     Format,
-    Images,
     SomePath,
     UsageError,
     Variant,
@@ -53,13 +51,15 @@ from hatnet_train.config import (
     MAX_WORKERS,
     QUALITY,
     SHARD_MEGABYTES,
-    FieldError,
     Options,
     TrainConfig,
     field_help,
 )
 from hatnet_train.errors import GRACE_SECONDS, explain
+from hatnet_train.fields import FieldError
+from hatnet_train.predict_cli import Predict
 from hatnet_train.recipes import NEEDED, RECIPES, build_config, recipe_values
+from hatnet_train.run.folder import values_of_run
 from hatnet_train.signals import REQUEUE, Preempted, Signals
 from hatnet_train.workers import kill
 
@@ -114,9 +114,13 @@ class Run(Options, Launched):
 
     recipe: Annotated[str, RECIPE, arg(help=f"Values to start from: {', '.join(RECIPES)}.")]
 
+    config: Annotated[Path | None, PATH, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Start from the values of another run in place of a recipe: its config.json or its folder."""
+
     resume: Annotated[str, text("auto|none|PATH")] = "none"
     """Resume from the newest checkpoint in --out, if there is one (auto), from that of another run folder, or from a
-    checkpoint; none starts a new run."""
+    checkpoint; none starts a new run. A run with more epochs or steps than before is extended, with the learning
+    rate on the cosine of all of them."""
 
     preempt_seconds: Annotated[float, real(0), arg(metavar="SECONDS")] = PREEMPT_SECONDS
     """Seconds to save in after SIGTERM or SIGUSR1."""
@@ -130,7 +134,7 @@ class Run(Options, Launched):
     def start(self, out: Path | None) -> int:
         """Train, or without a folder check the processes only."""
         user = self.user_config()
-        config = self.config(user)
+        config = self.configuration(user)
         signals = Signals(self.preempt_seconds)
         _import_deepspeed()
         from hatnet_train.train import train_run
@@ -149,8 +153,8 @@ class Run(Options, Launched):
 
         return {} if self.deepspeed_config is None else read_deepspeed_json(self.deepspeed_config)
 
-    def config(self, user: dict[str, Any]) -> TrainConfig:
-        """Build the configuration from command line, DeepSpeed JSON and recipe, in this order."""
+    def configuration(self, user: dict[str, Any]) -> TrainConfig:
+        """Build the configuration from command line, DeepSpeed JSON and recipe or other run, in this order."""
         from hatnet_train.deepspeed.user_json import fields_of, key_of
 
         path, fields = self.deepspeed_config, fields_of(user)
@@ -161,11 +165,22 @@ class Run(Options, Launched):
                 gives = "the learning rate" if name == "lr_batch_size" else fields[name]
                 raise UsageError(f"{_flag(name)} {given[name]} contradicts {path}, which gives {gives}: omit one")
         try:
-            return build_config(self.recipe, {**fields, **given})
+            return self._configuration({**fields, **given})
         except FieldError as error:
             if error.field in fields and error.field not in given:
                 raise ValueError(f"{path}: {key_of(error.field)} {error.problem}") from error
             raise UsageError(f"{_flag(error.field)} {error.problem}") from error
+
+    def _configuration(self, given: dict[str, Any]) -> TrainConfig:
+        if self.config is not None:
+            if self.recipe:
+                raise UsageError(f"--config cannot be combined with --recipe, got {self.recipe}")
+            return TrainConfig.from_dict({**values_of_run(self.config), **given})
+        if self.recipe == "finetune":
+            from hatnet_train.finetune import finetune_config
+
+            return finetune_config(given)
+        return build_config(self.recipe, given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +188,11 @@ class Train(Run):
     r"""Train a HAT-Net with DeepSpeed: alone, or in every process that a launcher starts.
 
     Launchers are deepspeed, torchrun, srun and mpirun. Weights, metrics, curves and checkpoints go to --out. The
-    defaults below are those of --recipe imagenet, or of the recipe on the command line.
+    defaults below are those of --recipe imagenet, or of the recipe on the command line. Those of finetune follow the
+    number of images; below they are for 1,000.
 
     Examples:
+      hatnet-train --recipe finetune --data photos --out runs/photos
       hatnet-train --recipe digits --out runs/digits
       hatnet-train --recipe digits --out runs/digits --resume auto
       deepspeed --num_accelerators 2 --module hatnet_train \
@@ -222,7 +239,7 @@ class Config(Dry):
 
     def run(self) -> None:
         """Print."""
-        config = self.config(self.user_config())
+        config = self.configuration(self.user_config())
         if config.augmentation.rand_augment:  # timm knows whether its policy is valid
             from hatnet_train.data.augment import TrainTransform
 
@@ -243,6 +260,14 @@ class CheckData(Command):
     recipe: Annotated[str | None, RECIPE] = None
     """Recipe whose data to check, if --data is not given."""
 
+    labels: Annotated[str, text("FILE"), arg(help=field_help("labels"), help_behavior_hint="")] = ""
+
+    held_out: Annotated[
+        float | None,
+        real(0, 1),
+        arg(help=field_help("held_out"), help_behavior_hint="(default: that of --recipe, or 0)"),
+    ] = None
+
     image_size: Annotated[int, whole(MIN_SIZE, MAX_SIZE, "PIXELS")] = MIN_SIZE
     """Side of synthetic images."""
 
@@ -250,14 +275,18 @@ class CheckData(Command):
 
     def run(self) -> None:
         """Check."""
-        data = self.data or RECIPES.get(self.recipe or "", {}).get("data")
+        recipe = RECIPES.get(self.recipe or "", {})
+        data = self.data or recipe.get("data")
         if self.image_size != MIN_SIZE and data != "synthetic":
             raise UsageError(f"--image-size has an effect only with --data synthetic, got {self.image_size}")
         if not data:
             raise UsageError("--data is required")
+        from hatnet_train.data import Split
         from hatnet_train.data.check import check_data
 
-        found = check_data(data, size=self.image_size, workers=self.workers)
+        held_out = recipe.get("held_out", 0.0) if self.held_out is None else self.held_out
+        split = Split(labels=self.labels, held_out=held_out)
+        found = check_data(data, size=self.image_size, workers=self.workers, split=split)
         width = max(map(len, ("class", *found.counts)))
         say(f"{'class':<{width}}  {'train':>9}  {'val':>9}")
         totals = (sum(n for n, _ in found.counts.values()), sum(n for _, n in found.counts.values()))
@@ -401,50 +430,6 @@ class Evaluate(BadImages, Launched):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict(BadImages, Command):
-    """Classify image files with a checkpoint. The result is printed, one line per image.
-
-    Examples:
-      hatnet-predict scan.png --checkpoint runs/digits --top-k 3
-      hatnet-predict scans/val --checkpoint runs/digits
-    """
-
-    images: Images
-
-    checkpoint: Checkpoint
-
-    variant: Variant = None
-
-    top_k: Annotated[int, whole(1), arg(metavar="K")] = 1
-    """Classes to show of each image."""
-
-    device: Device = "auto"
-
-    format: Format = "table"
-
-    def run(self) -> int:
-        """Classify."""
-        from hatnet_train.classifier import load_classifier
-        from hatnet_train.predict import find_images, predictions
-
-        classifier = load_classifier(self.checkpoint, self.variant)
-        files, skipped = find_images(self.images, self.skip)
-        if str(skipped):
-            logger.info("%s", skipped)
-        rows = []
-        try:
-            for row in predictions(classifier, files, self.top_k, self.device, self.skip):
-                rows.append(row)
-                if self.format == "table":
-                    ranked = zip(row["classes"], row["probabilities"], strict=True)
-                    say(f"{row['image']}  " + "  ".join(f"{name} {100 * p:.1f} %" for name, p in ranked))
-        finally:
-            if rows and self.format == "json":  # of the images so far, whatever stopped the rest
-                say(json.dumps(rows, indent=2))
-        return self.finish(len(rows) + len(self.problems))
-
-
-@dataclass(frozen=True, kw_only=True)
 class WriteShards(BadImages, Command):
     """Write an ImageNet-layout folder as WebDataset tar shards with an index for random access.
 
@@ -576,20 +561,25 @@ def _defaults(command: type[Command], words: list[str]) -> Any:
     """Return the command with the values of the recipe that the words name."""
     if not issubclass(command, Run):
         return None
-    parts = [word.partition("=") for word in words]
-    follow = dict(itertools.pairwise(words))
-    recipe = next((value or follow.get(name, "") for name, _, value in parts if name == "--recipe"), "")
+    recipe, config = _value_of("--recipe", words), _value_of("--config", words)
     shown = recipe if recipe in RECIPES else SHOWN
     groups = vars(Options.from_dict({"data": "data", **recipe_values(shown)}))
-    missing: dict[str, Any] = {"recipe": tyro.MISSING}
+    missing: dict[str, Any] = {"recipe": "" if config else tyro.MISSING}
     if command is Train:
         missing["out"] = tyro.MISSING if recipe in ("", shown) else Path("out")
-    if recipe in ("", shown):  # else the recipe is what is wrong
+    if recipe in ("", shown) and not config:  # else the recipe is what is wrong, or the other run has the value
         for name in NEEDED.get(shown, ("data",)):
             if name not in RECIPES[shown]:
                 group = FIELDS[name].group
                 groups[group] = dataclasses.replace(groups[group], **{name: tyro.MISSING})
     return command(**groups, **missing)
+
+
+def _value_of(option: str, words: list[str]) -> str:
+    """Value of an option in the words of a command line; empty without one."""
+    follow = dict(itertools.pairwise(words))
+    parts = [word.partition("=") for word in words]
+    return next((value or follow.get(name, "") for name, _, value in parts if name == option), "")
 
 
 @contextlib.contextmanager

@@ -14,13 +14,13 @@ import difflib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_type_hints
 
-import msgspec
 from msgspec import Meta
 
 from hatnet_core.config import KERNELS
 from hatnet_core.variants import MIN_SIZE, list_models
+from hatnet_train.fields import LARGEST, Field, FieldError
 from hatnet_train.records import Count
 
 MAX_SIZE = 2048
@@ -35,10 +35,14 @@ sequential readers to divide, few enough to have half of them open at once, and 
 QUALITY = 90
 """Quality of the JPEG files that hatnet-shards makes when it resizes, 1 to 100."""
 
-LARGEST = 1e300
+RELEASED = "released"
+"""Value of ``init`` for the weights that the paper's authors released (a folder of that name: ./released)."""
 
 MAY_CHANGE = Meta(extra={"may_change": True})
 """Marks a field that a resumed run may choose anew: it decides how the run is computed, not what."""
+
+MAY_GROW = Meta(extra={"may_grow": True})
+"""Marks a field that a resumed run may increase, to become longer."""
 
 Positive: TypeAlias = Annotated[int, Meta(ge=1)]
 Amount: TypeAlias = Annotated[float, Meta(ge=0, le=LARGEST)]
@@ -47,23 +51,6 @@ Fraction: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
 Share: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
 ImageSize: TypeAlias = Annotated[int, Meta(ge=MIN_SIZE, le=MAX_SIZE)]
 Triple: TypeAlias = tuple[Positive, Positive, Positive]
-
-
-class FieldError(ValueError):
-    """A field of a configuration has a value that it cannot have.
-
-    Attributes:
-        field: its name.
-        problem: what was expected and what the value is.
-    """
-
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(field, problem)
-        self.field = field
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"{self.field} {self.problem}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +73,11 @@ class ModelOptions:
     """Dropout before the classifier, in [0, 1); 0.2 in the released model."""
 
     init: Annotated[str, MAY_CHANGE] = ""
-    """Weights to start from, a file or run folder; a head of another size is dropped."""
+    """Weights to start from: released, a file, a run folder, a folder of the Hub, or none; a head of another size is
+    dropped."""
+
+    freeze: Literal["none", "backbone"] = "none"
+    """Weights that are not trained: none, or all but the classifier (backbone)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +85,15 @@ class ImageOptions:
     """Options of the data set and its loading."""
 
     data: Annotated[str, MAY_CHANGE, Meta(min_length=1)]
-    """ImageNet-layout folder, folder of shards, digits or synthetic (a folder of that name: ./digits)."""
+    """ImageNet-layout folder, folder of classes, folder of shards, digits or synthetic (a folder of that name:
+    ./digits)."""
+
+    labels: Annotated[str, MAY_CHANGE] = ""
+    """CSV file with the columns file (below data), label and, if wanted, split; by default folders are classes."""
+
+    held_out: Fraction = 0.0
+    """Share of the training images to hold out, by class and seed, in [0, 1), of data without val/, validation/ or
+    test/."""
 
     image_size: ImageSize
     """Side of the square input in pixels, from 32 (Sec. 4.1: 224)."""
@@ -142,8 +141,14 @@ class AugmentationOptions:
 class OptimisationOptions:
     """Options of AdamW and its schedule (Sec. 4.1)."""
 
-    epochs: Annotated[int, Meta(ge=1, le=10**6)]
+    epochs: Annotated[int, Meta(ge=1, le=10**6), MAY_GROW]
     """Passes over the training images (Sec. 4.1: 300)."""
+
+    max_steps: Annotated[int, Meta(ge=0), MAY_GROW] = 0
+    """Optimizer steps at most, with the schedule over so many; 0 takes all of the epochs."""
+
+    early_stopping: Annotated[int, MAY_CHANGE, Meta(ge=0)] = 0
+    """Epochs without a better held-out accuracy after which the run ends; 0 takes all epochs."""
 
     batch_size: Positive
     """Images per optimizer step, over all processes (Sec. 4.1: 8 x 128)."""
@@ -163,6 +168,9 @@ class OptimisationOptions:
     weight_decay: Amount = 0.05
     """Weight decay of AdamW (Sec. 4.1), not on biases and norms (DeiT)."""
 
+    layer_decay: Share = 1.0
+    """Factor from the learning rate of a block to that of the one below it, in (0, 1]; 1: the same rate for all."""
+
     clip_grad: Amount = 0.0
     """Largest norm of the gradients; 0 does not clip (DeiT)."""
 
@@ -177,8 +185,8 @@ class OptimisationOptions:
 class ComputeOptions:
     """Options of precision and sharding."""
 
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Autocast to bf16 or fp16 with weights in fp32; or fp32."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast to bf16 or fp16 with weights in fp32; or fp32; auto: bf16 where the device has it."""
 
     zero_stage: Annotated[Literal[0, 1, 2, 3], MAY_CHANGE] = 0
     """ZeRO stage of DeepSpeed: the processes divide nothing (0), optimizer states (1), gradients (2), weights (3)."""
@@ -313,45 +321,14 @@ class TrainConfig(Options):
         return options.lr * options.batch_size / options.lr_batch_size if options.lr_batch_size else options.lr
 
     @property
+    def initial_weights(self) -> str:
+        """``init``, empty for fresh weights."""
+        return "" if self.model.init == "none" else self.model.init
+
+    @property
     def mixes(self) -> bool:
         """True if images are mixed in pairs."""
         return self.augmentation.mixup > 0 or self.augmentation.cutmix > 0
-
-
-@dataclass(frozen=True)
-class Field:
-    """Declaration of one field of :class:`TrainConfig`."""
-
-    group: str
-    type: Any
-    """With its range, as ``msgspec`` checks it."""
-    required: bool
-    default: Any
-    may_change: bool
-
-    def checked(self, name: str, value: Any) -> Any:
-        """Return ``value`` in the type of the field, such as a list as a tuple; FieldError if it is out of range."""
-        try:
-            return msgspec.convert(value, self.type)
-        except msgspec.ValidationError as error:
-            raise FieldError(name, f"must be {_described(self.type)}, got {value!r}") from error
-
-
-def _described(kind: Any) -> str:
-    """Say what a type and its range allow, such as "an integer from 1"."""
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
-    if get_origin(kind) is tuple:
-        return f"{len(get_args(kind))} numbers, each {_described(get_args(kind)[0])}"
-    if get_origin(kind) is not Annotated:
-        names = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
-        return names.get(kind) or _described(get_args(kind)[0])  # of a type or None
-    text = _described(get_args(kind)[0])
-    for meta in kind.__metadata__:
-        text = "a non-empty string" if meta.min_length else text
-        bounds = {"from": meta.ge, "above": meta.gt, "to": meta.le if meta.le != LARGEST else None, "below": meta.lt}
-        text += "".join(f" {word} {bound}" for word, bound in bounds.items() if bound is not None)
-    return text
 
 
 KNOWN = tuple(list_models(ablations=True))
@@ -361,9 +338,12 @@ def _fields() -> Iterator[tuple[str, Field]]:
     for group, kind in get_type_hints(Options).items():
         types = get_type_hints(kind, include_extras=True)
         for field in dataclasses.fields(kind):
-            marked = any(isinstance(m, Meta) and m.extra for m in getattr(types[field.name], "__metadata__", ()))
+            marks = [
+                m.extra for m in getattr(types[field.name], "__metadata__", ()) if isinstance(m, Meta) and m.extra
+            ]
             required = field.default is dataclasses.MISSING
-            yield field.name, Field(group, types[field.name], required, field.default, marked)
+            may = {name for mark in marks for name in mark}
+            yield field.name, Field(group, types[field.name], required, field.default, frozenset(may))
 
 
 FIELDS = dict(_fields())

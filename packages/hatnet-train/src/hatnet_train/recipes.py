@@ -5,9 +5,11 @@ A field that a recipe does not name has the class's default. The fields' sources
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from hatnet_train.config import FIELDS, FieldError, TrainConfig, field_help
+from hatnet_train.config import FIELDS, RELEASED, TrainConfig, field_help
+from hatnet_train.fields import FieldError
 
 DROP_PATH_RATES = {"hatnet_tiny": 0.1, "hatnet_small": 0.1, "hatnet_medium": 0.3, "hatnet_large": 0.3}
 """Stochastic depth by variant, our choice: that of PVTv2-B1 to B4, which have these sizes; the paper gives none."""
@@ -37,7 +39,56 @@ IMAGENET: dict[str, Any] = {
 ABLATION: dict[str, Any] = {**IMAGENET, "epochs": 100, "batch_size": 512}
 """Sec. 4.1 and 4.4: 100 epochs, batch halved, and with it the learning rate, which ``lr_batch_size`` scales."""
 
+FINETUNE: dict[str, Any] = {
+    # Ours, for photographs and released weights: a random crop of half of the area at least, flips, a mild policy. The
+    # gradients are clipped because small batches at the peak rate were unstable (see digits).
+    "variant": "hatnet_small",
+    "init": RELEASED,
+    "image_size": 224,
+    "held_out": 0.2,
+    "lr": 3e-4,
+    "min_lr": 1e-6,
+    "layer_decay": 0.8,
+    "clip_grad": 1.0,
+    "min_scale": 0.5,
+    "hflip": 0.5,
+    "rand_augment": "rand-m5-n2-mstd0.5-inc1",
+    "label_smoothing": 0.1,
+}
+
+BY_IMAGES = ((500, 8, 50), (2_000, 16, 40), (10_000, 32, 30), (50_000, 64, 20), (10**9, 128, 15))
+"""Batch size and epochs of the recipe finetune up to a number of training images, our choice: 600 steps for 100
+images, 15,600 for 50,000."""
+
+
+def by_images(images: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the recipe finetune that follow the number of training images.
+
+    The warm-up is a tenth of the epochs, the moving average is over a twentieth of the steps, and a run ends after a
+    quarter of the epochs without a better one. A batch is at most a quarter of the images.
+
+    Args:
+        images: number of training images.
+        given: values that were chosen, by field name; the others follow them.
+    """
+    _, batch_size, epochs = next(row for row in BY_IMAGES if images <= row[0])
+    batch_size = given.get("batch_size") or min(batch_size, 2 ** max(0, (images // 4).bit_length() - 1))
+    epochs = given.get("epochs") or epochs
+    steps = max(1, images // batch_size) * epochs
+    steps = min(steps, given.get("max_steps") or steps)
+    fresh = given.get("init", FINETUNE["init"]) in ("", "none")
+    return {
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "warmup_epochs": epochs / 10,
+        "early_stopping": max(3, epochs // 4),
+        "ema_decay": round(1 - 1 / max(10, steps / 20), 5),
+        **({"layer_decay": 1.0} if fresh else {}),  # there is nothing in lower layers to keep
+    }
+
+
 RECIPES: dict[str, dict[str, Any]] = {
+    "finetune": {**FINETUNE, **by_images(1_000, {})},
     # One cycle: a third of the epochs up, the rest down. Without dropout and stochastic depth, so that the losses
     # do not depend on the number of processes. Peak rates from 3e-4 on were unstable.
     "digits": {
@@ -86,8 +137,13 @@ NEEDED = {"finetune-384": ("data", "init")}
 """Fields that must be given with a recipe; with those not named here, ``data`` if the recipe has none."""
 
 
-def build_config(recipe: str, overrides: dict[str, Any]) -> TrainConfig:
+def build_config(recipe: str, overrides: dict[str, Any], *, images: int = 1_000) -> TrainConfig:
     """Build the configuration of ``recipe`` with ``overrides`` over it.
+
+    Args:
+        recipe: its name.
+        overrides: values by field name.
+        images: number of training images, for the recipe finetune; see :func:`by_images`.
 
     ``warmup_epochs`` keeps its share of ``epochs`` when only ``epochs`` is overridden, and ``drop_path_rate`` is that
     of the variant in :data:`DROP_PATH_RATES` if neither gives it.
@@ -102,7 +158,9 @@ def build_config(recipe: str, overrides: dict[str, Any]) -> TrainConfig:
     for name in NEEDED.get(recipe, ("data",)):
         if not values.get(name):
             raise FieldError(name, f"is required by the recipe {recipe}: {field_help(name)}")
-    if "epochs" in overrides and "warmup_epochs" not in overrides:
+    if recipe == "finetune":
+        values = {**values, **by_images(images, overrides), **overrides}
+    elif "epochs" in overrides and "warmup_epochs" not in overrides:
         values["warmup_epochs"] *= overrides["epochs"] / RECIPES[recipe]["epochs"]
     return TrainConfig.from_dict(values)
 

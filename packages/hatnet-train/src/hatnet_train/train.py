@@ -14,14 +14,17 @@ from typing import Any
 
 from deepspeed import comm as dist
 
+from hatnet_core.pretrained import released_file
+from hatnet_train.best import BestWeights, EarlyStopping
 from hatnet_train.callbacks import default_callbacks
-from hatnet_train.config import TrainConfig
-from hatnet_train.data import Source, log_usage, open_split
+from hatnet_train.config import FIELDS, RELEASED, TrainConfig
+from hatnet_train.data import Source, Split, log_usage, open_split
 from hatnet_train.deepspeed.engine import build_model
 from hatnet_train.distributed.collectives import compare, raise_together
 from hatnet_train.distributed.environment import discover
 from hatnet_train.distributed.launch import joined
 from hatnet_train.distributed.preflight import code_digest, format_report, preflight
+from hatnet_train.optim import Schedule
 from hatnet_train.run import checkpoint
 from hatnet_train.run.record import versions
 from hatnet_train.run.state import Saved, check_same_run, read_newest, read_saved, read_together
@@ -67,9 +70,14 @@ def train_run(
         compare({**facts, **_values(config)})
         data = {name: facts[name] for name in ("training data", "held-out data")}
         saved = _saved(config, out, resume, data) if out is not None else None
+        if saved is None:
+            _download_together(config)
         resumes = out is not None and (resume == "auto" or (saved is not None and _inside(saved.folder, out)))
         callbacks = default_callbacks(config, watch, signals)
+        callbacks += [BestWeights(), EarlyStopping(config.optimisation.early_stopping)]
         trainer = Trainer(config, training, held_out, user, callbacks=callbacks, data=data, saved=saved)
+        if saved is not None:
+            _log_extension(trainer, saved.config)
         del saved  # the engine has it now
         if out is not None:
             trainer.run(out, resume=resumes)
@@ -78,6 +86,19 @@ def train_run(
         report = preflight(facts, gradients)
         if dist.get_rank() == 0:
             sys.stdout.write(format_report(report) + "\n")
+
+
+def _log_extension(trainer: Trainer, earlier: Mapping[str, Any]) -> None:
+    """Log the change of the learning rate where a run is extended."""
+    longer = {name: earlier[name] for name, field in FIELDS.items() if field.may_grow and name in earlier}
+    old = Schedule.of(trainer.config.replace(**longer), trainer.order.steps)
+    new, step = trainer.schedule, trainer.state.step
+    if new.total_steps > old.total_steps > 0 and dist.get_rank() == 0:
+        logger.info(
+            "the run is extended from %d to %d steps: its cosine is that of all of them, so that the learning rate "
+            "goes from %.3g to %.3g at step %d, and falls to %.3g",
+            *(old.total_steps, new.total_steps, old(step), new(step), step, new(new.total_steps)),
+        )
 
 
 def _saved(config: TrainConfig, out: Path, resume: str, data: Mapping[str, str]) -> Saved | None:
@@ -141,12 +162,12 @@ def _inside(folder: Path, out: Path) -> bool:
 
 def open_both(config: TrainConfig) -> tuple[Source, Source]:
     """Open training and held-out images, with the same classes, at least two."""
-    training = open_split(config.images.data, train=True, size=config.images.image_size)
+    images = config.images
+    split = Split(labels=images.labels, held_out=images.held_out, seed=config.optimisation.seed)
+    training = open_split(images.data, train=True, size=images.image_size, split=split)
     if len(training.classes) < 2:
-        raise ValueError(
-            f"{config.images.data} has one class, {training.classes[0]}: expected two or more to tell apart"
-        )
-    held_out = open_split(config.images.data, train=False, size=config.images.image_size, classes=training.classes)
+        raise ValueError(f"{images.data} has one class, {training.classes[0]}: expected two or more to tell apart")
+    held_out = open_split(images.data, train=False, size=images.image_size, classes=training.classes, split=split)
     return training, held_out
 
 
@@ -165,10 +186,22 @@ def _open_together(config: TrainConfig) -> tuple[Source, Source]:
     return training, held_out
 
 
+def _download_together(config: TrainConfig) -> None:
+    """Download released weights, if those are wanted, once per host; raise the problems of one rank on all."""
+    problem = None
+    if config.initial_weights == RELEASED and os.environ.get("LOCAL_RANK", "0") == "0":
+        try:
+            released_file(config.model.variant)
+        except (ValueError, OSError) as error:
+            problem = f"{error}; --init FILE takes other weights, --init none fresh ones"
+    raise_together(problem)
+
+
 def _facts(config: TrainConfig, user: Mapping[str, Any], training: Source, held_out: Source) -> dict[str, str]:
     """Digests of everything that must be equal in all processes."""
     settings = json.dumps([_values(config), user], sort_keys=True)
-    weights = {"weights to start from": _file_digest(Path(config.model.init))} if config.model.init else {}
+    start = config.initial_weights
+    weights = {"weights to start from": start if start == RELEASED else _file_digest(Path(start))} if start else {}
     return {
         "code": code_digest()[:16],
         **versions(),
@@ -181,7 +214,7 @@ def _facts(config: TrainConfig, user: Mapping[str, Any], training: Source, held_
 
 def _values(config: TrainConfig) -> dict[str, str]:
     """All fields but the paths, which may differ."""
-    return {name: str(value) for name, value in config.to_dict().items() if name not in ("data", "init")}
+    return {name: str(value) for name, value in config.to_dict().items() if name not in ("data", "labels", "init")}
 
 
 def _file_digest(path: Path) -> str:

@@ -27,7 +27,8 @@ from hatnet_train.deepspeed.ema import Ema
 from hatnet_train.deepspeed.engine import build_engine
 from hatnet_train.deepspeed.partition import gradients
 from hatnet_train.evaluate import held_out_metrics
-from hatnet_train.optim import Schedule, set_lr
+from hatnet_train.optim import Schedule, set_lr, set_training_mode
+from hatnet_train.precision import settle_precision
 from hatnet_train.run.nonfinite import NonFiniteError
 from hatnet_train.run.record import open_run_folder, run_record
 from hatnet_train.run.state import RunState, Saved, restore, seed_step
@@ -64,17 +65,16 @@ class Trainer:
         saved: Saved | None = None,
         loader: Callable[..., Generator[Batch, None, None]] = train_batches,
     ) -> None:
-        self.config = config
+        self.config = config = settle_precision(config, saved.config if saved is not None else {})
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.training, self.held_out = training, held_out
         self.order = global_order(training, config)
         self.schedule = Schedule.of(config, self.order.steps)
+        self.epochs = -(-self.schedule.total_steps // self.order.steps)
         self.settings = deepspeed_config(config, world_size=self.world_size, user=user)
-        self.callbacks = list(callbacks)
-        self.data = dict(data or {})
-        self.out = Path()
+        self.callbacks, self.data = list(callbacks), dict(data or {})
+        self.out, self.stopping = Path(), False
         self.origin = saved.folder if saved is not None else None
-        self.stopping = False
         self._loader = loader
         self._build(saved)
 
@@ -114,7 +114,9 @@ class Trainer:
         self.out = out
         try:
             self.call("on_start")
-            while len(self.state.rows) < self.config.optimisation.epochs and not self.stopping:
+            while not self.stopping and (
+                self.state.step < self.schedule.total_steps or len(self.state.rows) < self.epochs
+            ):
                 try:
                     self.epoch()
                 except Exception as error:
@@ -163,8 +165,9 @@ class Trainer:
     def train_epoch(self, epoch: int) -> None:
         """Train the remaining steps of an epoch, counted from 0."""
         self.engine.train()
+        set_training_mode(self.engine.module)
         self.call("before_epoch")
-        while self.state.step < (epoch + 1) * self.order.steps:
+        while self.state.step < min((epoch + 1) * self.order.steps, self.schedule.total_steps):
             step = self.step()
             self.call("after_step", step)
             if step.stop:

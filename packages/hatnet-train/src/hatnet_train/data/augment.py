@@ -22,8 +22,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import RandomCrop
 from torchvision.transforms.v2 import functional as F
 
-from hatnet_train.config import FieldError, TrainConfig
+from hatnet_train.config import TrainConfig
 from hatnet_train.data.images import to_pillow, to_tensor
+from hatnet_train.fields import FieldError
 
 MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 """Of the normalisation, for values in [0, 1]; timm's for ImageNet, used for all data."""

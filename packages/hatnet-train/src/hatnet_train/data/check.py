@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hatnet_train.data import Source, open_split
+from hatnet_train.data import Source, Split, open_split
 from hatnet_train.data.folder import Folder, Skipped
 from hatnet_train.data.loader import load
 from hatnet_train.data.shards import Shards, progress_bar
+from hatnet_train.data.split import AS_THE_DATA_IS
 
 CHUNK = 64
 """Images that a worker reads at a time."""
@@ -28,17 +29,19 @@ class Findings:
     problems: list[str] = field(default_factory=list)
 
 
-def check_data(data: str, *, size: int, workers: int) -> Findings:
+def check_data(data: str, *, size: int, workers: int, split: Split = AS_THE_DATA_IS) -> Findings:
     """Read every image, and compare those to train with and those held out by the SHA-256 of their files.
 
     Args:
         data: as for :func:`hatnet_train.data.open_split`.
         size: side in pixels of synthetic images.
         workers: processes that read; 0 for this one alone.
+        split: as for :func:`hatnet_train.data.open_split`.
     """
     found = Findings()
-    training = _opened(data, found, train=True, size=size)
-    held_out = _opened(data, found, train=False, size=size, classes=training.classes if training else None)
+    training = _opened(data, found, train=True, size=size, split=split)
+    classes = training.classes if training else None
+    held_out = _opened(data, found, train=False, size=size, split=split, classes=classes)
     if training and len(training.classes) < 2:
         found.problems.append(f"{data} has one class, {training.classes[0]}: expected two or more to tell apart")
     counts = [_counts(source) for source in (training, held_out)]
@@ -70,11 +73,11 @@ def _counts(source: Source | None) -> dict[str, int]:
 
 
 def _opened(
-    data: str, found: Findings, *, train: bool, size: int, classes: tuple[str, ...] | None = None
+    data: str, found: Findings, *, train: bool, size: int, split: Split, classes: tuple[str, ...] | None = None
 ) -> Source | None:
     """Open as much of a split as can be used; None if that is nothing."""
     try:
-        source = open_split(data, train=train, size=size, classes=classes, report=found.problems.append)
+        source = open_split(data, train=train, size=size, classes=classes, report=found.problems.append, split=split)
     except (ValueError, OSError) as error:
         found.problems.append(str(error))
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
@@ -9,7 +10,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import NoReturn
+from typing import NoReturn, Self
 
 import numpy as np
 from torch import Tensor
@@ -110,6 +111,12 @@ class Folder:
         """Return the number of images."""
         return len(self.labels)
 
+    def part(self, chosen: np.ndarray) -> Self:
+        """Copy with the images of ``chosen``, [N] bool, alone."""
+        part = copy.copy(self)
+        part.labels, part._names = self.labels[chosen], self._names[chosen]
+        return part
+
     def encoded(self, i: int) -> bytes:
         """Return the file of image ``i``."""
         return read_file(self.name(i))
@@ -163,12 +170,16 @@ def class_folders(root: Path, report: Report = refuse, skipped: Skipped | None =
 def _way_out(data: Path, split: str) -> str:
     """Suggest what to do where a split is missing."""
     if split == "val" and (data / "train").is_dir():
-        return "move some images of every class from train/ to val/, into folders of the same names"
+        return (
+            "move some images of every class from train/ to val/, into folders of the same names, or have "
+            "hatnet-train --held-out 0.2 choose them"
+        )
     if (data.resolve().parent / split).is_dir():
         return f"did you mean {data.parent}, which contains it?"
     found = sorted(entry.name for entry in data.iterdir())[:5] if data.is_dir() else []
     return (
-        "expected train/ and val/ with a folder of images for every class, or shards of hatnet-shards; "
+        "expected train/ and val/ with a folder of images for every class, shards of hatnet-shards, or for "
+        "hatnet-train --held-out 0.2 the folders of the classes; "
         f"found {', '.join(found) or 'nothing'}"
     )
 

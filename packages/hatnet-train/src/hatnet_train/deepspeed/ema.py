@@ -8,7 +8,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from hatnet_train.deepspeed.partition import gather, masters, scatter
+from hatnet_train.deepspeed.partition import gather, masters, scatter, with_frozen
 
 
 class Ema:
@@ -32,7 +32,7 @@ class Ema:
 
     def weights(self, *, to: int | None = None) -> dict[str, Tensor]:
         """Gather the average of all weights, by the names of :class:`HATNet`, as :func:`gather` does."""
-        return gather(self._engine, self._average, to=to)
+        return with_frozen(self._engine, gather(self._engine, self._average, to=to), to=to)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Continue from an average that :meth:`weights` returned, on any number of processes."""

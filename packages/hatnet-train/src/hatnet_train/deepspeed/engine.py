@@ -15,10 +15,11 @@ from torch import Tensor
 
 from hatnet_core import HATNet, create_model, load_checkpoint, set_kernels
 from hatnet_core.checkpoint import head_size, read_state
-from hatnet_train.config import TrainConfig
+from hatnet_core.pretrained import released_file
+from hatnet_train.config import RELEASED, TrainConfig
 from hatnet_train.deepspeed.config import unread_keys
 from hatnet_train.deepspeed.user_json import AUTOCAST_DTYPES
-from hatnet_train.optim import parameter_groups
+from hatnet_train.optim import freeze, parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,9 @@ def build_engine(
             logger.warning("DeepSpeed ignores the key %r%s", key, f", did you mean {similar}?" if similar else "")
         engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=parameter_groups(model, config.optimisation.weight_decay),
+            model_parameters=parameter_groups(
+                model, config.optimisation.weight_decay, config.optimisation.layer_decay
+            ),
             config=settings,
         )
     except (TypeError, ValueError, AssertionError, LookupError, NotImplementedError, DeepSpeedConfigError) as error:
@@ -94,9 +97,12 @@ def build_model(config: TrainConfig, num_classes: int, weights: Mapping[str, Ten
     model.set_grid(config.model.grid_sizes, config.model.pool_sizes)
     if weights is not None:
         _load(model, weights)
-    elif config.model.init:
-        state, _ = read_state(config.model.init)
-        load_checkpoint(model, config.model.init, drop_head=head_size(state) != num_classes)
+    elif init := config.initial_weights:
+        path = released_file(config.model.variant) if init == RELEASED else init
+        state, _ = read_state(path)
+        load_checkpoint(model, path, drop_head=head_size(state) != num_classes)
+    if config.model.freeze == "backbone":
+        freeze(model)
     model.set_grad_checkpointing(config.compute.activation_checkpointing)
     return model
 

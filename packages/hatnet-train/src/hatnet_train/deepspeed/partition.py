@@ -39,7 +39,7 @@ def masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
 def gather(
     engine: deepspeed.DeepSpeedEngine, belonging: Callable[[Tensor], Tensor], *, to: int | None = None
 ) -> dict[str, Tensor]:
-    """Gather whole fp32 tensors of the parameters' shapes, by name. All ranks have to call it.
+    """Gather whole fp32 tensors of the trainable parameters' shapes, by name. All ranks have to call it.
 
     One tensor at a time is put together on the device. Ranks that get nothing keep nothing of it.
 
@@ -51,7 +51,7 @@ def gather(
     divided = engine.zero_optimization() and dist.get_world_size() > 1
     receives = to in (None, dist.get_rank())
     wholes: dict[str, Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in trainable(engine).items():
         piece = _piece(engine, parameter)
         if not (divided or receives):
             continue
@@ -75,7 +75,7 @@ def scatter(
 
     Args:
         engine: whose parameters.
-        tensors: one of its shape for every parameter.
+        tensors: one of its shape for every trainable parameter; others are ignored.
         belonging: from a master to the tensor of its size that is written to.
     """
     for name, piece in _pieces(engine).items():
@@ -87,7 +87,26 @@ def scatter(
 
 def full_weights(engine: deepspeed.DeepSpeedEngine, *, to: int | None = None) -> dict[str, Tensor]:
     """Gather all weights in fp32, by the names of :class:`HATNet`, as :func:`gather` does."""
-    return gather(engine, lambda master: master, to=to)
+    return with_frozen(engine, gather(engine, lambda master: master, to=to), to=to)
+
+
+def with_frozen(
+    engine: deepspeed.DeepSpeedEngine, tensors: dict[str, Tensor], *, to: int | None = None
+) -> dict[str, Tensor]:
+    """Add the weights that are not trained to what :func:`gather` returned. All ranks have to call it."""
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        with deepspeed.zero.GatheredParameters(parameter):  # without effect but under ZeRO-3
+            if to in (None, dist.get_rank()):
+                whole = parameter.detach().float().clone()
+                tensors[name] = whole if to is None else whole.cpu()
+    return tensors
+
+
+def trainable(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
+    """Parameters by name, without frozen ones, which no optimizer has."""
+    return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
 
 
 def whole_model(engine: deepspeed.DeepSpeedEngine, weights: dict[str, Tensor]) -> HATNet:
@@ -171,8 +190,8 @@ def load_moments(
 
 
 def _pieces(engine: deepspeed.DeepSpeedEngine) -> dict[str, _Piece | None]:
-    """Pieces of all parameters on this process by name; None for those that are on others."""
-    return {name: _piece(engine, parameter) for name, parameter in engine.module.named_parameters()}
+    """Pieces of the trainable parameters on this process by name; None for those that are on others."""
+    return {name: _piece(engine, parameter) for name, parameter in trainable(engine).items()}
 
 
 def _piece(engine: deepspeed.DeepSpeedEngine, parameter: Any) -> _Piece | None:

@@ -21,6 +21,21 @@ class RunRecord:
     resumed: list[dict[str, Any]] = field(default_factory=list)
 
 
+def values_of_run(path: Path) -> dict[str, Any]:
+    """Values of a run by field name, those of the last time that it was resumed.
+
+    Args:
+        path: its config.json or its folder.
+
+    Raises:
+        ValueError: if it cannot be read, or is not the record of a run.
+    """
+    file = path / CONFIG if path.is_dir() else path
+    record = read_config(file)
+    newest = convert([record, *record.get("resumed", [])][-1], RunRecord, file)
+    return newest.config
+
+
 def check_run(run: Path) -> dict[Path, list[str]]:
     """Compare every file of a run with what was written.
 

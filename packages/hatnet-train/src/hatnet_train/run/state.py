@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -40,6 +40,7 @@ from hatnet_train.deepspeed.partition import (
     loss_scaler,
     optimizer_scalars,
     scatter,
+    trainable,
     whole_model,
 )
 from hatnet_train.distributed.collectives import from_rank_0, raise_together
@@ -48,6 +49,9 @@ from hatnet_train.records import Count, parse_json
 from hatnet_train.run import checkpoint
 
 AVERAGE, OPTIMIZER, STATE = "model_ema.safetensors", "optimizer.safetensors", "state.json"
+
+BEST = "best.safetensors"
+"""File of the weights of the best epoch in a run folder."""
 
 
 @dataclass
@@ -188,7 +192,9 @@ def contents(
         STATE: lambda path: _write(path, json.dumps(record).encode()),
     }
     if average is not None:
-        files[AVERAGE] = lambda path: save_checkpoint(whole_model(engine, average), path, description)
+        accuracy = {"top1": state.rows[-1]["ema_top1"]} if "top1" in description else {}
+        of_average = {**description, **accuracy}
+        files[AVERAGE] = lambda path: save_checkpoint(whole_model(engine, average), path, of_average)
     return files
 
 
@@ -300,18 +306,27 @@ def check_same_run(saved: Saved, config: TrainConfig, data: Mapping[str, str]) -
 def differences(
     config_then: Mapping[str, Any], data_then: Mapping[str, str], config: Mapping[str, Any], data: Mapping[str, str]
 ) -> str:
-    """Describe the values with which a run computed that differ now; empty if there are none."""
+    """Describe the values with which a run computed that differ now; empty if there are none.
+
+    "auto" is whatever the run had.
+    """
     now = json.loads(json.dumps(config))  # with lists for tuples
     then = {name: config_then.get(name, FIELDS[name].default) for name in now}  # a field may be newer than the run
     changed = [
         f"--{name.replace('_', '-')} was {then[name]} and is {value}"
         for name, value in now.items()
-        if not FIELDS[name].may_change and then[name] != value
+        if not (FIELDS[name].may_change or value in (then[name], "auto"))
+        and not (FIELDS[name].may_grow and _grows(then[name], value))
     ]
     changed += [
         f"{name} was {then} and is {data.get(name)}" for name, then in data_then.items() if data.get(name) != then
     ]
     return "; ".join(changed)
+
+
+def _grows(then: int, now: int) -> bool:
+    """Return whether a number of epochs or steps, of which 0 is no limit, is larger now."""
+    return now == 0 or 0 < then < now
 
 
 def restore(engine: deepspeed.DeepSpeedEngine, ema: Ema | None, saved: Saved) -> None:
@@ -320,7 +335,7 @@ def restore(engine: deepspeed.DeepSpeedEngine, ema: Ema | None, saved: Saved) ->
     Raises:
         ValueError: if average or moments are those of another model, or there are none.
     """
-    _check_shapes(saved, averaged=ema is not None)
+    _check_shapes(saved, trainable(engine).keys(), averaged=ema is not None)
     scatter(engine, saved.weights, lambda master: master)  # where the masters are more precise than the model
     if ema is not None:
         ema.load(saved.average)
@@ -337,17 +352,18 @@ def restore(engine: deepspeed.DeepSpeedEngine, ema: Ema | None, saved: Saved) ->
             vars(scaler).update(saved.engine.loss_scaling)
 
 
-def _check_shapes(saved: Saved, *, averaged: bool) -> None:
-    """Check names and shapes of all tensors to restore."""
+def _check_shapes(saved: Saved, trained: Collection[str], *, averaged: bool) -> None:
+    """Check names and shapes of all tensors to restore; ``trained`` are the weights that have moments."""
     expected = {name: tensor.shape for name, tensor in saved.weights.items()}  # which the model has taken
     moments: dict[str, dict[str, torch.Size]] = {}
     for key, tensor in saved.moments.items():
         moment, _, name = key.partition("/")
         moments.setdefault(moment, {})[name] = tensor.shape
-    if any(shapes != expected for shapes in moments.values()) or (
+    moved = {name: shape for name, shape in expected.items() if name in trained}
+    if any(shapes != moved for shapes in moments.values()) or (
         not moments and saved.engine.global_steps > saved.engine.skipped_steps
     ):
-        raise ValueError(f"{saved.folder / OPTIMIZER} must have moments of every weight, of its shape")
+        raise ValueError(f"{saved.folder / OPTIMIZER} must have moments of every trained weight, of its shape")
     if averaged and {name: tensor.shape for name, tensor in saved.average.items()} != expected:
         raise ValueError(f"{saved.folder / AVERAGE} must have an average of every weight, of its shape")
 
