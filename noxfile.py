@@ -38,8 +38,8 @@ COMMANDS = {
     "analysis": ["hatnet-analysis"],
 }
 
-BROWSER = "packages/hatnet-analysis/tests/browser"
-"""Tests that click in a browser; in a session of their own."""
+BROWSER = {package: f"packages/hatnet-{package}/tests/browser" for package in ("train", "analysis")}
+"""Tests that click in a browser, by package; in a session of their own."""
 
 FAULTS = "packages/hatnet-train/tests/faults"
 """Tests that break things; in a session of their own."""
@@ -127,7 +127,7 @@ def tested(package: str) -> list[str]:
     """Return pytest's arguments for one package: its tests, the examples in its sources and README, two at a time."""
     folder = f"packages/hatnet-{package}/tests"
     if package == "train":  # its tests start processes of their own, and its examples DeepSpeed
-        return [folder, f"--ignore={FAULTS}"]
+        return [folder, f"--ignore={FAULTS}", f"--ignore={BROWSER['train']}"]
     examples = [f"packages/hatnet-{package}/src", f"packages/hatnet-{package}/README.md"]
     options = [
         "--doctest-modules",
@@ -136,7 +136,7 @@ def tested(package: str) -> list[str]:
         "--numprocesses=2",
         "--dist=loadfile",
     ]
-    options.append(f"--ignore={BROWSER}")
+    options.append(f"--ignore={BROWSER['analysis']}")
     return [folder, *examples, *options]
 
 
@@ -182,7 +182,8 @@ def lowest(session: nox.Session) -> None:
 def slow(session: nox.Session, package: str) -> None:
     """Run the tests of one package that take minutes, such as "slow(core)"."""
     install(session, package, groups=GROUPS.get(package, ("test",)))
-    paths = [f"packages/hatnet-{package}/tests", f"--ignore={FAULTS}", f"--ignore={BROWSER}"]
+    ignored = [f"--ignore={folder}" for folder in (FAULTS, *BROWSER.values())]
+    paths = [f"packages/hatnet-{package}/tests", *ignored]
     session.run("pytest", "-m", "slow", *paths, *session.posargs, success_codes=[0, 5])
 
 
@@ -197,12 +198,13 @@ def faults(session: nox.Session, form: str) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """Open and click the report of hatnet-analysis in headless Chromium; skipped where there is none."""
+    """Open and click the pages of hatnet-train and hatnet-analysis in headless Chromium; skipped without one."""
     found = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     if not found:
         session.skip("no browser: expected chromium on the PATH, or its path in CHROMIUM (apt-get install chromium)")
-    install(session, "analysis", groups=("test", "browser"))
-    session.run("pytest", BROWSER, *session.posargs, env={"CHROMIUM": found})
+    install(session, *BROWSER, groups=("test", "browser"))
+    for folder in BROWSER.values():
+        session.run("pytest", folder, *session.posargs, env={"CHROMIUM": found})
 
 
 @nox.session

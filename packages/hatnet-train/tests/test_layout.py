@@ -15,7 +15,7 @@ ROOT = Path(hatnet_train.__file__).parent
 FLOORS = (
     {"__about__", "_moved", "config", "files", "records", "recipes", "signals", "workers"},
     {"data", "deepspeed", "distributed", "optim"},
-    {"classifier", "monitor", "run"},
+    {"classifier", "curves", "monitor", "page", "results", "run"},
     {"callbacks", "evaluate", "predict", "train", "trainer"},
     {"__init__", "__main__", "cli", "errors"},
 )
