@@ -15,7 +15,7 @@ def row(epoch, **more):
 
 def texts(svg):
     """All text of an SVG document, in order."""
-    return ["".join(node.itertext()).strip() for node in ElementTree.fromstring(svg).iter("{*}text")]
+    return ["".join(node.itertext()).strip() for node in ElementTree.fromstring(svg).findall(".//{*}text")]
 
 
 def ticks(svg):
@@ -24,9 +24,9 @@ def ticks(svg):
     return {
         axis: [
             "".join(text.itertext()).strip()
-            for group in tree.iter("{*}g")
+            for group in tree.findall(".//{*}g")
             if re.match(f"{axis}tick_", group.get("id", ""))
-            for text in group.iter("{*}text")
+            for text in group.findall(".//{*}text")
         ]
         for axis in "xy"
     }
