@@ -36,7 +36,7 @@ def run(train, folder, *arguments, ranks=1, expected=0):
 
 
 def logits(checkpoint, files, variant=None):
-    """What the model gives for each image, one at a time."""
+    """Run the model on each image, one at a time."""
     classifier = load_classifier(checkpoint, variant)
     with torch.no_grad():
         return torch.cat([classifier.model(classifier.preprocess(read_image(file))[None]) for file in files])
