@@ -38,8 +38,8 @@ COMMANDS = {
     "analysis": ["hatnet-analysis"],
 }
 
-BROWSER = "packages/hatnet-analysis/tests/browser"
-"""Tests that click in a browser; in a session of their own."""
+BROWSER = {package: f"packages/hatnet-{package}/tests/browser" for package in ("train", "analysis")}
+"""Tests that click in a browser, by package; in a session of their own."""
 
 CONFIGS = "packages/hatnet-dense/src/hatnet_dense/configs"
 """MMDetection's kind of configs, which MMEngine reads and nothing else can import."""
@@ -196,12 +196,13 @@ def faults(session: nox.Session, form: str) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """Open and click the report of hatnet-analysis in headless Chromium; skipped where there is none."""
+    """Open and click the pages of hatnet-train and hatnet-analysis in headless Chromium; skipped without one."""
     found = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     if not found:
         session.skip("no browser: expected chromium on the PATH, or its path in CHROMIUM (apt-get install chromium)")
-    install(session, "analysis", groups=("test", "browser"))
-    session.run("pytest", BROWSER, *session.posargs, env={"CHROMIUM": found})
+    install(session, *BROWSER, groups=("test", "browser"))
+    for folder in BROWSER.values():
+        session.run("pytest", folder, *session.posargs, env={"CHROMIUM": found})
 
 
 @nox.session

@@ -1,6 +1,7 @@
 """Attention maps: against the model's own attention, and on weights that must point somewhere."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hatnet_analysis.attention_input import to_input
+from hatnet_analysis.attention_input import describe_weights, to_input
 from hatnet_analysis.attention_maps import (
     AttentionWeights,
     attention_weights,
@@ -197,11 +198,22 @@ def test_the_strongest_weights_are_named_by_row_and_column_of_the_stage():
     assert all(row["weight"] > 0.99 for row in rows)
 
 
+def drawn(figure):
+    """The panels of a figure and, of each but the first, its colour bar."""
+    bars = [axes for axes in figure.axes if axes.get_label() == "<colorbar>"]
+    panels = [axes for axes in figure.axes if axes not in bars]
+    assert len(bars) == len(panels) - 1
+    return panels, bars
+
+
 def test_what_is_drawn_lies_where_the_weights_point():
     recorded, image = spotted()
     figure = attention_figure(image, look(recorded, image, (210, 270), stage=2))
-    local, global_, rolled = (np.ma.filled(axes.images[-1].get_array(), np.nan) for axes in figure.axes[1:4])
-    for axes in figure.axes:
+    panels, bars = drawn(figure)
+    local, global_, rolled = (np.ma.filled(axes.images[-1].get_array(), np.nan) for axes in panels[1:4])
+    for axes, values in zip(bars, (local, global_, rolled), strict=False):
+        assert axes.get_xlim() == pytest.approx((np.nanmin(values), np.nanmax(values)))
+    for axes in panels:
         assert (axes.get_xlim(), axes.get_ylim()) == ((0, 300), (276, 0))
         assert [shown.origin for shown in axes.images] == ["upper"] * len(axes.images)
         for shown in axes.images:
@@ -215,7 +227,7 @@ def test_what_is_drawn_lies_where_the_weights_point():
     pooled[8:10, 6:8] = True  # the 2×2 that hold the spot
     assert ((global_ > 0.5) == pooled).all()
     assert rolled[11, 5] > 0.6  # by the residuals
-    (frame,) = figure.axes[0].patches
+    (frame,) = panels[0].patches
     assert frame.get_xy() == pytest.approx((160, 192))
     assert (frame.get_width(), frame.get_height()) == pytest.approx((140, 84))  # 160×96, cut off at the image
 
@@ -263,22 +275,53 @@ def test_what_is_not_there_is_refused_by_name(arguments, named):
         look(recorded, Image.new("RGB", (300, 200)), **{"point": (0, 0), "stage": 3, **arguments})
 
 
-def test_a_picture_shows_the_point_in_five_panels(tmp_path):
+def test_a_picture_shows_the_point_in_every_panel(tmp_path):
     image = Image.linear_gradient("L").resize((120, 80)).convert("RGB")
     model = HATNet(**SMALL)
     recorded = record_weights(model, to_input(image, (64, 96), (0.5,) * 3, (0.5,) * 3))
-    for stage in (2, 5):
+    for stage, number in ((2, 5), (5, 4)):  # stage 5 has no local step
         figure = attention_figure(image, look(recorded, image, (70, 30), stage))
-        assert len(figure.axes) == 5
-        marks = [line for axes in figure.axes for line in axes.lines]
-        assert [line.get_xydata().tolist() for line in marks] == [[[70, 30]]] * 5
-        assert len(figure.axes[0].patches) == (1 if stage == 2 else 0)  # the frame of the grid
-        heading = figure.axes[2].get_title()
+        panels, _ = drawn(figure)
+        assert len(panels) == number
+        marks = [line for axes in panels for line in axes.lines]
+        assert [line.get_xydata().tolist() for line in marks] == [[[70, 30]]] * number
+        assert len(panels[0].patches) == (1 if stage == 2 else 0)  # the frame of the grid
+        heading = panels[number - 3].get_title()
         check(heading, "global", "2×3")
         assert ("pooled" in heading) == (stage == 2)
         save_figure(figure, tmp_path / f"{stage}.png")
-        with Image.open(tmp_path / f"{stage}.png") as drawn:
-            assert drawn.convert("RGB").getcolors(100) is None  # more colours than that
+        with Image.open(tmp_path / f"{stage}.png") as saved:
+            assert saved.convert("RGB").getcolors(100) is None  # more colours than that
+
+
+@pytest.mark.parametrize("size", [(300, 300), (1200, 200), (120, 900), (640, 480)])
+@pytest.mark.parametrize("stage", [2, 5])
+def test_headings_are_legible_and_apart_whatever_the_image(size, stage):
+    recorded = record_weights(HATNet(**SMALL), torch.zeros(1, 3, 64, 96))
+    image = Image.new("RGB", size)
+    figure = attention_figure(image, look(recorded, image, (1, 1), stage), describe_weights(None, "hatnet_tiny"))
+    figure.draw_without_rendering()
+    panels, bars = drawn(figure)
+    titles = [figure.get_suptitle() and figure.texts[0], *(axes.title for axes in panels)]
+    boxes = [text.get_window_extent() for text in titles]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    assert all(text.get_fontsize() >= 11 for text in titles)
+    assert figure.get_figwidth() <= 12  # shown 800 pixels wide, 11 points are 10 pixels
+    assert all(axes.get_xlabel() for axes in bars)
+
+
+def test_untrained_weights_are_named_on_the_picture():
+    recorded, image = spotted()
+    view = look(recorded, image, (210, 270), stage=2)
+    for arguments, named in (
+        ({"checkpoint": None, "variant": "hatnet_tiny"}, ("Random", "hatnet_tiny", "untrained")),
+        ({"checkpoint": Path("runs/small"), "variant": None}, ("runs/small",)),
+        ({"checkpoint": None, "variant": "hatnet_small", "pretrained": True}, ("Released", "hatnet_small")),
+    ):
+        title = attention_figure(image, view, describe_weights(**arguments)).get_suptitle()
+        check(title, *named)
+        assert ("Random" in title) == (named[0] == "Random")
 
 
 def test_what_is_not_pooled_is_not_called_so():

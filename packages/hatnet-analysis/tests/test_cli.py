@@ -58,6 +58,9 @@ USAGE = [
     ("report --out x --sections prices", "--sections", "'prices'", "attention"),
     ("report --out x --sections attention --table 1", "--table", "tables", 1),
     ("report --out x --sections tables --image a.png", "--image", "attention", "a.png"),
+    ("attention absent.png --point 1 1 --pretrained", "--pretrained", "--variant"),
+    ("attention absent.png --point 1 1 --pretrained --checkpoint a", "--pretrained", "--checkpoint", "a"),
+    ("report --out x --sections tables --pretrained", "--pretrained", "attention"),
     ("report --out x --sections tables --checkpoint a", "--checkpoint", "attention", "a"),
     ("report --out x --sections compare --variant hatnet_tiny", "--variant", "attention", TINY),
     ("report --out x --sections attention --device cpu", "--device", "complexity", "compare", "memory"),
@@ -296,7 +299,9 @@ def test_growth_is_three_tables_a_picture_and_one_json(capsys, files):
 def test_attention_is_drawn_and_listed(capsys, files):
     line = "attention image.png --variant hatnet_tiny --point 200 40"
     assert status(f"{line} --stage 3 --head 1 --out seen.png") == 0
-    assert "global (pooled)" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "global (pooled)" in out
+    check(err, "warning", "hatnet_tiny", "Random", "--checkpoint", "--pretrained")
     assert (files / "seen.png").read_bytes().startswith(b"\x89PNG")
     (record,) = printed(line, capsys)
     assert (record["row"], record["column"]) == (8, 43)  # of 56×56, the image being 256×256
@@ -307,6 +312,31 @@ def test_the_attention_of_a_checkpoint_is_at_the_size_of_its_training(more, expe
     save_checkpoint(create_model(TINY, num_classes=2), files / "own.safetensors", {"image_size": 64})
     (record,) = printed(f"attention image.png --checkpoint own.safetensors --point 200 40 {more}", capsys)
     assert record["input_size"] == expected
+
+
+def test_the_weights_of_a_checkpoint_are_not_called_random(capsys, files):
+    save_checkpoint(create_model(TINY, num_classes=2), files / "own.safetensors", {"image_size": 64})
+    assert status("attention image.png --checkpoint own.safetensors --point 200 40") == 0
+    assert "andom" not in capsys.readouterr().err
+
+
+def test_pretrained_weights_are_looked_for_where_they_are_published(capsys, files, monkeypatch):
+    monkeypatch.setenv("HATNET_WEIGHTS_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCH_HOME", str(files / "hub"))
+    assert status("attention image.png --variant hatnet_tiny --pretrained --point 200 40") == 1
+    error_line(capsys.readouterr().err, "hatnet-analysis attention", "127.0.0.1:9", "HAT-Net_Tiny.pth")
+
+
+def test_a_checkpoint_is_compared_with_the_top1_that_it_records(capsys, files):
+    save_checkpoint(create_model(TINY, num_classes=2), files / "own.safetensors", {"top1": 81.25})
+    options = "--checkpoint own.safetensors --size 32 --batch 1 --rounds 1"
+    named, own = printed(f"compare hatnet_tiny {options}", capsys)
+    assert (named["model"], named["own_top1"]) == ("hatnet_tiny", None)
+    assert (own["model"], own["own_top1"], own["paper_top1"]) == ("own.safetensors", 81.25, None)
+    assert own["params"] < named["params"]  # two classes
+    (files / "foreign.pth").write_bytes(b"")
+    assert status("compare hatnet_tiny --checkpoint foreign.pth") == 1
+    error_line(capsys.readouterr().err, "hatnet-analysis compare", "foreign.pth")
 
 
 def test_throughput_of_two_models_is_a_ratio_and_logs_their_turns(capsys):

@@ -3,6 +3,7 @@
 Where the launcher is not what is tested, the processes are forked from one that has all imports behind it.
 """
 
+import csv
 import json
 import math
 import os
@@ -205,9 +206,14 @@ def test_deterministic_refuses_operations_without_a_deterministic_algorithm(monk
 def test_held_out_images_are_counted_once_on_any_number_of_processes(alone, images, run_command, train, tmp_path):
     one, three = tmp_path / "one.json", tmp_path / "three.json"  # the launcher logs to standard output, too
     flags = ["--checkpoint", alone / "model.safetensors", "--data", images, "--workers", "0", "--batch", "6"]
-    train(*flags, "--out", one, ranks=1, function="evaluate")
-    done = run_command(*MODULE[:2], "3", "--no_python", BIN / "hatnet-eval", *flags, "--out", three)
+    counts = [tmp_path / "one.csv", tmp_path / "three.csv"]
+    train(*flags, "--out", one, "--per-class", counts[0], ranks=1, function="evaluate")
+    flags += ["--out", three, "--per-class", counts[1]]
+    done = run_command(*MODULE[:2], "3", "--no_python", BIN / "hatnet-eval", *flags)
     assert done.returncode == 0, done.stderr
+    assert counts[0].read_text() == counts[1].read_text()
+    with counts[0].open(newline="") as file:
+        assert sum(int(row["images"]) for row in csv.DictReader(file)) == 40
     rows = [json.loads(result.read_text()) for result in (one, three)]
     assert [row["world_size"] for row in rows] == [1, 3]
     last = metrics(alone)[-1]

@@ -13,9 +13,9 @@ from hatnet_train._moved import MOVED
 ROOT = Path(hatnet_train.__file__).parent
 
 FLOORS = (
-    {"__about__", "_moved", "config", "fields", "files", "records", "recipes", "signals", "workers"},
+    {"__about__", "_moved", "config", "fields", "records", "recipes", "signals", "workers"},
     {"data", "deepspeed", "distributed", "optim", "precision"},
-    {"classifier", "monitor", "run"},
+    {"classifier", "curves", "monitor", "page", "results", "run"},
     {"best", "callbacks", "evaluate", "finetune", "predict", "prediction_files", "train", "trainer"},
     {"__init__", "__main__", "cli", "errors", "predict_cli"},
 )

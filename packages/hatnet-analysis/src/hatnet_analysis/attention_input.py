@@ -18,34 +18,50 @@ from hatnet_core.images import to_rgb
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, for checkpoints without their own."""
 
+RANDOM = "Random weights"
+"""How the description of an untrained model begins."""
+
 MAX_PIXELS = 2**26
 """Largest image that is read, in pixels."""
 
 
-def read_model(checkpoint: Path | None, variant: str | None) -> tuple[HATNet, tuple[Sequence[float], Sequence[float]]]:
+def read_model(
+    checkpoint: Path | None, variant: str | None, *, pretrained: bool = False
+) -> tuple[HATNet, tuple[Sequence[float], Sequence[float]]]:
     """Load a model in evaluation mode, with mean and standard deviation of its three channels.
 
     Args:
         checkpoint: a file or folder of hatnet-train, or, together with ``variant``, any that
             :func:`hatnet_core.load_checkpoint` reads; None for random weights, the same every time.
         variant: name from :func:`hatnet_core.list_models`, for checkpoints that do not record it.
+        pretrained: download the released weights of ``variant``; without a checkpoint only.
 
     Raises:
         ValueError: if neither names the model, the checkpoint is not readable, is of another model or lacks a mean and
             standard deviation of three channels, or the model takes no RGB images or attends in windows.
         FileNotFoundError: if the checkpoint is missing.
         ImportError: if the checkpoint is a safetensors file and safetensors is not installed.
+        OSError: if the released weights cannot be downloaded.
     """
     if checkpoint is None:
         if variant is None:
             raise ValueError("--checkpoint or --variant must be given; --variant alone has random weights")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            model = create_model(variant)
+            model = create_model(variant, pretrained=pretrained)
         return _drawable(model, variant), (MEAN, STD)
     content = read_checkpoint(checkpoint)
     model, record = _drawable(load_model(content, variant), str(checkpoint)), content.metadata
     return model, (_channels(record, "mean", MEAN, checkpoint), _channels(record, "std", STD, checkpoint))
+
+
+def describe_weights(checkpoint: Path | None, variant: str | None, *, pretrained: bool = False) -> str:
+    """Name the weights of :func:`read_model` in a line, for a picture; untrained ones with a warning."""
+    if checkpoint is not None:
+        return f"Weights of {checkpoint}"
+    if pretrained:
+        return f"Released weights of {variant}, trained on ImageNet"
+    return f"{RANDOM} of {variant}: an untrained model, whose attention says nothing about the image"
 
 
 def _drawable(model: HATNet, origin: str) -> HATNet:

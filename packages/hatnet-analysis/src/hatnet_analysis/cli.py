@@ -61,7 +61,8 @@ def _model(name: str) -> str:
 
 NAMES = (
     f"{', '.join(list_models())}, or an ablation; timm/NAME; a config of hatnet-dense, MMDetection or MMSegmentation, "
-    "such as retinanet_hatnet-s_fpn_1x_coco or mmdet::retinanet/retinanet_r50_fpn_1x_coco.py. All have random weights."
+    "such as retinanet_hatnet-s_fpn_1x_coco or mmdet::retinanet/retinanet_r50_fpn_1x_coco.py. Their weights are "
+    "random. Or a run of hatnet-train, with its own."
 )
 SIZE = f"Height and width of the image in pixels, {MIN_SIZE} to {MAX_SIZE}; one number is both."
 
@@ -77,6 +78,9 @@ OptionalDevice: TypeAlias = Annotated[
         help="Where to measure time and memory: auto (a GPU if there is one), cpu, cuda or cuda:N.",
         help_behavior_hint="(default: auto)",
     ),
+]
+Pretrained: TypeAlias = Annotated[
+    Flag, arg(help="Download the released weights of --variant. Without it and --checkpoint, weights are random.")
 ]
 TABLE = several(option(str, "TABLE", one_of(list(TABLES))))
 SECTION = several(option(str, "SECTION", one_of(list(SECTIONS))))
@@ -303,23 +307,29 @@ class Throughput(Speed):
 class Compare(Speed):
     """Compare throughput, FLOPs, parameters and the top-1 stated in the papers.
 
-    HAT-Net is compared with its peers, which need timm, unless models are named. Peak memory is that of a step,
-    without weights, images and optimizer state.
+    HAT-Net is compared with its peers, which need timm, unless models are named. --checkpoint adds a model of your own
+    and its recorded top-1. Peak memory is that of a step, without weights, images and optimizer state.
 
     Examples:
       hatnet-analysis compare --device cuda --batch 64 --out compare.png
     """
 
     models: Models = ()
+    checkpoint: OptionalCheckpoint = None
+
     out: Picture = None
     """Write a scatter plot to this file, .png or .svg."""
 
     def _result(self) -> str:
         from hatnet_analysis.figures import compare_figure, save_figure
+        from hatnet_analysis.models import is_checkpoint
         from hatnet_analysis.throughput import COMPARED, compare
 
         _check(self.out)
-        rows = compare(self.models or COMPARED, self._settings(), _progress)
+        if self.checkpoint is not None and not is_checkpoint(str(self.checkpoint)):
+            raise ValueError(f"{self.checkpoint}: must be a run of hatnet-train, or weights that record their model")
+        own = () if self.checkpoint is None else (str(self.checkpoint),)
+        rows = compare((*(self.models or COMPARED), *own), self._settings(), _progress)
         if self.out is not None:
             save_figure(compare_figure(rows), self.out)
         return render(rows, self.format)
@@ -352,6 +362,7 @@ class Attention(Rows):
 
     checkpoint: OptionalCheckpoint = None
     variant: Variant = None
+    pretrained: Pretrained = False
     size: Annotated[
         tuple[int, int] | None, pixels(MAX_SIZE), arg(help=SIZE, help_behavior_hint="(default: as trained, or 224)")
     ] = None
@@ -361,21 +372,24 @@ class Attention(Rows):
 
     def _result(self) -> str:
         from hatnet_analysis import attention_maps as maps
-        from hatnet_analysis.attention_input import read_image, read_model, to_input
+        from hatnet_analysis.attention_input import describe_weights, read_image, read_model, to_input
         from hatnet_analysis.figures import attention_figure, save_figure
         from hatnet_analysis.models import refusals
         from hatnet_core.checkpoint import trained_size
 
         _check(self.out)
+        _check_weights(self.checkpoint, self.variant, self.pretrained)
         image = read_image(self.image)
-        model, (mean, std) = read_model(self.checkpoint, self.variant)
+        model, (mean, std) = read_model(self.checkpoint, self.variant, pretrained=self.pretrained)
+        weights = describe_weights(self.checkpoint, self.variant, pretrained=self.pretrained)
         size = self.size or trained_size(self.checkpoint, MAX_SIZE)
         with refusals(str(self.checkpoint or self.variant), size):
             maps.check_size(model, size)
             recorded = maps.record_weights(model, to_input(image, size, mean, std))
+        _warn_of_random(weights)
         view = maps.look(recorded, image, self.point, self.stage, self.block, self.head)
         if self.out is not None:
-            save_figure(attention_figure(image, view), self.out)
+            save_figure(attention_figure(image, view, weights), self.out)
         if self.format == "json":
             return render([view.record()], "json")
         return render([AttendedRow(**row) for row in view.strongest()], self.format)
@@ -406,6 +420,7 @@ class Report(Command):
 
     checkpoint: OptionalCheckpoint = None
     variant: Variant = None
+    pretrained: Pretrained = False
     device: OptionalDevice = None
 
     def run(self) -> None:
@@ -414,14 +429,20 @@ class Report(Command):
         if "tables" not in sections:
             _refuse_unused(self, ("table",), "with the section tables")
         if "attention" not in sections:
-            _refuse_unused(self, ("image", "checkpoint", "variant"), "with the section attention")
+            _refuse_unused(self, ("image", "checkpoint", "variant", "pretrained"), "with the section attention")
         if not {"complexity", "compare"} & {*sections} and not ("tables" in sections and "memory" in tables):
             _refuse_unused(self, ("device",), "with the sections complexity and compare, and the table memory")
+        _check_weights(self.checkpoint, self.variant, self.pretrained)
         out = writable_folder(self.out)
-        from hatnet_analysis.report import write_report
+        from hatnet_analysis.attention_input import describe_weights
+        from hatnet_analysis.report import EXPLORED, write_report
 
-        explored = (self.image, self.checkpoint, self.variant)
-        say(f"written: {write_report(out, sections, tables, *explored, _device(self.device), _progress)}")
+        explored, device = (self.image, self.checkpoint, self.variant), _device(self.device)
+        if "attention" in sections:
+            variant = self.variant or EXPLORED
+            _warn_of_random(describe_weights(self.checkpoint, variant, pretrained=self.pretrained))
+        path = write_report(out, sections, tables, *explored, device, _progress, pretrained=self.pretrained)
+        say(f"written: {path}")
 
 
 COMMANDS = (Params, Flops, Complexity, Growth, Paper, Throughput, Compare, Attention, Report)
@@ -452,9 +473,22 @@ def _progress(text: str) -> None:
 def _refuse_unused(options: Command, names: Sequence[str], when: str) -> None:
     for name in names:
         given = getattr(options, name)
-        if given is not None:
+        if given is not None and given is not False:
             shown = " ".join(map(str, given)) if isinstance(given, tuple) else given
             raise UsageError(f"--{name} has an effect only {when}, got {shown}")
+
+
+def _check_weights(checkpoint: Path | None, variant: str | None, pretrained: bool) -> None:
+    if pretrained and (checkpoint is not None or variant is None):
+        given = "neither" if checkpoint is None else f"--checkpoint {checkpoint}"
+        raise UsageError(f"--pretrained must come with --variant and without --checkpoint, got {given}")
+
+
+def _warn_of_random(weights: str) -> None:
+    from hatnet_analysis.attention_input import RANDOM
+
+    if weights.startswith(RANDOM):
+        logger.warning("%s; use --checkpoint or --pretrained", weights)
 
 
 def _device(name: str | None) -> str:

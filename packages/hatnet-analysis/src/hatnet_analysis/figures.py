@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,13 +15,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
+from hatnet_analysis.attention_input import RANDOM
 from hatnet_analysis.attention_maps import FIRST_STRIDE
 from hatnet_analysis.growth import CONTENDERS, crossings, fastest_rate, points
 from hatnet_core.io import atomic_write
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from hatnet_analysis.attention_maps import View
     from hatnet_analysis.growth import CrossingRow
@@ -201,54 +205,82 @@ def _pixels(axes: Any, line: Line2D) -> list[tuple[float, float]]:
     return [(x + s * (u - x), y + s * (v - y)) for (x, y), (u, v) in pairwise(points) for s in steps]
 
 
-def attention_figure(image: Image, view: View) -> Figure:
+def attention_figure(image: Image, view: View, weights: str = "") -> Figure:
     """Draw the image with the point and its grid, and local attention, global attention and rollout over it.
 
-    A position covers the pixels that the model sees there: its stride in the model's input, scaled to the image.
+    A position covers the pixels that the model sees there: its stride in the model's input, scaled to the image. Each
+    map has a colour bar of its own, from its smallest value to its largest. Stage 5 has no local step.
 
     Args:
         image: in its own size.
         view: of :func:`hatnet_analysis.attention_maps.look`.
+        weights: whose weights they are, the title; of :func:`hatnet_analysis.attention_input.describe_weights`.
     """
     at = view.attention
-    figure = new_figure(16, 16 / 5 * image.height / image.width + 0.35)
-    panels = figure.subplots(1, 5)
     scale = (image.height / view.input_size[0], image.width / view.input_size[1])
     cell = (at.stride * scale[0], at.stride * scale[1])
-    first_cell = (FIRST_STRIDE * scale[0], FIRST_STRIDE * scale[1])
-    local = torch.full((at.height, at.width), torch.nan)
-    title = "no local step in stage 5"
-    if at.local is not None:
-        local[at.top : at.top + at.local.shape[0], at.left : at.left + at.local.shape[1]] = at.local
-        title = f"local step: its grid of {at.local.shape[0]}×{at.local.shape[1]}"
-    spread = at.global_.repeat_interleave(at.pool_size, 0).repeat_interleave(at.pool_size, 1)[: at.height, : at.width]
-    pooled = "" if at.pool_size == 1 else "pooled "
+    maps = _attention_maps(view, cell, (FIRST_STRIDE * scale[0], FIRST_STRIDE * scale[1]))
     head = "mean of the heads" if view.head is None else f"head {view.head}"
-    maps = [
-        (None, cell, f"stage {view.stage}, block {view.block}, {head}"),
-        (local, cell, title),
-        (spread, cell, f"global step: {at.global_.shape[0]}×{at.global_.shape[1]} {pooled}positions"),
-        (view.rollout, first_cell, "rollout from the point"),
-        (view.mean_rollout, first_cell, "rollout, mean of all positions"),
-    ]
-    for axes, (values, (height, width), heading) in zip(panels, maps, strict=True):
-        axes.imshow(image, extent=(0, image.width, image.height, 0))
-        if values is not None:
-            axes.imshow(image.convert("L"), cmap="gray", extent=(0, image.width, image.height, 0))
-            axes.imshow(
-                values.numpy(),
-                cmap="inferno",
-                alpha=0.65,
-                extent=(0, values.shape[1] * width, values.shape[0] * height, 0),
-                interpolation="nearest",
-            )
+    headings = [f"stage {view.stage}, block {view.block}, {head}", *(heading for heading, *_ in maps)]
+    panels, figure = _attention_panels(image, headings, weights)
+    panels[0].imshow(image, extent=(0, image.width, image.height, 0))
+    for axes, (_, values, (height, width), label) in zip(panels[1:], maps, strict=True):
+        axes.imshow(image.convert("L"), cmap="gray", extent=(0, image.width, image.height, 0))
+        extent = (0, values.shape[1] * width, values.shape[0] * height, 0)
+        shown = axes.imshow(values.numpy(), cmap="inferno", alpha=0.65, extent=extent, interpolation="nearest")
+        bar = figure.colorbar(shown, ax=axes, location="bottom", aspect=35, pad=0.02, ticks=MaxNLocator(4))
+        bar.set_label(label, fontsize=9)
+        bar.ax.tick_params(labelsize=9)
+    for axes in panels:
         axes.set(xlim=(0, image.width), ylim=(image.height, 0))  # the last positions may reach beyond the image
         axes.plot(*view.point, "+", color="#00e5ff", markersize=12, markeredgewidth=2)
-        axes.set_title(heading, fontsize=9)
-        axes.set_axis_off()
     if at.local is not None:
         left, top = at.left * cell[1], at.top * cell[0]
         width = min(at.local.shape[1] * cell[1], image.width - left)
         height = min(at.local.shape[0] * cell[0], image.height - top)
         panels[0].add_patch(Rectangle((left, top), width, height, fill=False, edgecolor="#00e5ff", linewidth=1.5))
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    first, second = panels[0].get_position(), panels[1].get_position()
+    panels[0].set_position((first.x0, second.y0, second.width, second.height))  # level, although it has no colour bar
     return figure
+
+
+def _attention_maps(
+    view: View, cell: tuple[float, float], first_cell: tuple[float, float]
+) -> list[tuple[str, Tensor, tuple[float, float], str]]:
+    """Return heading, values, height and width of a position in pixels, and label of the colours, of every map."""
+    at, maps = view.attention, []
+    if at.local is not None:
+        local = torch.full((at.height, at.width), torch.nan)
+        local[at.top : at.top + at.local.shape[0], at.left : at.left + at.local.shape[1]] = at.local
+        heading = f"local step: its grid of {at.local.shape[0]}×{at.local.shape[1]}"
+        maps.append((heading, local, cell, "attention weight"))
+    spread = at.global_.repeat_interleave(at.pool_size, 0).repeat_interleave(at.pool_size, 1)[: at.height, : at.width]
+    pooled = "" if at.pool_size == 1 else "pooled "
+    heading = f"global step: {at.global_.shape[0]}×{at.global_.shape[1]} {pooled}positions"
+    return [
+        *maps,
+        (heading, spread, cell, "attention weight"),
+        ("rollout from the point", view.rollout, first_cell, "share of the position"),
+        ("rollout, mean of all positions", view.mean_rollout, first_cell, "share of the position"),
+    ]
+
+
+def _attention_panels(image: Image, headings: Sequence[str], title: str) -> tuple[list[Any], Figure]:
+    """Create a panel for each heading, as wide as its heading needs: at most three in a row, of wide images two."""
+    columns = 2 if len(headings) == 4 or image.width > 1.9 * image.height else 3
+    rows = -(-len(headings) // columns)
+    width = 12 / columns
+    figure = new_figure(12, rows * (min(width * image.height / image.width, 2 * width) + 0.9) + 0.4 * bool(title))
+    panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, heading in zip(panels, headings, strict=False):
+        axes.set_title(textwrap.fill(heading, int(11 * width)), fontsize=11)
+    if title:
+        colour = "#b3261e" if title.startswith(RANDOM) else "black"
+        figure.suptitle(textwrap.fill(title, 100), fontsize=13, fontweight="bold", color=colour)
+    for axes in panels[len(headings) :]:
+        axes.remove()
+    return panels[: len(headings)], figure

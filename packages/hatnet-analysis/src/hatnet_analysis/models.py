@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from hatnet_core import create_model, list_models
+from hatnet_core.checkpoint import find_metadata
+from hatnet_core.checkpoint import load_model as load_checkpoint_model
 
 FORMS = "one of {ours}, timm/NAME, or a config of MMDetection or MMSegmentation"
 
@@ -27,7 +29,8 @@ def load_model(name: str, size: tuple[int, int] | None = None) -> nn.Module:
     """Build a model with random weights, for images of one size.
 
     Args:
-        name: ``hatnet_small`` or another name from :func:`hatnet_core.list_models`; ``timm/resnet50``, with or without
+        name: ``hatnet_small`` or another name from :func:`hatnet_core.list_models`; the path of a run of hatnet-train,
+            whose weights are loaded; ``timm/resnet50``, with or without
             a tag; a config of hatnet-dense by its name, of MMDetection or MMSegmentation as ``mmdet::retinanet/…py``,
             or its file.
         size: height and width in pixels, for models of timm with a fixed size; their own by default.
@@ -37,6 +40,18 @@ def load_model(name: str, size: tuple[int, int] | None = None) -> nn.Module:
         ImportError: if the library for this kind of name is not installed.
     """
     return _builder(name)(size)
+
+
+def is_checkpoint(name: str) -> bool:
+    """Return whether a name is the path of a checkpoint that records its model, such as a run of hatnet-train."""
+    path = Path(name)
+    return (path.is_dir() or path.suffix == ".safetensors") and path.exists() and bool(find_metadata(path))
+
+
+def recorded_top1(name: str) -> float | None:
+    """Return the top-1 (%) that a checkpoint records, on the data that it was trained for; None without."""
+    top1 = find_metadata(name).get("top1") if is_checkpoint(name) else None
+    return top1 if isinstance(top1, int | float) else None
 
 
 def check_name(name: str) -> str:
@@ -50,6 +65,8 @@ def _builder(name: str) -> Callable[[tuple[int, int] | None], nn.Module]:
         return lambda size: create_model(name)
     if name.startswith("timm/"):
         return _timm_builder(name.removeprefix("timm/"))
+    if is_checkpoint(name):
+        return lambda size: load_checkpoint_model(name)
     if "::" in name or name.endswith(".py") or _is_dense_config(name):
         return _dense_builder(name)
     known = list_models(ablations=True)

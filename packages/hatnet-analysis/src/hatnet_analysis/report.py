@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from hatnet_analysis.__about__ import __version__
-from hatnet_analysis.attention_input import read_image, read_model, to_input
+from hatnet_analysis.attention_input import RANDOM, describe_weights, read_image, read_model, to_input
 from hatnet_analysis.attention_maps import AttentionWeights, record_weights, rollout
 from hatnet_analysis.figures import compare_figure, growth_figure
 from hatnet_analysis.flops import count_params
@@ -39,8 +39,11 @@ SIZE = 224
 A multiple of every stage's stride: the explorer assumes that the positions of each map divide the image evenly.
 """
 
-SHOWN = 448
-"""Longer side in pixels of the image that the explorer shows, in its own aspect ratio."""
+SHOWN = (448, 896)
+"""Shortest and longest longer side in pixels of the image that the explorer shows, in its own aspect ratio."""
+
+EXPLORED = "hatnet_tiny"
+"""Model of the explorer, with random weights, where no other is given."""
 
 Progress = Callable[[str], None]
 
@@ -54,6 +57,8 @@ def write_report(
     variant: str | None = None,
     device: str = "cpu",
     progress: Progress = lambda text: None,
+    *,
+    pretrained: bool = False,
 ) -> Path:
     """Measure, and write ``index.html``.
 
@@ -63,9 +68,10 @@ def write_report(
         tables: of the section ``tables``, as for :func:`hatnet_analysis.paper.table_rows`.
         image: for the explorer; drawn shapes by default.
         checkpoint: for the explorer, with ``variant`` as for :func:`hatnet_analysis.attention_input.read_model`.
-        variant: HAT-Net-Tiny with random weights if both are None.
+        variant: :data:`EXPLORED` if both are None.
         device: for growth, comparison and the table ``memory``; the rest is counted or computed on a CPU.
         progress: called with one line before each piece of work.
+        pretrained: for the explorer, the released weights of ``variant``.
 
     Returns:
         The path of the page. A failed report leaves the former page.
@@ -85,12 +91,14 @@ def write_report(
     for name in COMPARED if "compare" in sections else ():
         check_name(name)
     picture = _drawn_shapes() if image is None else read_image(image)
-    explored = read_model(checkpoint, variant if checkpoint or variant else "hatnet_tiny")  # before hours of work
+    variant = variant if checkpoint or variant else EXPLORED
+    explored = read_model(checkpoint, variant, pretrained=pretrained)  # before hours of work
+    weights = describe_weights(checkpoint and Path(checkpoint.name), variant, pretrained=pretrained)
     makers: dict[str, Callable[[], dict[str, Any]]] = {
         "tables": lambda: {"tables": _tables({TABLES[name]: table_rows(name, progress, device) for name in tables})},
         "complexity": lambda: _complexity(device, progress),
         "compare": lambda: _compare(device, progress),
-        "attention": lambda: _explorer(picture, explored, checkpoint, progress),
+        "attention": lambda: _explorer(picture, explored, weights, progress),
     }
     template = Environment(loader=PackageLoader(__package__, "."), autoescape=True).get_template("report.html")
     with _page_in(out) as part:
@@ -131,7 +139,7 @@ def _about(device: str) -> str:
     machine = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
     return (
         f"Written by hatnet-analysis {__version__} with PyTorch {torch.__version__} on Python "
-        f"{platform.python_version()}; measured on {machine}. All weights are random unless a checkpoint is named."
+        f"{platform.python_version()}; measured on {machine}. All weights are random, unless others are named."
     )
 
 
@@ -161,12 +169,13 @@ def _url(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _explorer(picture: Image.Image, explored: Any, checkpoint: Path | None, progress: Progress) -> dict[str, Any]:
+def _explorer(picture: Image.Image, explored: Any, weights: str, progress: Progress) -> dict[str, Any]:
     model, (mean, std) = explored
     progress("attention weights of every block")
     recorded = record_weights(model, to_input(picture, (SIZE, SIZE), mean, std))
     buffer = io.BytesIO()
-    scale = SHOWN / max(picture.size)
+    longer = max(picture.size)
+    scale = min(max(longer, SHOWN[0]), SHOWN[1]) / longer
     picture.resize([max(1, round(scale * side)) for side in picture.size]).save(buffer, format="JPEG", quality=88)
     blocks = [
         {"stage": i + 2, "block": j, **_packed(weights)}
@@ -174,9 +183,9 @@ def _explorer(picture: Image.Image, explored: Any, checkpoint: Path | None, prog
         for j, weights in enumerate(stage)
     ]
     data = {"image": _url(buffer.getvalue(), "image/jpeg"), "blocks": blocks, "rollout": _packed_rollout(recorded)}
-    weights = "random weights" if checkpoint is None else f"the weights of {checkpoint.name}"
-    about = f"{count_params(model) / 1e6:.1f} M parameters, {weights}."
-    return {"explorer": {"model": about, "data": data}, "tables": {}}
+    params = f"{count_params(model) / 1e6:.1f} M parameters"
+    about = {"weights": weights, "random": weights.startswith(RANDOM), "params": params}
+    return {"explorer": {**about, "data": data}, "tables": {}}
 
 
 def _packed(weights: AttentionWeights) -> dict[str, Any]:
@@ -214,7 +223,7 @@ def _base64(values: Tensor) -> str:
 
 def _drawn_shapes() -> Image.Image:
     """Draw four shapes of different colours on a gradient."""
-    image = Image.linear_gradient("L").resize((SHOWN, SHOWN)).convert("RGB")
+    image = Image.linear_gradient("L").resize((SHOWN[0], SHOWN[0])).convert("RGB")
     draw = ImageDraw.Draw(image)
     draw.ellipse((40, 50, 170, 180), fill="#d1495b")
     draw.rectangle((260, 60, 400, 170), fill="#edae49")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hatnet_analysis.flops import count_flops, count_params
 from hatnet_analysis.memory import peak_memory
-from hatnet_analysis.models import load_model, refusals
+from hatnet_analysis.models import load_model, recorded_top1, refusals
 from hatnet_analysis.paper import printed
 from hatnet_analysis.tables import Row, column, hidden, megabytes
 from hatnet_core.devices import pick_device
@@ -108,11 +108,12 @@ class SpeedRow(Row):
 
 @dataclass(kw_only=True)
 class PeerSpeedRow(SpeedRow):
-    """Speed, FLOPs and the papers' top-1, None for an unknown model or another size of image."""
+    """Speed, FLOPs and top-1: the papers', None for another model or size of image, or as a checkpoint records it."""
 
     flops_paper: int = column("FLOPs, paper (G)", 1e9, 2)
     flops_complete: int = column("FLOPs, complete (G)", 1e9, 2)
     paper_top1: float | None = column("top-1, the papers' (%)")
+    own_top1: float | None = column("top-1 on its own data (%)")
 
 
 @dataclass
@@ -160,7 +161,8 @@ def compare(names: Sequence[str], settings: Settings, progress: Progress = lambd
         with refusals(name, settings.size):
             total = count_flops(load_model(name, settings.size), *settings.size).total
         counts: dict[str, Any] = {"flops_paper": total.paper, "flops_complete": total.complete}
-        rows.append(PeerSpeedRow(**row, **counts, paper_top1=paper_top1(name, settings.size)))
+        top1: dict[str, Any] = {"paper_top1": paper_top1(name, settings.size), "own_top1": recorded_top1(name)}
+        rows.append(PeerSpeedRow(**row, **counts, **top1))
     return rows
 
 

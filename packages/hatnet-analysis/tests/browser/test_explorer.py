@@ -66,13 +66,13 @@ def page(page_file):
 
 
 @contextmanager
-def opened(page_file):
+def opened(page_file, width=1250, scheme="light"):
     """The open page; an error on its console, or a request for anything but itself, fails the test."""
     complaints = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
-            tab = browser.new_page(viewport={"width": 1250, "height": 900})
+            tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
             tab.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
             tab.on("pageerror", lambda error: complaints.append(str(error)))
             tab.on("request", lambda request: complaints.append(request.url[:100]) if is_foreign(request) else None)
@@ -216,3 +216,63 @@ def test_the_tables_are_on_the_page(page):
     assert page.locator("#tables table").count() == 1
     assert "hatnet_small" in page.locator("#tables table").inner_text()
     assert page.title() == "HAT-Net: analysis"
+
+
+def test_keys_move_the_point_and_choose_block_and_head(page):
+    click(page, 180, 150)
+    scrolled = page.evaluate("window.scrollY")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowUp")
+    check(page.locator("#explorer-text").inner_text(), "stage 2", (36, 23))
+    for _ in range(60):
+        page.keyboard.press("ArrowLeft")
+    check(page.locator("#explorer-text").inner_text(), (36, 0))
+    page.keyboard.press("PageDown")
+    check(page.locator("#explorer-text").inner_text(), "stage 2", (36, 0))
+    assert page.locator("#explorer-block").input_value() == "1"
+    page.keyboard.press("]")
+    assert page.locator("#explorer-head").input_value() == "0"
+    page.keyboard.press("[")
+    page.keyboard.press("PageUp")
+    assert page.locator("#explorer-head").input_value() == "mean"
+    assert page.locator("#explorer-block").input_value() == "0"
+    assert page.evaluate("window.scrollY") == scrolled
+
+
+def test_a_click_on_a_map_moves_the_point_as_one_on_the_image(page):
+    text = click(page, 180, 150)
+    click(page, 20, 20)
+    box = page.locator("#explorer-rollout").bounding_box()
+    place = {"x": 180 / WIDTH * box["width"], "y": 150 / HEIGHT * box["height"]}
+    page.locator("#explorer-rollout").click(position=place)
+    assert page.locator("#explorer-text").inner_text() == text
+
+
+def test_the_bar_under_a_map_names_its_smallest_and_its_largest_weight(page, explored):
+    model, image = explored
+    page.locator("#explorer-block").select_option(label="stage 4, block 3")
+    click(page, 100, 100)
+    at = look(weights_of(model, image), image, (100, 100), 4, 3, None).attention
+    for name, weights in (("local", at.local), ("global", at.global_)):
+        low, high = (float(page.locator(f"#explorer-{name}-{end}").inner_text()) for end in ("low", "high"))
+        assert low < high
+        assert (low, high) == pytest.approx((weights.min().item(), weights.max().item()), rel=0.02)
+
+
+@pytest.mark.parametrize("width", [1250, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_explorer_fits_every_screen_with_its_controls_in_one_row(page_file, width, scheme):
+    with opened(page_file, width, scheme) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        boxes = [page.locator(f"#explorer-{name}").bounding_box() for name in ("block", "head")]
+        assert boxes[0]["y"] == pytest.approx(boxes[1]["y"], abs=2)
+        assert all(box["x"] + box["width"] <= width for box in boxes)
+        assert page.locator("#explorer-image").bounding_box()["width"] >= min(width - 60, 500)
+
+
+def test_random_weights_are_named_and_those_of_a_checkpoint_are_not(tmp_path, page):
+    assert page.get_by_role("note").count() == 0
+    assert "random weights" not in page.locator("#attention").inner_text()
+    with opened(write_report(tmp_path, ["attention"])) as untrained:
+        check(untrained.get_by_role("note").inner_text(), "Random", "hatnet_tiny", "untrained")
+        assert untrained.locator("#attention").inner_text().count("(random weights)") == 3

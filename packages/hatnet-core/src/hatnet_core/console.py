@@ -498,14 +498,14 @@ def _on_rank_0() -> Iterator[None]:
             say(output.getvalue().rstrip())
 
 
-def writable_file(path: Path) -> Path:
-    """Return ``path``, given as ``--out``, if a file can be written there.
+def writable_file(path: Path, option: str = "--out") -> Path:
+    """Return ``path``, given as ``option``, if a file can be written there.
 
     Raises:
         ValueError: naming the option and the path.
     """
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--out must be a file in a folder that exists and can be written, got {str(path)!r}")
+        raise ValueError(f"{option} must be a file in a folder that exists and can be written, got {str(path)!r}")
     return path
 
 

@@ -22,6 +22,7 @@ from hatnet_train.distributed.collectives import from_rank_0
 from hatnet_train.distributed.errors import AgreedError
 from hatnet_train.distributed.heartbeat import Watch
 from hatnet_train.monitor import METRICS, Monitor, Progress
+from hatnet_train.page import PAGE, run_page, write_page
 from hatnet_train.run import checkpoint
 from hatnet_train.run.nonfinite import NonFiniteError, dump
 from hatnet_train.run.state import AVERAGE, BEST, Saved, contents, description, read_newest, read_saved, read_together
@@ -117,6 +118,7 @@ def default_callbacks(config: TrainConfig, watch: Watch, signals: Signals) -> li
         Checkpointing(config.checkpoints.checkpoint_steps, config.checkpoints.keep_checkpoints),
         NonFiniteRecovery(config.faults.max_skipped_steps),
         FinalWeights(),
+        ResultsPage(),
         *(make() for make in _REGISTERED),
     ]
 
@@ -154,7 +156,8 @@ class Monitoring(Callback):
         """Open the reports at the step of the run."""
         self.close(trainer)
         if trainer.rank == 0:
-            self.monitor = Monitor(trainer.out, trainer.state.rows, trainer.state.step)
+            state, classes = trainer.state, len(trainer.training.classes)
+            self.monitor = Monitor(trainer.out, state.rows, state.step, classes=classes)
 
     def before_epoch(self, trainer: Trainer) -> None:
         """Begin the progress of an epoch."""
@@ -319,3 +322,24 @@ class FinalWeights(Callback):
                 problem = f"cannot write the final weights to {out}: {reason}; --resume auto tries again"
         if problem := from_rank_0(problem):
             raise AgreedError(problem)
+
+
+class ResultsPage(Callback):
+    """Write the page about the run, ``results.html``, on rank 0; a run does not fail for want of it."""
+
+    def after_run(self, trainer: Trainer) -> None:
+        """Write it, from the last evaluation."""
+        if trainer.predictions is None:  # resumed after the last one
+            trainer.evaluate()
+        held_out = trainer.held_out
+        results = trainer.predictions.gather(held_out.labels, held_out.classes)  # type: ignore[union-attr]  # evaluated
+        if trainer.rank:
+            return
+        training, rows = len(trainer.training), trainer.state.rows
+        page = run_page(trainer.out, trainer.config, training, held_out, results, rows)
+        try:
+            write_page(page, trainer.out / PAGE)
+        except OSError as error:
+            logger.warning("cannot write %s: %s", trainer.out / PAGE, error.strerror or error)
+        else:
+            logger.info("results: %s", trainer.out / PAGE)

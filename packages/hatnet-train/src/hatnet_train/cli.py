@@ -34,6 +34,7 @@ from hatnet_core.console import (
     UsageError,
     Variant,
     command_first,
+    file_ending,
     one_of,
     option,
     real,
@@ -365,7 +366,8 @@ class Evaluate(BadImages, Launched):
     Runs alone, or in every process that a launcher starts. The result is printed.
 
     Examples:
-      hatnet-eval --checkpoint runs/small --data imagenet
+      hatnet-eval --checkpoint runs/small --data imagenet --page imagenet.html
+      hatnet-eval --checkpoint runs/small --data imagenet-a --classes present
       hatnet-eval --checkpoint HAT-Net_Small.pth --variant hatnet_small \
           --data shards --size 256 --out top1.json
     """
@@ -393,10 +395,20 @@ class Evaluate(BadImages, Launched):
     out: Annotated[Path | None, PATH, arg(metavar="FILE", help_behavior_hint="")] = None
     """Write the result to this JSON file, too."""
 
+    page: Annotated[Path | None, file_ending(".html"), arg(help_behavior_hint="")] = None
+    """Write a page with accuracy per class, confusions and mistakes as pictures to this HTML file."""
+
+    per_class: Annotated[Path | None, file_ending(".csv"), arg(help_behavior_hint="")] = None
+    """Write the accuracy of every class to this CSV file."""
+
+    classes: Literal["all", "present"] = "all"
+    """Classes to choose among: all of the checkpoint, or those with images only, as for ImageNet-A and ImageNet-R."""
+
     def run(self) -> int:
         """Evaluate."""
-        if self.out is not None:
-            writable_file(self.out)
+        for name, path in (("--out", self.out), ("--page", self.page), ("--per-class", self.per_class)):
+            if path is not None:
+                writable_file(path, name)
         _import_deepspeed()
         from hatnet_core.io import atomic_write
         from hatnet_train.evaluate import evaluation_run
@@ -410,6 +422,9 @@ class Evaluate(BadImages, Launched):
             workers=self.workers,
             precision=self.precision,
             timeout=self.timeout,
+            present=self.classes == "present",
+            page=self.page,
+            per_class=self.per_class,
             on_bad=self.skip,
         )
         if row is None:  # rank 0 reports

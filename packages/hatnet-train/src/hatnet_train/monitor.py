@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from hatnet_core.io import atomic_write
+from hatnet_train.curves import draw_curves
 from hatnet_train.data.order import GlobalOrder
 
 METRICS = "metrics.jsonl"
@@ -32,10 +33,11 @@ class Monitor:
         out: the run folder; ``metrics.jsonl``, ``curves.png`` and ``tensorboard/`` appear in it.
         rows: metrics of earlier epochs of a resumed run; further rows in the files are removed.
         step: steps so far.
+        classes: number of classes; of more than ten, the picture shows top-5.
     """
 
-    def __init__(self, out: Path, rows: Sequence[dict[str, Any]], step: int) -> None:
-        self._out = out
+    def __init__(self, out: Path, rows: Sequence[dict[str, Any]], step: int, *, classes: int = 1000) -> None:
+        self._out, self._classes = out, classes
         self._start, self._before = time.perf_counter(), len(rows)
         self._warned = False
         self._tensorboard: SummaryWriter | None = None
@@ -90,7 +92,7 @@ class Monitor:
             with atomic_write(self._out / METRICS) as part:
                 part.write_text("".join(json.dumps(row) + "\n" for row in rows))
             if rows:
-                draw_curves(rows, self._out / "curves.png")
+                draw_curves(rows, self._out / "curves.png", classes=self._classes)
             self._warned = False
 
     @contextlib.contextmanager
@@ -164,31 +166,3 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
-def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw losses and held-out accuracies over the epochs; the file is replaced as a whole.
-
-    Args:
-        rows: metrics of the epochs: ``epoch``, ``train_loss``, ``eval_loss``, ``top1`` and ``top5`` (percent), and,
-            with a moving average of the weights, ``ema_top1``.
-        path: the PNG file.
-    """
-    from matplotlib.figure import Figure
-
-    epochs = [row["epoch"] for row in rows]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, label in [("train_loss", "training"), ("eval_loss", "held out")]:
-        left.plot(epochs, [row[name] for row in rows], marker="o", markersize=3, label=label)
-    left.set(xlabel="epoch", ylabel="cross entropy", yscale="log", title="Loss")
-    labels = {"top1": "top-1", "top5": "top-5", "ema_top1": "top-1, average of the weights"}
-    for name in [name for name in labels if name in rows[0]]:
-        right.plot(epochs, [row[name] for row in rows], marker="o", markersize=3, label=labels[name])
-    right.set(xlabel="epoch", ylabel="held-out accuracy (%)", title=f"Top-1 {rows[-1]['top1']:.2f} %")
-    for axes in (left, right):
-        axes.legend()
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    with atomic_write(path) as part:
-        figure.savefig(part, dpi=130, format="png")

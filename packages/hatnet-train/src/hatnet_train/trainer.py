@@ -29,6 +29,7 @@ from hatnet_train.deepspeed.partition import gradients
 from hatnet_train.evaluate import held_out_metrics
 from hatnet_train.optim import Schedule, set_lr, set_training_mode
 from hatnet_train.precision import settle_precision
+from hatnet_train.results import Predictions
 from hatnet_train.run.nonfinite import NonFiniteError
 from hatnet_train.run.record import open_run_folder, run_record
 from hatnet_train.run.state import RunState, Saved, restore, seed_step
@@ -75,6 +76,7 @@ class Trainer:
         self.callbacks, self.data = list(callbacks), dict(data or {})
         self.out, self.stopping = Path(), False
         self.origin = saved.folder if saved is not None else None
+        self.predictions: Predictions | None = None
         self._loader = loader
         self._build(saved)
 
@@ -234,10 +236,21 @@ class Trainer:
         return message.tolist()
 
     def evaluate(self) -> dict[str, Any]:
-        """Measure the weights, and their average, on the held-out images; see :meth:`run`."""
+        """Measure the weights, and their average, on the held-out images; see :meth:`run`.
+
+        ``predictions`` are those of the weights from then on.
+        """
         bad_before = self.state.bad_images
+        self.predictions = Predictions(len(self.held_out))
         try:
-            return held_out_metrics(self.engine, self.ema, self.held_out, self.config, between=self._agree_between)
+            return held_out_metrics(
+                self.engine,
+                self.ema,
+                self.held_out,
+                self.config,
+                between=self._agree_between,
+                predictions=self.predictions,
+            )
         except Preempted:
             self.state.bad_images = bad_before  # the evaluation starts again
             raise
