@@ -1,8 +1,7 @@
 """The training loop: :class:`Trainer` takes the steps and epochs of a :class:`TrainConfig`; callbacks do the rest.
 
 A step reads: next batch, forward and backward, agree, step, callbacks. Start with :meth:`Trainer.step`. Before the
-update, all ranks agree in one message on what concerns them all: the loss, whether loss and gradients are
-finite, how many images could not be read, whether a callback asks to stop.
+update, all ranks agree in one message on the loss, unreadable images, values that are not finite, and requests to stop.
 """
 
 from __future__ import annotations
@@ -158,8 +157,7 @@ class Trainer:
         row = {"epoch": epoch, **self.state.metrics(self.order.batch_size), **self.evaluate()}
         row["bad_images"] = self.state.bad_images  # of training and evaluation
         if not all(math.isfinite(row[name]) for name in row if name.endswith("eval_loss")):
-            loss = row["eval_loss"]
-            raise FloatingPointError(f"held-out loss {loss} after epoch {epoch} is not finite; a lower --lr may help")
+            raise FloatingPointError(f"held-out loss after epoch {epoch} must be finite, got {row['eval_loss']}; try --lr")
         self.state.rows.append(row)
         self.state.begin_epoch()
         self.call("after_epoch", row)
@@ -236,21 +234,11 @@ class Trainer:
         return message.tolist()
 
     def evaluate(self) -> dict[str, Any]:
-        """Measure the weights, and their average, on the held-out images; see :meth:`run`.
-
-        ``predictions`` are those of the weights from then on.
-        """
-        bad_before = self.state.bad_images
-        self.predictions = Predictions(len(self.held_out))
+        """Measure the weights, whose ``predictions`` are kept, and their average, on the held-out images."""
+        bad_before, self.predictions = self.state.bad_images, Predictions(len(self.held_out))
+        of = self.engine, self.ema, self.held_out, self.config
         try:
-            return held_out_metrics(
-                self.engine,
-                self.ema,
-                self.held_out,
-                self.config,
-                between=self._agree_between,
-                predictions=self.predictions,
-            )
+            return held_out_metrics(*of, between=self._agree_between, predictions=self.predictions)
         except Preempted:
             self.state.bad_images = bad_before  # the evaluation starts again
             raise
