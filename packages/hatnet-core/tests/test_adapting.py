@@ -48,7 +48,7 @@ def test_all_linear_adapts_the_classifier_alone(model):
     assert adapted(peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))) == {"head"}
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning", "ignore:LoRA adapter added:UserWarning")
 def test_the_depthwise_convolution_is_refused_by_peft(model):
     with raises(ValueError, "groups", 16):
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["dwconv"], r=2))

@@ -69,12 +69,12 @@ def test_a_file_contains_classes_preprocessing_and_metadata_and_a_json_with_them
     assert status(checkpoint, *([] if "safe" in name else ["--static"]), "--out", out) == 0
     names = {name, f"{name}.json", "m.bin"} if name == "m.xml" else {name, f"{name}.json"}
     assert {path.name for path in out.parent.iterdir()} == names
-    beside, inside = json.loads((out.parent / f"{name}.json").read_text()), read_description(out)
-    for description in (beside, inside):
+    neighbour, inside = json.loads((out.parent / f"{name}.json").read_text()), read_description(out)
+    for description in (neighbour, inside):
         assert Preprocessing(**{k: _tuple(description[k]) for k in vars(PREPROCESSING)}) == PREPROCESSING
         assert (description["seed"], description["config"]["num_classes"]) == (7, 5)
-    assert beside["resize"] == 37
-    assert beside["input"] == ([1, 3, 32, 32] if "safe" not in name else ["batch", 3, "height", "width"])
+    assert neighbour["resize"] == 37
+    assert neighbour["input"] == ([1, 3, 32, 32] if "safe" not in name else ["batch", 3, "height", "width"])
 
 
 def _tuple(value):

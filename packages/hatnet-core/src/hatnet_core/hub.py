@@ -2,7 +2,8 @@
 
 Needs the extra ``hatnet-core[hub]``. A saved folder contains ``model.safetensors``, which
 :func:`hatnet_core.load_checkpoint` reads as well, ``config.json`` with the arguments of :class:`HATNet`, and a model
-card. Folders on disk need no network. For ``AutoBackbone``, see :mod:`hatnet_core.transformers`.
+card. Folders on disk need no network. ``from_pretrained`` also reads folders of ``hatnet-export``.
+For transformers, see :mod:`hatnet_core.transformers`.
 """
 
 from __future__ import annotations

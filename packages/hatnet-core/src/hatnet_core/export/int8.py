@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,10 @@ BATCH = 8
 
 QUANTISED = ["Conv", "Gemm"]
 """Operators of the weights. The attention stays in fp32: 8 bits cannot represent the masks of its softmax."""
+
+
+KEPT = ["MatMul", "Softmax", "AvgPool"]
+"""Operators of OpenVINO that stay in fp32: the attention, and its pooling, which the runtime refuses in int8."""
 
 
 def quantise_onnx(graph: Path, path: Path, images: Tensor) -> None:
@@ -49,8 +55,10 @@ def quantise_openvino(graph: Path, images: Tensor) -> Any:
 
     model = openvino.Core().read_model(str(graph))
     batches = list(_batches(graph, images))
-    scope = nncf.IgnoredScope(types=["MatMul", "Softmax"])  # the attention, as for ONNX Runtime
-    return nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches), ignored_scope=scope)
+    scope = nncf.IgnoredScope(types=KEPT)
+    nncf.set_log_level(logging.ERROR)
+    with contextlib.redirect_stdout(sys.stderr):  # its progress bar
+        return nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches), ignored_scope=scope)
 
 
 def _batches(graph: Path, images: Tensor) -> Iterator[dict[str, Any]]:
