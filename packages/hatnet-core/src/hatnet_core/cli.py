@@ -174,7 +174,7 @@ class Export(Command):
         with tempfile.TemporaryDirectory(dir=self.out.parent, prefix=f".{self.out.name}.") as staging:
             written = deployment.write(deployment.job(Path(staging)), name, self.precision, self.out.name)
             say(f"exported in {written.seconds:.0f} s, {written.bytes / 1e6:.1f} MB")
-            say(deployment.check(written))
+            say(deployment.check(written, self.out))
             written.move(self.out.parent)
         say(f"wrote {self.out}")
 

@@ -191,8 +191,12 @@ class Deployment:
         path.with_name(path.name + DESCRIPTION).write_text(job.text + "\n")
         return Written(name, precision, path, time.perf_counter() - start)
 
-    def check(self, written: Written) -> str:
+    def check(self, written: Written, out: Path) -> str:
         """Compare a file with the model, on random images of several sizes and on those of ``data``.
+
+        Args:
+            written: the file.
+            out: the file to become, for the error.
 
         Raises:
             ValueError: if the outputs differ by more than the format allows.
@@ -205,9 +209,7 @@ class Deployment:
             inputs = ", ".join("×".join(map(str, (b, self.model.in_chans, h, w))) for b, h, w in shapes)
             lines.append(f"largest difference to the model {difference:.1e} of the largest output, at inputs {inputs}")
             if not difference <= limit:
-                raise ValueError(
-                    f"{written.path.name} not written: its outputs differ by {difference:.1e}, at most {limit}"
-                )
+                raise ValueError(f"{out} not written: its outputs differ by {difference:.1e}, at most {limit}")
         if self.data is not None:
             row = self.measure(run)
             lines.append(
