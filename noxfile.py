@@ -17,7 +17,7 @@ nox.options.error_on_missing_interpreters = False
 nox.options.download_python = "never"
 
 PACKAGES = ["core", "train", "dense", "analysis"]
-GROUPS = {"core": ("test", "ecosystem"), "dense": ("test", "photographs")}
+GROUPS = {"core": ("test", "ecosystem", "deploy"), "dense": ("test", "photographs")}
 """Dependency groups of a package's tests, where they are more than ``test``."""
 
 FORKS = ["onedl-mmengine==0.10.12", "onedl-mmcv==2.3.6", "onedl-mmdetection==3.5.1", "onedl-mmsegmentation==1.4.2"]

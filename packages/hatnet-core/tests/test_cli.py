@@ -37,7 +37,7 @@ def test_the_command_exports_a_checkpoint_and_says_how_far_it_is_from_the_model(
     assert status(["--checkpoint", weights, *size, "--out", tmp_path / name]) == 0
     said = capsys.readouterr().out
     check(said, tmp_path / name)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({name, "weights.safetensors"})
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({name, f"{name}.json", "weights.safetensors"})
     if name.endswith(".safetensors"):
         assert read_metadata(tmp_path / name)["config"] == read_metadata(weights)["config"]
     else:
@@ -56,7 +56,7 @@ def test_the_command_takes_a_foreign_checkpoint_with_the_name_of_its_model(tmp_p
 
 
 def test_a_checkpoint_is_traced_at_the_size_it_was_trained_with(small_model, tmp_path, capsys):
-    save_checkpoint(small_model, tmp_path / "m.safetensors", {"image_size": 64, "classes": ["a", "b"]})
+    save_checkpoint(small_model, tmp_path / "m.safetensors", {"image_size": 64, "classes": list("abcde")})
     assert status(["--checkpoint", tmp_path / "m.safetensors", "--static", "--out", tmp_path / "m.pt2"]) == 0
     check(capsys.readouterr().out, "1×3×64×64")
 

@@ -2,7 +2,8 @@
 
 Needs the extra ``hatnet-core[hub]``. A saved folder contains ``model.safetensors``, which
 :func:`hatnet_core.load_checkpoint` reads as well, ``config.json`` with the arguments of :class:`HATNet`, and a model
-card. Folders on disk need no network. For ``AutoBackbone``, see :mod:`hatnet_core.transformers`.
+card. Folders on disk need no network. ``from_pretrained`` also reads folders of ``hatnet-export``.
+For transformers, see :mod:`hatnet_core.transformers`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from hatnet_core.checkpoint.loading import build_loaded
 from hatnet_core.checkpoint.matching import variant_name
 from hatnet_core.checkpoint.reading import WEIGHTS, read_checkpoint
 from hatnet_core.checkpoint.saving import save_checkpoint, saved_config
+from hatnet_core.config import HATNetConfig
 from hatnet_core.io import json_object
 from hatnet_core.model import HATNet
 
@@ -146,11 +148,18 @@ class HubHATNet(
         options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
         options |= {"local_files_only": local_files_only, "token": token}
         config, weights = (_file(name, file, options) for file in ("config.json", WEIGHTS))
-        values = json_object(config.read_bytes(), config)
+        values = _arguments(json_object(config.read_bytes(), config))
         checkpoint = read_checkpoint(weights)
         state = checkpoint.weights().tensors
         model = build_loaded(cls, {**values, **arguments}, config, checkpoint, state, map_location)
         return cast("HubHATNet", model).eval()
+
+
+def _arguments(values: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a HATNet in a config.json, which may be one of ``hatnet-export --to huggingface``."""
+    if values.get("model_type") != "hatnet":
+        return values
+    return {name: value for name, value in values.items() if name in HATNetConfig.__dataclass_fields__}
 
 
 def _file(name: str, file: str, options: dict[str, Any]) -> Path:

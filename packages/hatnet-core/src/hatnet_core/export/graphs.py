@@ -1,15 +1,14 @@
 """Export a model as one ``torch.export`` program or ONNX graph for every batch size, height and width.
 
-The command ``hatnet-export`` (``cli.py``) writes the file, compares it with the model at the traced and at other
-sizes, and keeps it only if the outputs agree. ONNX needs the extra ``hatnet-core[onnx]``. TorchScript is not
-supported: torch deprecates it in favour of ``torch.export``.
+ONNX needs the extra ``hatnet-core[onnx]``. TorchScript is not supported: torch deprecates it in favour of
+``torch.export``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -49,7 +48,14 @@ def export_program(model: nn.Module, size: tuple[int, int] = (224, 224), static:
         return torch.export.export(model, (image,), dynamic_shapes=None if static else (_dynamic_dims(),))
 
 
-def export_onnx(model: nn.Module, path: str | Path, size: tuple[int, int] = (224, 224), static: bool = False) -> None:
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    size: tuple[int, int] = (224, 224),
+    static: bool = False,
+    opset: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write ``model`` in evaluation mode as an ONNX graph with input ``image`` and output ``logits``.
 
     Args:
@@ -58,6 +64,8 @@ def export_onnx(model: nn.Module, path: str | Path, size: tuple[int, int] = (224
         path: the file to write.
         size: height and width of the image to trace with, in pixels.
         static: restrict the graph to this size and one image at a time.
+        opset: version of ONNX's operators; by default the one that torch recommends.
+        metadata: written as the graph's ``metadata_props``.
 
     Raises:
         ImportError: if onnxscript is not installed.
@@ -77,6 +85,7 @@ def export_onnx(model: nn.Module, path: str | Path, size: tuple[int, int] = (224
             dynamic_shapes=None if static else (_dynamic_dims(),),
             input_names=["image"],
             output_names=["logits"],
+            opset_version=opset,
             verbose=False,
         )
     program = cast(torch.onnx.ONNXProgram, program)
@@ -84,16 +93,23 @@ def export_onnx(model: nn.Module, path: str | Path, size: tuple[int, int] = (224
         # onnxruntime's quantiser copies a constant under the next number, which may be the name of a result
         if name.startswith("val_"):
             constant.name = name.replace("val_", "constant_")
+    program.model.metadata_props.update(metadata or {})
     program.save(str(path))
 
 
-def largest_difference(model: nn.Module, path: str | Path, shapes: Sequence[tuple[int, int, int]]) -> float:
+def largest_difference(
+    model: nn.Module,
+    path: str | Path,
+    shapes: Sequence[tuple[int, int, int]],
+    run: Callable[[Tensor], Tensor] | None = None,
+) -> float:
     """Compare the outputs of an exported file with those of ``model`` on random images.
 
     Args:
         model: the model that was exported; run in evaluation mode.
         path: the file, ``.pt2`` or ``.onnx``.
         shapes: batch size, height and width of each input.
+        run: the opened file, for other formats; by default it is opened here.
 
     Returns:
         The largest absolute difference, divided by the largest absolute output of the model if that is not 0; NaN if
@@ -102,7 +118,9 @@ def largest_difference(model: nn.Module, path: str | Path, shapes: Sequence[tupl
     Raises:
         ImportError: if the file is ONNX and onnxruntime is not installed.
     """
-    run, model = _runner(Path(path)), unwrap(model)
+    from hatnet_core.export.formats import open_export
+
+    run, model = run or open_export(path), unwrap(model)
     differences, outputs = [], []
     with _evaluation(model), torch.no_grad():
         for batch, height, width in shapes:
@@ -132,17 +150,6 @@ def _dynamic_dims() -> dict[int, Dim]:
 def _image(model: HATNet, batch: int, height: int, width: int) -> Tensor:
     weight = model.stem.conv1.weight
     return torch.randn(batch, model.in_chans, height, width, device=weight.device, dtype=weight.dtype)
-
-
-def _runner(path: Path) -> Callable[[Tensor], Tensor]:
-    if path.suffix == ".pt2":
-        return torch.export.load(path).module()
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError("checking an ONNX graph needs onnxruntime: pip install 'hatnet-core[onnx]'") from error
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda image: torch.from_numpy(session.run(None, {"image": image.cpu().numpy()})[0]).to(image.device)
 
 
 @contextlib.contextmanager
