@@ -1,7 +1,7 @@
 """The training loop: :class:`Trainer` takes the steps and epochs of a :class:`TrainConfig`; callbacks do the rest.
 
 A step reads: next batch, forward and backward, agree, step, callbacks. Start with :meth:`Trainer.step`. Before the
-update, all ranks agree in one message on the loss, unreadable images, values that are not finite, and requests to stop.
+update, all ranks agree in one message on the loss, unreadable images, non-finite values and requests to stop.
 """
 
 from __future__ import annotations
@@ -73,8 +73,7 @@ class Trainer:
         self.epochs = -(-self.schedule.total_steps // self.order.steps)
         self.settings = deepspeed_config(config, world_size=self.world_size, user=user)
         self.callbacks, self.data = list(callbacks), dict(data or {})
-        self.out, self.stopping = Path(), False
-        self.origin = saved.folder if saved is not None else None
+        self.out, self.origin, self.stopping = Path(), saved and saved.folder, False
         self.predictions: Predictions | None = None
         self._loader = loader
         self._build(saved)
@@ -83,8 +82,7 @@ class Trainer:
         """Build engine and batches as they are after ``saved``, or at the start."""
         self.state = saved.state if saved is not None else RunState()
         self.state.skipped = sorted({*self.state.skipped, *skipped})
-        weights = saved.weights if saved is not None else None
-        self.engine = build_engine(self.config, self.settings, len(self.training.classes), weights)
+        self.engine = build_engine(self.config, self.settings, len(self.training.classes), saved and saved.weights)
         self.dtype = next(self.engine.module.parameters()).dtype
         self.ema = Ema(self.engine, self.config.optimisation.ema_decay) if self.config.optimisation.ema_decay else None
         if saved is not None:
@@ -157,7 +155,8 @@ class Trainer:
         row = {"epoch": epoch, **self.state.metrics(self.order.batch_size), **self.evaluate()}
         row["bad_images"] = self.state.bad_images  # of training and evaluation
         if not all(math.isfinite(row[name]) for name in row if name.endswith("eval_loss")):
-            raise FloatingPointError(f"held-out loss after epoch {epoch} must be finite, got {row['eval_loss']}; try --lr")
+            loss = row["eval_loss"]
+            raise FloatingPointError(f"held-out loss {loss} after epoch {epoch} is not finite; a lower --lr may help")
         self.state.rows.append(row)
         self.state.begin_epoch()
         self.call("after_epoch", row)
