@@ -252,10 +252,7 @@ def global_attention(q: Tensor, kv: Tensor, num_heads: int, residual: Tensor | N
 
         if triton_attention.supports_pooled(q, kv, num_heads):
             return triton_attention.pooled_attention(q, kv, num_heads, residual)
-    if _exporting_onnx():
-        out = onnx.attention(num_heads, q, kv)
-    else:
-        out = _to_map(attend(_heads_of(num_heads, q, kv)), q)
+    out = onnx.attention(num_heads, q, kv) if _exporting_onnx() else _to_map(attend(_heads_of(num_heads, q, kv)), q)
     return out if residual is None else residual + out
 
 

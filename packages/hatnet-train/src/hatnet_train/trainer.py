@@ -49,8 +49,7 @@ class Trainer:
         loader: makes this rank's batches; takes what :func:`~hatnet_train.data.loader.train_batches` takes.
 
     Raises:
-        ValueError: if the processes cannot share a batch evenly, or timm, DeepSpeed or the file of initial weights
-            refuses a value.
+        ValueError: if ranks cannot share a batch evenly, or timm, DeepSpeed or the initial weights refuse a value.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class Trainer:
         self.epochs = -(-self.schedule.total_steps // self.order.steps)
         self.settings = deepspeed_config(config, world_size=self.world_size, user=user)
         self.callbacks, self.data = list(callbacks), dict(data or {})
-        self.out, self.origin, self.stopping = Path(), saved and saved.folder, False
+        self.out, self.stopping, self.origin = Path(), False, saved.folder if saved is not None else None
         self.predictions: Predictions | None = None
         self._loader = loader
         self._build(saved)
@@ -82,7 +81,8 @@ class Trainer:
         """Build engine and batches as they are after ``saved``, or at the start."""
         self.state = saved.state if saved is not None else RunState()
         self.state.skipped = sorted({*self.state.skipped, *skipped})
-        self.engine = build_engine(self.config, self.settings, len(self.training.classes), saved and saved.weights)
+        weights = saved.weights if saved is not None else None
+        self.engine = build_engine(self.config, self.settings, len(self.training.classes), weights)
         self.dtype = next(self.engine.module.parameters()).dtype
         self.ema = Ema(self.engine, self.config.optimisation.ema_decay) if self.config.optimisation.ema_decay else None
         if saved is not None:

@@ -1,6 +1,6 @@
-"""The attention in ONNX graphs: maps stay [B, C, H, W], so that a runtime copies them into grids and back, and no more.
+"""Attention for ONNX graphs: maps stay [B, C, H, W], and a runtime copies them only into grids and back.
 
-The transposes of the products below are between the last two axes, which runtimes multiply without a copy.
+The transposes in the products below swap the last two axes; runtimes multiply such matrices without a copy.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ def attention(num_heads: int, *maps: Tensor) -> Tensor:
     Returns:
         [B, C, H, W].
     """
+    batch, _, height, width = maps[0].shape
     dim = sum(m.shape[1] for m in maps) // 3
-    q, k, v = (part for m in maps for part in m.flatten(2).unflatten(1, (-1, num_heads, dim // num_heads)).unbind(1))
-    return attend(q, k, v).flatten(1, 2).unflatten(2, maps[0].shape[2:])
+    q, k, v = (
+        part for m in maps for part in m.reshape(batch, m.shape[1] // dim, num_heads, dim // num_heads, -1).unbind(1)
+    )
+    return attend(q, k, v).reshape(batch, dim, height, width)
 
 
 def grid_attention(qkv: Tensor, num_heads: int, grid: tuple[int, int], mask: Tensor | None) -> Tensor:
@@ -40,7 +43,8 @@ def grid_attention(qkv: Tensor, num_heads: int, grid: tuple[int, int], mask: Ten
     rows, columns = h // grid[0], w // grid[1]
     x = qkv.view(b, c, rows, grid[0], columns, grid[1]).permute(0, 2, 4, 1, 3, 5)
     x = x.reshape(b * rows * columns, 3, num_heads, c // (3 * num_heads), grid[0] * grid[1])
-    x = attend(*x.unbind(1), mask)  # [B·grids, heads, head_dim, n]
+    q, k, v = x.unbind(1)
+    x = attend(q, k, v, mask)  # [B·grids, heads, head_dim, n]
     x = x.reshape(b, rows, columns, c // 3, *grid).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(b, c // 3, h, w)
 
