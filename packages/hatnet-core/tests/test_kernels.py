@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import pickle
 import warnings
 from importlib.util import find_spec
 
@@ -400,6 +401,13 @@ def test_a_traced_graph_follows_the_switch_the_dtype_and_the_hooks(small_model):
     traced.get_submodule("stages.0.blocks.0.mlp.dwconv").register_forward_hook(lambda *_: called.append(1))
     torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-5)
     assert called
+
+
+def test_a_removed_hook_leaves_nothing_behind():
+    layer = Mlp(8, 2).dwconv
+    for _ in range(100):
+        layer.register_forward_hook(lambda *_: None).remove()
+    assert len(pickle.dumps(layer)) < len(pickle.dumps(Mlp(8, 2).dwconv)) + 1000
 
 
 def test_a_hook_on_all_modules_sees_the_layers_of_the_mlp_in_the_plain_mode():

@@ -310,7 +310,7 @@ def crossings(rows: Rows) -> list[CrossingRow]:
 
 
 def _formula_change(first: Contender, second: Contender, quantity: str) -> tuple[float, float | None]:
-    """Return the sign of first − second at the largest size, and the size from which on it holds, None if always.
+    """Return the sign of first − second at the largest size, and the smallest size that has it; None if all do.
 
     Multiply-adds per position are linear in the number of positions, so that no root between two sizes is missed.
     """

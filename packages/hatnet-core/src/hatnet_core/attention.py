@@ -5,8 +5,8 @@ of the last stage, :class:`WindowAttention` the one that Table 5 compares with. 
 queries, keys and values, which partitions the map, pads, masks, attends, reverses and crops. Inputs and outputs are
 [B, C, H, W].
 
-The functions are whole nodes to ``torch.fx``. They compile and export to one graph for all sizes: of a symbolic size
-they do not ask whether grids divide it, but pad and mask, which is right at any size.
+The functions are whole nodes to ``torch.fx``. They compile and export to one graph for all sizes: for a symbolic
+size they always pad and mask, which is right at any size.
 """
 
 from __future__ import annotations

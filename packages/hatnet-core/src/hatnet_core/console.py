@@ -191,7 +191,7 @@ def pixels(high: int) -> PrimitiveConstructorSpec[Any]:
 
 
 def file_ending(*suffixes: str) -> PrimitiveConstructorSpec[Path]:
-    """Type of an option that is a file whose suffix tells the format to write."""
+    """Type of an option that is a file whose suffix sets the format."""
 
     def read(word: str) -> Path:
         if Path(word).suffix not in suffixes:
@@ -474,7 +474,7 @@ def say(text: str) -> None:
     """Print a line to standard output and flush it.
 
     Raises:
-        OutputClosedError: if nobody reads it.
+        OutputClosedError: if standard output is closed.
         OSError: if it cannot be written, such as on a full disk.
     """
     try:

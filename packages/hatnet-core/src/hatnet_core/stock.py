@@ -66,7 +66,8 @@ class Observed(nn.Module):
         return any(handle.id in (handle.hooks_dict_ref() or ()) for handle in self._handles)
 
     def _noted(self, handle: RemovableHandle) -> RemovableHandle:
-        self._handles = (*self._handles, handle)
+        live = (h for h in self._handles if h.id in (h.hooks_dict_ref() or ()))
+        self._handles = (*live, handle)
         return handle
 
 

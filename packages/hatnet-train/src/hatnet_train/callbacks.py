@@ -56,7 +56,7 @@ class Step(NamedTuple):
 class Callback:
     """Hooks of a run; override those you need. Every hook is called on every rank.
 
-    What a hook raises ends the run. Raise the same error on all ranks, or the others wait for this one in vain.
+    What a hook raises ends the run. Raise the same error on all ranks, or the other ranks hang.
     """
 
     def on_start(self, trainer: Trainer) -> None:
@@ -130,7 +130,7 @@ class Heartbeat(Callback):
         self.watch = watch
 
     def before_wait(self, trainer: Trainer) -> None:
-        """Mark it."""
+        """Mark the progress of this rank."""
         self.watch.mark()
 
 
@@ -248,7 +248,7 @@ class Checkpointing(Callback):
         problem = from_rank_0(problem)
         self._failed = self._failed + 1 if problem else 0
         if problem and (last or self._failed == FAILED_SAVES):
-            reason = "and the run ends here" if last else f"for the {FAILED_SAVES}rd time in a row, so the run stops"
+            reason = "and the run ends here" if last else f"{FAILED_SAVES} times in a row, so the run stops"
             raise AgreedError(f"{problem}, {reason}; earlier checkpoints remain")
         if problem:
             logger.warning("%s; training continues, earlier checkpoints remain", problem)

@@ -56,8 +56,8 @@ class Signals:
             continue
         self.received = True
         time.sleep(self.budget)
-        message = f"hatnet-train: error: not saved within the {self.budget:g} s of --preempt-seconds; "
-        os.write(sys.stderr.fileno(), f"{message}--resume auto resumes from the previous checkpoint\n".encode())
+        message = f"hatnet-train: error: did not stop within the {self.budget:g} s of --preempt-seconds; "
+        os.write(sys.stderr.fileno(), f"{message}--resume auto resumes from the newest checkpoint\n".encode())
         os._exit(REQUEUE)
 
 

@@ -166,7 +166,7 @@ def open_both(config: TrainConfig) -> tuple[Source, Source]:
     split = Split(labels=images.labels, held_out=images.held_out, seed=config.optimisation.seed)
     training = open_split(images.data, train=True, size=images.image_size, split=split)
     if len(training.classes) < 2:
-        raise ValueError(f"{images.data} has one class, {training.classes[0]}: expected two or more to tell apart")
+        raise ValueError(f"{images.data} must have at least two classes, got 1 ({training.classes[0]})")
     held_out = open_split(images.data, train=False, size=images.image_size, classes=training.classes, split=split)
     return training, held_out
 

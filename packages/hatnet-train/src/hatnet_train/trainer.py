@@ -119,7 +119,8 @@ class Trainer:
                 try:
                     self.epoch()
                 except Exception as error:
-                    if True not in [callback.on_exception(self, error) for callback in self.callbacks]:
+                    recovered = [callback.on_exception(self, error) for callback in self.callbacks]  # all of them
+                    if True not in recovered:
                         raise
             self.call("after_run")
         finally:
@@ -218,8 +219,7 @@ class Trainer:
         """Sum up what every rank knows of the step; they wait for each other here, and for the device."""
         finite = losses.isfinite().all()
         if not self.engine.fp16_enabled() and self.config.compute.precision != "fp16":  # loss scaling handles those
-            norms = torch._foreach_norm(list(gradients(self.engine)))
-            finite &= torch.stack(norms).isfinite().all()
+            finite &= torch.nn.utils.get_total_norm(gradients(self.engine)).isfinite()
         loss, nonfinite, bad_images, stop = self._sum(losses.double().mean() / self.world_size, ~finite, bad)
         return Step(loss, nonfinite > 0, stop > 0, int(bad_images))
 

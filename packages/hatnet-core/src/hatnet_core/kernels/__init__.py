@@ -44,10 +44,10 @@ def set_kernels(name: str) -> None:
         raise ValueError(f"kernels must be one of {', '.join(map(repr, KERNELS))}, got {name!r}")
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if name == "triton" and find_spec("triton") is None:
-        raise RuntimeError("kernels 'triton' must find the package triton, which is not installed")
+        raise RuntimeError("kernels 'triton' need the package triton, which is not installed")
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if name == "triton" else []
     if name == "triton" and not interpreted and not any(map(runs_triton, gpus)):
-        raise RuntimeError("kernels 'triton' must find a CUDA GPU of capability 8.0, or TRITON_INTERPRET=1 be set")
+        raise RuntimeError("kernels 'triton' need a CUDA GPU of capability 8.0, or TRITON_INTERPRET=1")
     _mode, _cpu = name, "triton" if interpreted else "slices"
 
 

@@ -115,7 +115,7 @@ def _down(source: Tensor, taps: Tensor, other: Tensor, out: Tensor, step: str) -
 
 
 def _of_weight(mixed_gradient: Tensor, h: Tensor, weight: Tensor) -> Tensor:
-    """[C, 1, K, K], the sum over programs of what :func:`_weight_gradient` finds in each."""
+    """[C, 1, K, K], the weight gradients of :func:`_weight_gradient`, summed over programs."""
     batch, channels, height, width = h.shape
     kernel = weight.shape[-1]
     cols, block_c = _columns(width, kernel, False), _block_c(channels, 4)

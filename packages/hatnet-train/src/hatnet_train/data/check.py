@@ -43,7 +43,7 @@ def check_data(data: str, *, size: int, workers: int, split: Split = AS_THE_DATA
     classes = training.classes if training else None
     held_out = _opened(data, found, train=False, size=size, split=split, classes=classes)
     if training and len(training.classes) < 2:
-        found.problems.append(f"{data} has one class, {training.classes[0]}: expected two or more to tell apart")
+        found.problems.append(f"{data} must have at least two classes, got 1 ({training.classes[0]})")
     counts = [_counts(source) for source in (training, held_out)]
     found.counts = {
         name: (counts[0].get(name, 0), counts[1].get(name, 0)) for name in sorted({*counts[0], *counts[1]})

@@ -125,7 +125,7 @@ class Folder:
         """Image ``i`` decoded, [3, H, W] uint8.
 
         Raises:
-            ValueError: if the file cannot be read or is no image.
+            ValueError: if the file cannot be read or is not an image.
         """
         return decode(self.encoded(i), self.name(i))
 

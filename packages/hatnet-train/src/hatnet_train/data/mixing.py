@@ -26,7 +26,7 @@ def draw_mixing(size: int, mixup: float, cutmix: float) -> tuple[float, float, f
         cutmix: alpha of CutMix; 0 for none.
 
     Returns:
-        The share of the image itself in image and label, and the box of CutMix in which the partner stands (top,
+        The share of the image itself in image and label, and the CutMix box filled from the partner image (top,
         bottom, left, right; all 0 for mixup).
     """
     np.random.rand()  # timm asks here whether to mix at all; as in DeiT, always

@@ -145,7 +145,7 @@ class Conversion:
             name: its path, for the error message.
 
         Raises:
-            ValueError: if it is no image or, as far as it is looked at, a damaged one.
+            ValueError: if it is not a valid image; only the parts that are read are checked.
         """
         ending = _ending(encoded, name)
         if self.resize is None:

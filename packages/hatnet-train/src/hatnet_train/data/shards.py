@@ -199,7 +199,7 @@ class Shards:
 
 
 class _OpenFile(io.FileIO):
-    """A file open for reading, closed when nobody holds it: neither the cache nor a thread that reads from it."""
+    """A file open for reading, closed when no longer referenced by the cache or a thread that reads from it."""
 
     def __del__(self) -> None:
         self.close()

@@ -28,6 +28,7 @@ class Ema:
     def update(self) -> None:
         """Move towards the weights, after an optimizer step."""
         now = [master.detach().float() for master in self._masters]
+        # private, but what torch.optim.swa_utils averages with; one kernel for all tensors
         torch._foreach_lerp_(list(self._averages.values()), now, 1 - self.decay)
 
     def weights(self, *, to: int | None = None) -> dict[str, Tensor]:

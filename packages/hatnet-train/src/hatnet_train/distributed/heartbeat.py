@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import Store  # torch.distributed has them, but exports no types
 
 SILENT_SECONDS = 10.0
 """Seconds without a sign of life after which a process counts as gone: killed, host down, or network down."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import Store  # torch.distributed has them, but exports no types
 
 from hatnet_train.distributed.environment import LAUNCHER_VARIABLES, Launch, discover
 from hatnet_train.distributed.errors import LOST_CONTACT, AgreedError

@@ -10,7 +10,7 @@ import uuid
 from datetime import timedelta
 
 import torch
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed has them, but exports no types
 
 from hatnet_train.distributed.environment import Launch
 from hatnet_train.distributed.heartbeat import compact_ranks
@@ -54,7 +54,7 @@ def roll_call(launch: Launch, timeout: float) -> Store:
 
 
 def _open_store(launch: Launch, timeout: float) -> Store:
-    """Rank 0's own store, or a connection to it."""
+    """Open the store on rank 0, or connect to it."""
     agent_has_it = launch.launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if launch.rank > 0 or agent_has_it:
         return _connect(launch, timeout)

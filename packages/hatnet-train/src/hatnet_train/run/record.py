@@ -52,7 +52,7 @@ def open_run_folder(out: Path, record: dict[str, Any], *, resume: bool) -> None:
         except ValueError as error:
             problem = str(error)
         except OSError as error:
-            problem = f"cannot make run folder {out}: {error.strerror}; expected a writable path for --out"
+            problem = f"--out must be a writable folder, got {out}: {error.strerror}"
     problems = [problem]
     dist.broadcast_object_list(problems, src=0)
     if problems[0] is not None:
