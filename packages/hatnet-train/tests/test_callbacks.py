@@ -76,7 +76,9 @@ def trainer(tmp_path):
     state = SimpleNamespace(step=0, rows=[], skipped=[], seconds=1.0, waited=0.0, lr=0.1)
     order = SimpleNamespace(steps=4, batch_size=2)
     config = SimpleNamespace(optimisation=SimpleNamespace(seed=1))
-    return SimpleNamespace(state=state, order=order, config=config, epochs=3, rank=0, world_size=1, out=tmp_path)
+    training = SimpleNamespace(classes=["a", "b"])
+    run = {"config": config, "training": training, "out": tmp_path}
+    return SimpleNamespace(state=state, order=order, epochs=3, rank=0, world_size=1, **run)
 
 
 class CountingSaves(Checkpointing):
