@@ -270,9 +270,10 @@ def test_the_explorer_fits_every_screen_with_its_controls_in_one_row(page_file, 
         assert page.locator("#explorer-image").bounding_box()["width"] >= min(width - 60, 500)
 
 
-def test_random_weights_are_named_and_those_of_a_checkpoint_are_not(tmp_path, page):
-    assert page.get_by_role("note").count() == 0
-    assert "random weights" not in page.locator("#attention").inner_text()
+def test_random_weights_are_named_and_those_of_a_checkpoint_are_not(tmp_path, page_file):
+    with opened(page_file) as trained:
+        assert trained.get_by_role("note").count() == 0
+        assert "random weights" not in trained.locator("#attention").inner_text()
     with opened(write_report(tmp_path, ["attention"])) as untrained:
         check(untrained.get_by_role("note").inner_text(), "Random", "hatnet_tiny", "untrained")
         assert untrained.locator("#attention").inner_text().count("(random weights)") == 3
