@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hatnet_core import kernels
 from hatnet_core.config import positive_int as positive_int  # for hatnet-analysis, too
-from hatnet_core.kernels import onnx, reference
+from hatnet_core.kernels import reference
 from hatnet_core.layers import GroupNorm, lay_out
 from hatnet_core.stock import Conv2d, Dropout2d
 
@@ -214,11 +214,8 @@ def grid_attention(qkv: Tensor, num_heads: int, grid_size: int, residual: Tensor
     if not (statically_true(height % grid[0] == 0) and statically_true(width % grid[1] == 0)):
         qkv = pad_to_multiple(qkv, grid)
         mask = padding_mask(height, width, grid, qkv.device).repeat(batch, 1, 1, 1)  # [B·grids, 1, 1, n]
-    if _exporting_onnx():
-        out = onnx.grid_attention(qkv, num_heads, grid, mask)
-    else:
-        out = attend(split_heads(grid_partition(qkv, grid), 3, num_heads), mask)  # [B·grids, heads, n, head_dim]
-        out = grid_reverse(out, batch, height, width, grid)  # [B, C, H', W']
+    out = attend(split_heads(grid_partition(qkv, grid), 3, num_heads), mask)  # [B·grids, heads, n, head_dim]
+    out = grid_reverse(out, batch, height, width, grid)  # [B, C, H', W']
     out = lay_out(out if mask is None else crop(out, height, width))
     return out if residual is None else residual + out
 
@@ -252,7 +249,7 @@ def global_attention(q: Tensor, kv: Tensor, num_heads: int, residual: Tensor | N
 
         if triton_attention.supports_pooled(q, kv, num_heads):
             return triton_attention.pooled_attention(q, kv, num_heads, residual)
-    out = onnx.attention(num_heads, q, kv) if _exporting_onnx() else _to_map(attend(_heads_of(num_heads, q, kv)), q)
+    out = _to_map(attend(_heads_of(num_heads, q, kv)), q)
     return out if residual is None else residual + out
 
 
@@ -273,8 +270,6 @@ def self_attention(qkv: Tensor, num_heads: int) -> Tensor:
         height, width = qkv.shape[2:]  # few positions are a single grid
         if height * width <= triton_attention.POOLED_POSITIONS:
             return grid_attention(qkv, num_heads, max(height, width))
-    if _exporting_onnx():
-        return onnx.attention(num_heads, qkv)
     return _to_map(attend(_heads_of(num_heads, qkv)), qkv)
 
 
@@ -446,10 +441,6 @@ def _grid_shape(height: int, width: int, grid_size: int) -> tuple[int, int]:
 def _contiguous_copy(x: Tensor) -> Tensor:
     """Copy always: to ask whether it is needed would bind an exported program to a size."""
     return x.clone(memory_format=torch.contiguous_format)
-
-
-def _exporting_onnx() -> bool:
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def statically_true(condition: bool) -> bool:
