@@ -310,7 +310,7 @@ def docs(session: nox.Session) -> None:
     """Build the site, docs/_build/html, and run the blocks of its pages; "-- docs/start.md" runs those of one page."""
     packages = ["hatnet-core[all]", "hatnet-train[all]", "hatnet-analysis[timm]", "hatnet-dense"]
     wanted = [argument for package in packages for argument in ("-e", f"packages/{package}")]
-    session.install("-c", "constraints.txt", "--group=docs", *wanted)
+    session.install("-c", "constraints.txt", "--group=docs", "--group=ecosystem", *wanted)
     session.run("sphinx-build", "-W", "--keep-going", "--quiet", "docs", "docs/_build/html")
     session.run("pytest", *TWO_AT_A_TIME, *(session.posargs or ["docs"]), env={"OMP_NUM_THREADS": "1"})
 

@@ -39,6 +39,7 @@ nitpick_ignore_regex = [
         "collections",
         "deepspeed",
         "fvcore",
+        "glob",
         "huggingface_hub",
         "logging",
         "matplotlib",

@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 from extension import UNMARKED
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
@@ -29,6 +30,11 @@ collect_ignore = ["_build"]
 """The site holds copies of files that its pages link to."""
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ignore a warning of transformers about how PEFT uses it."""
+    config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 def run(commands: str) -> str:

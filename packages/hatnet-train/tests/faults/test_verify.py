@@ -53,7 +53,8 @@ def test_every_file_is_compared_with_its_manifest(damage, run):
     new = committed(run / "checkpoints")[0]
     listed = [folder / name for folder in (new, run) for name in read_manifest(folder).files]
     assert {path.name for path in listed} == {
-        *("model.safetensors", "model_ema.safetensors", "optimizer.safetensors", "state.json", "metrics.jsonl")
+        *("model.safetensors", "model_ema.safetensors", "optimizer.safetensors", "state.json"),
+        *("best.safetensors", "metrics.jsonl"),
     }
     for path in listed:
         before = path.read_bytes()
