@@ -325,7 +325,7 @@ class FinalWeights(Callback):
 
 
 class ResultsPage(Callback):
-    """Write the page about the run, ``results.html``, on rank 0; a run does not fail for want of it."""
+    """Write the page about the run, ``results.html``, on rank 0; a page that cannot be written is a warning."""
 
     def after_run(self, trainer: Trainer) -> None:
         """Write it, from the last evaluation."""

@@ -58,7 +58,7 @@ def open_split(
         return Synthetic(train=train, size=size)
     root = Path(data)
     if not root.is_dir():
-        raise FileNotFoundError(f"no data folder {data}: expected digits, synthetic, or a folder with train/ and val/")
+        raise FileNotFoundError(f"no data folder {data}: expected digits, synthetic, or a folder of images")
     if (root / INDEX).is_file():
         return Shards(root, "train" if train else "val", classes)
     if split.labels:
